@@ -19,7 +19,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _SAMPLE = 64  # values of each weight that go into a fingerprint
 
 
-def load_model(source: str, *, head: Head, num_labels: int | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(
+    source: str,
+    *,
+    head: Head,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
     The tokenizer pads on the right and always has a pad token. A classification head that the source lacks starts at
@@ -30,6 +37,7 @@ def load_model(source: str, *, head: Head, num_labels: int | None = None, dtype:
         head: what the model shall compute.
         num_labels: outputs of a classification head (1 for regression); only there, and needed there.
         dtype: 'float32', 'bfloat16' or 'float16'.
+        attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
 
     Raises:
         ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
@@ -44,12 +52,13 @@ def load_model(source: str, *, head: Head, num_labels: int | None = None, dtype:
     path = _resolve(source)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(path)
         _check_kind(source, config, head)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if head == "causal-lm":
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype], output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
             model, report = loaded
             if report["missing_keys"]:
                 raise ScaloraError(
@@ -58,11 +67,11 @@ def load_model(source: str, *, head: Head, num_labels: int | None = None, dtype:
                 )
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=_DTYPES[dtype], num_labels=num_labels, ignore_mismatched_sizes=True
+                path, num_labels=num_labels, ignore_mismatched_sizes=True, **options
             )
     except ScaloraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(source, error) from error
     return model, _with_padding(source, model, tokenizer)
 

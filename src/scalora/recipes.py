@@ -45,6 +45,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
+    attn_implementation: str | None = Field(
+        default=None, description="transformers' name of an attention kernel (eager, sdpa, …); None is its choice."
+    )
     task: TaskSpec
     method: MethodSpec
     training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments by their own names.")
@@ -108,6 +111,14 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         raise ScaloraError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
 
 
+def read_value(text: str) -> Any:
+    """A value as a recipe would have it; raises ScaloraError where it is not valid YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ScaloraError(f"the value {text!r} is not valid YAML") from error
+
+
 def _set(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
@@ -123,9 +134,9 @@ def _set(content: dict[str, Any], override: str) -> None:
             raise ScaloraError(f"--set {override!r}: {parent} is {child!r}, which has no parts")
         place = child
     try:
-        place[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ScaloraError(f"--set {override!r}: the value is not valid YAML") from error
+        place[last] = read_value(value)
+    except ScaloraError as error:
+        raise ScaloraError(f"--set {override!r}: {error}") from error
 
 
 def _explain(error: Any) -> str:

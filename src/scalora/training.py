@@ -89,7 +89,10 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
     watcher.phase("loading data and model")
     _ = task.splits
     set_seed(arguments.seed)  # a classification head starts at random
-    model, tokenizer = load_model(recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype)
+    model, tokenizer = load_model(
+        recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+    )  # fmt: skip
     base = fingerprint(model)
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
     model.to(arguments.device)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import ground
 from scalora import ScaloraError
 from scalora.arena import run, trial
-from scalora.arena.plan import Comparison, Contender, Trial, parse_contenders
+from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
 from scalora.arena.report import write_report
 from scalora.arena.store import Store
 from scalora.cli import app
@@ -19,7 +19,9 @@ from scalora.recipes import load_recipe
 @pytest.fixture
 def comparison(tmp_path):
     recipe = load_recipe(ground.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4"])
-    return Comparison(recipe, parse_contenders(["lora", "scalora", "lora@4"], 2), (1e-3, 1e-2), (0, 1), (0,))
+    return Comparison(
+        recipe, tuple(parse_contender(text, 2) for text in ("lora", "scalora", "lora@4")), (1e-3, 1e-2), (0, 1), (0,)
+    )
 
 
 @pytest.fixture
@@ -103,13 +105,40 @@ def test_two_workers_share_the_trials(comparison, tmp_path):
     one, two = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
     one.enqueue(comparison.tuning())
     two.enqueue(comparison.tuning())
-    taken = [store.take() for store in (one, two, one, two, one, two)]
-    assert len(set(taken)) == 6
-    assert one.take() is None
+    wanted = comparison.tuning()
+    taken = [store.take(wanted) for store in (one, two, one, two, one, two)]
+    assert set(taken) == set(wanted)
+    assert one.take(wanted) is None
     one.finish(taken[0], _fake(comparison, taken[0]))
     assert two.results()[taken[0]]["primary"] == "accuracy"
-    one.enqueue(comparison.tuning())  # running ones of a live worker stay taken
-    assert two.take() is None
+    one.enqueue(wanted)  # running ones of a live worker stay taken
+    assert two.take(wanted) is None
+
+
+def test_trials_left_waiting_by_another_command_are_not_run(comparison, tmp_path):
+    store = Store(tmp_path / "out", comparison)
+    left, wanted = comparison.tuning()[:3], comparison.tuning()[3:]
+    store.enqueue([*left, *wanted])
+    assert [store.take(wanted) for _ in wanted] == wanted
+    assert store.take(wanted) is None
+    store.enqueue(left)  # the other command comes back
+    assert [store.take(left) for _ in left] == left
+
+
+@pytest.mark.parametrize(
+    ("text", "contender"),
+    [
+        ("lora", Contender("lora", 4)),
+        ("lora@16", Contender("lora", 16)),
+        ("mora:type=1@8", Contender("mora", 8, (("type", 1),))),
+        ("peft:LOHA", Contender("peft:LOHA", 4)),
+        ("peft:LOHA:alpha=3@2", Contender("peft:LOHA", 2, (("alpha", 3),))),
+        ("scalora:interval=2:scaling=paper", Contender("scalora", 4, (("interval", 2), ("scaling", "paper")))),
+    ],
+)
+def test_contenders_are_written_with_options_and_rank(text, contender):
+    assert parse_contender(text, 4) == contender
+    assert parse_contender(str(contender), 1) == contender
 
 
 def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path):
@@ -141,6 +170,8 @@ def test_a_real_trial_in_its_own_process(comparison):
     [
         (["--methods", "lora,loar"], "did you mean 'lora'"),
         (["--methods", "lora@x"], "whole rank"),
+        (["--methods", "mora:type"], "method:option=value"),
+        (["--methods", "mora:tipe=1"], "tipe"),
         (["--methods", "lora,lora"], "--methods"),
         (["--lr", "fast"], "--lr 'fast'"),
         (["--lr", "0"], "must be positive"),

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ScaloraError
 from ..methods import MethodSpec, build_method
-from ..recipes import Recipe, parse_recipe
+from ..recipes import Recipe, parse_recipe, read_value
 
 Stage = Literal["tune", "final"]
 CURVE_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 class Contender(NamedTuple):
-    """A method at a rank, written ``name`` or ``name@rank``."""
+    """A method at a rank with options of its own, written ``name:option=value@rank``; the last two may be missing."""
 
     method: str
     rank: int
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.method}@{self.rank}"
+        return f"{':'.join((self.method, *(f'{name}={value}' for name, value in self.options)))}@{self.rank}"
 
 
 class Trial(NamedTuple):
@@ -93,26 +93,36 @@ class Comparison:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a stored comparison to be continued; methods, rates and seeds may be added to."""
         content = self.recipe.model_dump(mode="json")
-        return {key: content[key] for key in ("model", "dtype", "task", "training")} | {
+        return {key: content[key] for key in ("model", "dtype", "attn_implementation", "task", "training")} | {
             "target_modules": content["method"]["target_modules"]
         }
 
     def _method(self, contender: Contender) -> MethodSpec:
-        """The recipe's method section with this name and rank; its options only for the method it names."""
+        """The recipe's method section for this contender; the recipe's own options only for the method it names."""
         own = self.recipe.method
-        options = own.options if own.name == contender.method else {}
+        options = (own.options if own.name == contender.method else {}) | dict(contender.options)
         alpha = None if own.alpha is None else own.alpha * contender.rank / own.rank  # the same scale s at every rank
         return own.model_copy(
             update={"name": contender.method, "rank": contender.rank, "alpha": alpha, "options": options}
         )
 
 
-def parse_contenders(names: Sequence[str], rank: int) -> tuple[Contender, ...]:
-    """``name`` or ``name@rank`` each; raises ScaloraError for a rank that is no whole number of at least 1."""
-    found = []
-    for name in names:
-        method, separator, own = name.partition("@")
-        if separator and not (own.isdecimal() and int(own) >= 1):
-            raise ScaloraError(f"--methods {name!r}: write method@rank with a whole rank, e.g. lora@16")
-        found.append(Contender(method, int(own) if separator else rank))
-    return tuple(found)
+def parse_contender(text: str, rank: int) -> Contender:
+    """Read ``name:option=value:…@rank``; without a rank of its own it has `rank`.
+
+    Raises:
+        ScaloraError: the rank is no whole number of at least 1, or an option has no value.
+    """
+    start, separator, own = text.partition("@")
+    if separator and not (own.isdecimal() and int(own) >= 1):
+        raise ScaloraError(f"--methods {text!r}: write method@rank with a whole rank, e.g. lora@16")
+    name, *options = start.split(":")
+    if name == "peft" and options:
+        name = f"peft:{options.pop(0)}"
+    pairs = []
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not (separator and key and value):
+            raise ScaloraError(f"--methods {text!r}: write method:option=value, e.g. mora:type=1@8")
+        pairs.append((key, read_value(value)))
+    return Contender(name, int(own) if own else rank, tuple(pairs))

@@ -83,7 +83,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
 def _work(store: Store, comparison: Comparison, folder: Path, command: str, trials: list[Trial], tell: Tell) -> None:
     """Take trials until all of these have a result."""
     while True:
-        trial = store.take()
+        trial = store.take(trials)
         results = store.results()
         if trial is None:
             if all(t in results for t in trials):

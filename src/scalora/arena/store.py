@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ScaloraError
-from .plan import Comparison, Contender, Trial
+from .plan import Comparison, Trial, parse_contender
 
 FILE = "trials.sqlite3"
 
@@ -43,26 +44,32 @@ class Store:
         for frozen in self._frozen():
             if frozen.state == TrialState.RUNNING and not _worker_lives(frozen):
                 self.study.tell(frozen.number, state=TrialState.FAIL)
-            elif frozen.state != TrialState.FAIL or ("result" in frozen.user_attrs and not retry):
+            elif frozen.state not in (TrialState.FAIL, TrialState.PRUNED) or (
+                "result" in frozen.user_attrs and not retry
+            ):
                 settled.add(_trial(frozen))
         for trial in trials:
             if trial not in settled:
                 self.study.enqueue_trial(
-                    {}, user_attrs={"trial": [trial.stage, *trial.contender, trial.lr, trial.seed]}
+                    {}, user_attrs={"trial": [trial.stage, str(trial.contender), trial.lr, trial.seed]}
                 )
 
-    def take(self) -> Trial | None:
-        """The next waiting trial; None when none waits."""
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return None
-        asked = self.study.ask()
-        if "trial" not in asked.user_attrs:  # another worker took the last one meanwhile
+    def take(self, wanted: Collection[Trial]) -> Trial | None:
+        """The next of the wanted trials that waits; None when none does.
+
+        Waiting trials that nobody wants here are dropped on the way: left by a command that asked for other methods or
+        rates. A worker that still wants them puts them back.
+        """
+        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            asked = self.study.ask()
+            if "trial" in asked.user_attrs:  # else another worker took the last one meanwhile
+                trial = _decode(asked.user_attrs["trial"])
+                if trial in wanted:
+                    asked.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+                    self.running[trial] = asked
+                    return trial
             self.study.tell(asked, state=TrialState.PRUNED)
-            return None
-        asked.set_user_attr("worker", [socket.gethostname(), os.getpid()])
-        trial = _decode(asked.user_attrs["trial"])
-        self.running[trial] = asked
-        return trial
+        return None
 
     def finish(self, trial: Trial, result: dict[str, Any]) -> None:
         """Keep the result of a trial this process has taken; one with an ``error`` counts as failed."""
@@ -98,5 +105,5 @@ def _trial(frozen: FrozenTrial) -> Trial:
 
 
 def _decode(values: list[Any]) -> Trial:
-    stage, method, rank, lr, seed = values
-    return Trial(stage, Contender(method, rank), lr, seed)
+    stage, contender, lr, seed = values
+    return Trial(stage, parse_contender(contender, 0), lr, seed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
+import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +23,42 @@ KEPT = (
 
 
 def run_trial(comparison: Comparison, trial: Trial) -> dict[str, Any]:
-    """Train and score one trial in a fresh process; its result, or ``{"error": reason}``."""
+    """Train and score one trial in a process of its own; its result, or ``{"error": reason}``."""
     with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
         recipe = comparison.trial_recipe(trial, str(Path(place) / "run"))
         order = {"recipe": recipe.model_dump(mode="json"), "split": "validation" if trial.stage == "tune" else "test"}
         (Path(place) / "order.json").write_text(json.dumps(order), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "scalora.arena.trial", place],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = _processes().Process(target=_main, args=(Path(place),))
+        process.start()
         try:
-            _, stderr = process.communicate()
+            process.join()
         except BaseException:  # Ctrl-C: do not leave it running
             process.kill()
-            process.wait()
+            process.join()
             raise
         answer = Path(place) / "answer.json"
         if not answer.exists():
-            last = (stderr.strip().splitlines() or ["no message"])[-1]
-            return {"error": f"the process ended with {process.returncode}: {last}"}
+            said = Path(place) / "stderr"
+            lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if said.exists() else []
+            return {"error": f"the process ended with {process.exitcode}: {lines[-1] if lines else 'no message'}"}
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def main(place: Path) -> None:
+def _processes() -> Any:
+    """Where there is a fork server, trials fork from a process that has imported everything: seconds saved on each."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scalora.training"])
+    return context
+
+
+def _main(place: Path) -> None:
     """Inside the process: run ``order.json``, leave ``answer.json``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with (place / "stderr").open("w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from ..errors import ScaloraError
     from ..quiet import quiet
     from ..training import train
@@ -63,5 +76,9 @@ def main(place: Path) -> None:
     (place / "answer.tmp").rename(place / "answer.json")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def _end_with_parent() -> None:
+    """A trial whose worker was killed has nobody to tell."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -28,7 +28,7 @@ def run(
         for name in ("optuna", "scipy"):
             if importlib.util.find_spec(name) is None:
                 raise ScaloraError(f"{name} is missing: compare needs pip install 'scalora[arena]'")
-        from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contenders
+        from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
         from ..arena.report import COLUMNS, in_words, table
         from ..arena.run import run_comparison
         from ..arena.statistics import curve_verdict
@@ -39,7 +39,7 @@ def run(
                 raise ScaloraError(f"{name} is {count}: give 1 or more")
         comparison = Comparison(
             recipe,
-            parse_contenders([name.strip() for name in methods.split(",")], recipe.method.rank),
+            tuple(parse_contender(text.strip(), recipe.method.rank) for text in methods.split(",")),
             tuple(_rate(text) for text in lr.split(",")),
             tuple(range(seeds)),
             tuple(range(tuning_seeds)),
