@@ -14,7 +14,7 @@ LAYERS = [
     ["nnls", "scaling", "lowrank", "reference"],
     ["config", "moments", "adapters", "stats", "stores", "engine", "plain"],
     ["integrations"],
-    ["assets", "models", "data", "tasks"],
+    ["assets", "dense", "models", "data", "tasks"],
     ["methods"],
     ["recipes", "run_folder", "callbacks", "plots", "training"],
     ["arena"],

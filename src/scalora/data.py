@@ -20,6 +20,7 @@ from . import assets
 from .errors import ScaloraError
 
 Row = dict[str, Any]
+DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.dense
 
 
 class DataSpec(BaseModel):
@@ -34,6 +35,8 @@ class DataSpec(BaseModel):
     train: str
     validation: str | None = None
     test: str | None = None
+    folder: str = "."
+    """The folder that relative paths of files start from."""
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
@@ -99,7 +102,7 @@ def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
 
 
 def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> list[Row]:
-    rows = _read(name, source, getattr(spec, f"{name}_split"), headerless=_are_positions(spec.columns))
+    rows = _read(name, source, spec, headerless=_are_positions(spec.columns))
     if not rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
     rows = _adapt(source, rows)
@@ -126,12 +129,16 @@ def _are_positions(columns: dict[str, str]) -> bool:
     return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
 
 
-def _read(name: str, source: str, split: str, *, headerless: bool) -> list[Row]:
+def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> list[Row]:
+    if source in DIGITS:
+        from .dense import digit_rows
+
+        return digit_rows(source)
     if source in assets.ASSETS:
         if assets.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
         return _read_jsonl(assets.fetch(source))
-    path = Path(source).expanduser()
+    path = Path(spec.folder).expanduser() / Path(source).expanduser()
     readers = {
         ".json": _read_json,
         ".jsonl": _read_jsonl,
@@ -141,21 +148,24 @@ def _read(name: str, source: str, split: str, *, headerless: bool) -> list[Row]:
     }
     if path.suffix in readers:
         if not path.is_file():
-            raise ScaloraError(f"task.data.{name}: there is no file {source} (paths are relative to {Path.cwd()})")
+            raise ScaloraError(
+                f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
+                f"{Path(spec.folder).expanduser().resolve()})"
+            )
         try:
             return _read_tsv(path, headerless) if path.suffix == ".tsv" else readers[path.suffix](path)
         except UnicodeDecodeError as error:
             raise ScaloraError(f"task.data.{name}: {source} is not UTF-8 text ({error}); convert it") from error
     if path.exists() or source.startswith(("/", ".", "~")):
         raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(readers)}")
-    near = get_close_matches(source, assets.ASSETS, n=1, cutoff=0.8)
+    near = get_close_matches(source, [*assets.ASSETS, *DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
-    return _read_hub(name, source, split)
+    return _read_hub(name, source, getattr(spec, f"{name}_split"))
 
 
 def _packaged() -> str:
-    return ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "data")
+    return ", ".join((*(name for name, asset in assets.ASSETS.items() if asset.kind == "data"), *DIGITS))
 
 
 def _read_hub(name: str, source: str, split: str) -> list[Row]:

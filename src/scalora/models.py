@@ -16,6 +16,7 @@ from .errors import ScaloraError
 
 Head = Literal["causal-lm", "sequence-classification"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DIGITS = "digits-mlp"  # made on the spot by scalora.dense
 _SAMPLE = 64  # values of each weight that go into a fingerprint
 
 
@@ -29,8 +30,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
-    The tokenizer pads on the right and always has a pad token. A classification head that the source lacks starts at
-    random; a language-modelling head that it lacks is an error.
+    A dense network has no tokenizer (None). Any other's pads on the right and always has a pad token. A classification
+    head that the source lacks starts at random; a language-modelling head that it lacks is an error.
 
     Args:
         source: a packaged alias (`scalora.assets.ASSETS`), a folder with config.json, a .gguf file, or a hub id.
@@ -52,11 +53,14 @@ def load_model(
     path = _resolve(source)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from . import dense  # noqa: F401  # makes its class known to transformers
+
     options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(path)
         _check_kind(source, config, head)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # A network that reads vectors has no tokenizer.
+        tokenizer = None if config.model_type == "scalora-dense" else AutoTokenizer.from_pretrained(path)
         if head == "causal-lm":
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
             model, report = loaded
@@ -73,7 +77,7 @@ def load_model(
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(source, error) from error
-    return model, _with_padding(source, model, tokenizer)
+    return model, tokenizer and _with_padding(source, model, tokenizer)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -94,6 +98,10 @@ def fingerprint(model: nn.Module) -> str:
 
 def _resolve(source: str) -> str:
     """The folder or hub id that transformers shall load for `source`."""
+    if source == _DIGITS:
+        from .dense import digits_mlp
+
+        return str(digits_mlp())
     if source in assets.ASSETS:
         if assets.ASSETS[source].kind != "model":
             raise ScaloraError(f"model: {source!r} is a packaged data set, not a model; models are {_packaged()}")
@@ -108,7 +116,7 @@ def _resolve(source: str) -> str:
         if path.suffix != ".gguf":
             raise ScaloraError(f"model: {source!r} is a file but no .gguf; give a .gguf file or the model's folder")
         return str(_convert_gguf(path))
-    near = get_close_matches(source, assets.ASSETS, n=1, cutoff=0.8)
+    near = get_close_matches(source, [*assets.ASSETS, _DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"model: no model {source!r} — did you mean {near[0]!r}?")
     # A hub id is "name" or "owner/name"; whatever else is not there is a misspelt path.
@@ -120,7 +128,7 @@ def _resolve(source: str) -> str:
 
 
 def _packaged() -> str:
-    return ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "model")
+    return ", ".join((*(name for name, asset in assets.ASSETS.items() if asset.kind == "model"), _DIGITS))
 
 
 def _cannot_load(source: str, error: Exception) -> ScaloraError:

@@ -157,12 +157,13 @@ def _explain(error: Any) -> str:
 def _fields_at(location: list[str]) -> list[str]:
     """Names of the fields of the section at a location of a validation error."""
     from .data import DataSpec
-    from .tasks import ClassificationSpec, CompletionSpec, MultipleChoiceSpec
+    from .tasks import ClassificationSpec, CompletionSpec, MultipleChoiceSpec, VectorsSpec
 
     sections: dict[str, type[BaseModel]] = {
         "multiple_choice": MultipleChoiceSpec,
         "completion": CompletionSpec,
         "classification": ClassificationSpec,
+        "vectors": VectorsSpec,
         "method": MethodSpec,
         "data": DataSpec,
     }

@@ -93,6 +93,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
+    if task.tokens != (tokenizer is not None):
+        reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
+        raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
     base = fingerprint(model)
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
     model.to(arguments.device)
@@ -129,7 +132,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
     watcher.phase("saving")
     trainable, total = _count(adapted.model)
     rank = rank_by_kind(adapted.spectra())
-    loading = adapted.save(folder / "adapter")
+    loading = ([] if task.tokens else ["import scalora.dense"]) + adapted.save(folder / "adapter")
     metrics = {
         "split": split,
         "before": before.metrics if before else None,

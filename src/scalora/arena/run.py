@@ -18,6 +18,7 @@ from .trial import run_trial
 
 Tell = Callable[[str], None]
 _POLL = 5.0  # seconds between looks at what other workers do
+_REPORT = 30.0  # seconds at least between one report and the next while trials run
 
 
 def run_comparison(
@@ -25,7 +26,8 @@ def run_comparison(
 ) -> dict[str, Any]:
     """Run what is missing of a comparison in ``folder``; the content of its results.json.
 
-    Several workers may run this on one folder at once. results.json and report.html are rewritten after every trial.
+    Several workers may run this on one folder at once. results.json and report.html are rewritten as results come, and
+    at the end, whatever ends it.
 
     Args:
         comparison: who competes on what.
@@ -38,17 +40,20 @@ def run_comparison(
         ScaloraError: the folder holds a comparison of another recipe.
     """
     store = Store(folder, comparison)
-    tuning = comparison.tuning()
-    store.enqueue(tuning, retry=retry)
-    _work(store, comparison, folder, command, tuning, tell)
-    chosen = choose_rates(store, comparison)
-    for contender in comparison.contenders:
-        if contender not in chosen:
-            tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
-    final = comparison.final(chosen)
-    store.enqueue(final, retry=retry)
-    _work(store, comparison, folder, command, final, tell)
-    return write_results(store, comparison, folder, command)
+    try:
+        tuning = comparison.tuning()
+        store.enqueue(tuning, retry=retry)
+        _work(store, comparison, folder, command, tuning, tell)
+        chosen = choose_rates(store, comparison)
+        for contender in comparison.contenders:
+            if contender not in chosen:
+                tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
+        final = comparison.final(chosen)
+        store.enqueue(final, retry=retry)
+        _work(store, comparison, folder, command, final, tell)
+    finally:
+        content = write_results(store, comparison, folder, command)
+    return content
 
 
 def choose_rates(store: Store, comparison: Comparison) -> dict[Contender, float]:
@@ -82,6 +87,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
 
 def _work(store: Store, comparison: Comparison, folder: Path, command: str, trials: list[Trial], tell: Tell) -> None:
     """Take trials until all of these have a result."""
+    written = 0.0
     while True:
         trial = store.take(trials)
         results = store.results()
@@ -98,7 +104,9 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, tria
         store.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
         tell(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
-        write_results(store, comparison, folder, command)
+        if time.monotonic() > written + _REPORT:
+            write_results(store, comparison, folder, command)
+            written = time.monotonic()
 
 
 def _figures(result: dict[str, Any]) -> str:

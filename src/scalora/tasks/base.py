@@ -136,6 +136,8 @@ class Task(ABC):
     """Data and metric of one problem. Nothing is loaded before `splits` is first looked at."""
 
     head: ClassVar[Literal["causal-lm", "sequence-classification"]]
+    tokens: ClassVar[bool] = True
+    """Whether the model reads tokens, and so needs a tokenizer."""
     data: DataSpec
 
     @property

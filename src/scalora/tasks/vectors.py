@@ -1,0 +1,110 @@
+"""Labels for vectors of numbers, from a network that reads them as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ..data import DataSpec
+from ..errors import ScaloraError
+from .base import Prediction, Progress, Score, Split, Task, TokenDataset, evaluating
+
+
+class VectorsSpec(BaseModel):
+    """Which label belongs to the vector in the column `features`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["vectors"] = "vectors"
+    data: DataSpec
+    features: str = "features"
+    label: str = "label"
+    """The column with the label: the index of one of the network's outputs."""
+    metric: Literal["accuracy", "nll"] = "accuracy"
+
+
+class VectorsTask(Task):
+    """Cross-entropy on labels; the model takes `inputs_embeds` `[batch, features]`."""
+
+    head: ClassVar = "sequence-classification"
+    tokens: ClassVar = False
+
+    def __init__(self, spec: VectorsSpec) -> None:
+        self.spec = spec
+        self.data = spec.data
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.spec.features, self.spec.label)
+
+    @cached_property
+    def num_labels(self) -> int:
+        return len({str(row[self.spec.label]) for row in self.rows("train")})
+
+    def collator(self, tokenizer: Any, model: Any = None) -> Any:
+        return _collate
+
+    def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
+        return TokenDataset([self._example(row) for row in self.rows(split)], 0)
+
+    def score(
+        self,
+        model: Any,
+        tokenizer: Any,
+        split: Split = "test",
+        *,
+        batch_size: int = 32,
+        autocast: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> Score:
+        """`accuracy`, and `nll`: mean nats per row."""
+        examples = [self._example(row) for row in self.rows(split)]
+        logits = []
+        with evaluating(model, autocast) as device:
+            for start in range(0, len(examples), batch_size):
+                inputs = _collate(examples[start : start + batch_size])["inputs_embeds"].to(device)
+                logits.append(model(inputs_embeds=inputs).logits.float().cpu())
+                if progress:
+                    progress(min(start + batch_size, len(examples)), len(examples))
+        logprobs = torch.cat(logits).double().log_softmax(-1)
+        expected = torch.tensor([example["labels"] for example in examples])
+        best = logprobs.argmax(-1)
+        metrics = {
+            "accuracy": (best == expected).double().mean().item(),
+            "nll": -logprobs.gather(-1, expected[:, None]).mean().item(),
+        }
+        predictions = [
+            Prediction(f"row {number}", str(wanted), str(found), row[found].exp().item())
+            for number, (wanted, found, row) in enumerate(
+                zip(expected.tolist(), best.tolist(), logprobs, strict=True), 1
+            )
+        ]
+        return Score(metrics, self.spec.metric, predictions)
+
+    def _example(self, row: dict[str, Any]) -> dict[str, Any]:
+        features, label = row[self.spec.features], row[self.spec.label]
+        if not isinstance(features, list) or not features or not all(isinstance(x, int | float) for x in features):
+            raise ScaloraError(
+                f"task.features: the column {self.spec.features!r} must hold lists of numbers, found {features!r:.60}"
+            )
+        if not isinstance(label, int) or not 0 <= label < self.num_labels:
+            raise ScaloraError(
+                f"task.label: {label!r} in column {self.spec.label!r} is no index from 0 to {self.num_labels - 1}"
+            )
+        return {"inputs_embeds": features, "labels": label}
+
+
+def _collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    widths = {len(example["inputs_embeds"]) for example in examples}
+    if len(widths) > 1:
+        raise ScaloraError(
+            f"task.features: vectors of {' and '.join(map(str, sorted(widths)))} numbers in one data set"
+        )
+    return {
+        "inputs_embeds": torch.tensor([example["inputs_embeds"] for example in examples], dtype=torch.float32),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
