@@ -16,8 +16,9 @@ LAYERS = [
     ["integrations"],
     ["assets", "dense", "models", "data", "tasks"],
     ["methods"],
-    ["recipes", "run_folder", "callbacks", "plots", "training"],
+    ["recipes", "provenance", "run_folder", "callbacks", "plots", "training"],
     ["arena"],
+    ["experiments"],
     ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ from .integrations.trainer import ScaLoraCallback
 from .methods import Adapted, build_method
 from .models import fingerprint, load_model
 from .plots import draw_curves, draw_rank
+from .provenance import environment, peak_memory
 from .recipes import Recipe
 from .tasks import Score, Split, build_task
 
@@ -198,33 +196,3 @@ def _count(model: torch.nn.Module) -> tuple[int, int]:
 def _events(adapted: Adapted) -> list[dict[str, Any]]:
     handles = [c.handle for c in adapted.callbacks if isinstance(c, ScaLoraCallback) and c.handle]
     return [vars(event) for handle in handles for event in handle.stats]
-
-
-def peak_memory() -> int:
-    """Peak bytes: allocated on the GPU where there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for results files."""
-    names = ("scalora", "torch", "transformers", "peft", "accelerate", "datasets")
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

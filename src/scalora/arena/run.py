@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..provenance import environment, git_revision
 from ..run_folder import write_json
-from ..training import environment
 from .plan import Comparison, Contender, Trial
 from .report import write_report
 from .statistics import choose_rate
@@ -68,7 +67,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
     results = store.results()
     content = {
         "command": command,
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "environment": environment(),
         "recipe": comparison.recipe.model_dump(mode="json"),
         "rates": comparison.rates,
@@ -111,17 +110,3 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, tria
 
 def _figures(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in result["after"].items())
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

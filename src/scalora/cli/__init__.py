@@ -77,6 +77,31 @@ def compare(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="fig1, table1, …; without it they are listed.")] = "",
+    scale: Annotated[
+        str, typer.Option(help="small: minutes to hours on a laptop; paper: the paper's models and settings.")
+    ] = "small",
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Folder with the GLUE, commonsense and mathematics files, where needed."),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Folder for results; runs/reproduce/NAME-SCALE by default."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
+) -> None:
+    """Rerun a figure or a table of the ScaLoRA paper (2510.23818) or the α-LoRA paper (2510.21345).
+
+    Leaves results.json, tables.md with published and obtained numbers side by side, and the figures.
+    """
+    from .reproduce import run
+
+    run(name, scale=scale, data=data, output=output, resume=resume)
+
+
+@app.command()
 def methods() -> None:
     """List the methods that a recipe can name, with their options."""
     from .methods import run
