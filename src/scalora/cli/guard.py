@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from ..errors import ScaloraError
 
@@ -20,7 +21,7 @@ def guarded() -> Iterator[None]:
         leave("stopped", 130)
 
 
-def leave(message: str, code: int) -> None:
+def leave(message: str, code: int) -> NoReturn:
     """Print a message to standard error and exit."""
     print(message, file=sys.stderr)
     raise SystemExit(code)

@@ -41,8 +41,12 @@ class VectorsTask(Task):
     def columns(self) -> tuple[str, ...]:
         return (self.spec.features, self.spec.label)
 
-    @cached_property
+    @property
     def num_labels(self) -> int:
+        return self._classes
+
+    @cached_property
+    def _classes(self) -> int:
         return len({str(row[self.spec.label]) for row in self.rows("train")})
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
