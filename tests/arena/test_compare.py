@@ -1,5 +1,6 @@
 """Comparisons end to end on tiny ground: complete, continued after a kill, shared, with failures shown."""
 
+import dataclasses
 import json
 import os
 
@@ -187,6 +188,18 @@ def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, pageless):
+    calls = []
+    monkeypatch.setattr(run, "run_trial", lambda c, t: _fake(c, t, calls=calls))
+    lora, scalora, _ = comparison.contenders
+    fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
+    content = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
+    assert [(t.stage, t.contender, t.lr) for t in calls] == [
+        ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
+    ]
+    assert content["chosen"] == {str(lora): 1e-3, str(scalora): 2e-3}
 
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):

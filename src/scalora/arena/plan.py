@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -47,10 +48,11 @@ class Comparison:
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     curve: tuple[Contender, ...] = ()  # LoRA over rank: does rank matter on this task at all?
+    fixed: Mapping[Contender, float] | None = None  # known rates, for which nothing is tuned
 
     def __post_init__(self) -> None:
         data = self.recipe.task.data
-        if data.validation is None and data.validation_size is None:
+        if self.fixed is None and data.validation is None and data.validation_size is None:
             raise ScaloraError(
                 "task.data.validation: compare chooses learning rates on validation data; name a source or set "
                 "validation_size"
@@ -72,6 +74,8 @@ class Comparison:
 
     def tuning(self) -> list[Trial]:
         """All tuning trials, the rank curve first, each rate for every contender before the next."""
+        if self.fixed is not None:
+            return []
         order = dict.fromkeys((*self.curve, *self.contenders))
         return [Trial("tune", c, lr, seed) for c in order for lr in self.rates for seed in self.tuning_seeds]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..run_folder import write_text
 from . import figures
 from .plan import Comparison, Contender
-from .statistics import Results, choose_rate, compare, curve_verdict, final_values, primary, summarize
+from .statistics import Results, chosen_rates, compare, curve_verdict, final_values, primary, summarize
 
 COLUMNS = (
     "contender", "lr", "metric", "vs LoRA (95 %)", "wins", "verdict", "trainable", "time/LoRA", "memory/LoRA",
@@ -29,11 +29,11 @@ class Row(NamedTuple):
 def table(comparison: Comparison, results: Results) -> tuple[str, list[Row]]:
     """A caption and a line per contender that has finished at least one final seed, in the order they were named."""
     metric, higher = primary(results)
-    rates = {c: choose_rate(results, c) for c in comparison.contenders}
-    values = {c: final_values(results, c, rates[c], metric) for c in comparison.contenders}
+    rates = chosen_rates(results, comparison)
+    values = {c: final_values(results, c, rates.get(c), metric) for c in comparison.contenders}
     base = _baseline(comparison)
     rows = [
-        Row(_cells(results, c, rates[c], values[c], base, rates.get(base), values.get(base, {}), metric, higher))
+        Row(_cells(results, c, rates.get(c), values[c], base, rates.get(base), values.get(base, {}), metric, higher))
         for c in comparison.contenders
         if values[c]
     ]
@@ -44,7 +44,7 @@ def table(comparison: Comparison, results: Results) -> tuple[str, list[Row]]:
 def write_report(comparison: Comparison, results: Results, content: dict[str, Any], path: Path) -> None:
     """Write the page."""
     metric, _ = primary(results)
-    chosen = {c: lr for c in comparison.contenders if (lr := choose_rate(results, c)) is not None}
+    chosen = chosen_rates(results, comparison)
     caption, rows = table(comparison, results)
     failures = [(trial, r["error"]) for trial, r in sorted(results.items()) if "error" in r]
     parts = [
@@ -56,8 +56,10 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
         parts.append(figures.rank_curve(results, comparison.curve, metric))
     parts.append(f"<h2>Result</h2>{_html_table(COLUMNS, [row.cells for row in rows], caption)}")
     parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in in_words(rows))}</ul>")
+    if comparison.fixed is None:
+        parts.append(f"<h2>Validation {escape(metric)} over the learning rate</h2>")
+        parts.append(figures.sensitivity(results, comparison.contenders, metric))
     for title, picture in (
-        (f"Validation {metric} over the learning rate", figures.sensitivity(results, comparison.contenders, metric)),
         ("Learning curves", figures.learning_curves(results, chosen)),
         ("Rank of the accumulated update", figures.ranks(results, chosen)),
         ("Quality over cost", figures.quality_over_cost(results, chosen, metric)),
@@ -133,7 +135,8 @@ def _baseline(comparison: Comparison) -> Contender:
 def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, float]) -> str:
     planned = [*comparison.tuning(), *comparison.final(chosen)]
     done = sum(trial in results for trial in planned)
-    return f"{done} of {len(planned)} trials done. Every method's rate was chosen on validation data, on one grid."
+    rates = "Every method's rate was chosen on validation data, on one grid."
+    return f"{done} of {len(planned)} trials done. {rates if comparison.fixed is None else 'The rates were given.'}"
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

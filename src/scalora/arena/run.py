@@ -9,9 +9,9 @@ from typing import Any
 
 from ..provenance import environment, git_revision
 from ..run_folder import write_json
-from .plan import Comparison, Contender, Trial
+from .plan import Comparison, Trial
 from .report import write_report
-from .statistics import choose_rate
+from .statistics import chosen_rates
 from .store import Store
 from .trial import run_trial
 
@@ -43,7 +43,7 @@ def run_comparison(
         tuning = comparison.tuning()
         store.enqueue(tuning, retry=retry)
         _work(store, comparison, folder, command, tuning, tell)
-        chosen = choose_rates(store, comparison)
+        chosen = chosen_rates(store.results(), comparison)
         for contender in comparison.contenders:
             if contender not in chosen:
                 tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
@@ -53,13 +53,6 @@ def run_comparison(
     finally:
         content = write_results(store, comparison, folder, command)
     return content
-
-
-def choose_rates(store: Store, comparison: Comparison) -> dict[Contender, float]:
-    """The learning rate of each contender with the best mean validation metric."""
-    results = store.results()
-    rates = {contender: choose_rate(results, contender) for contender in comparison.contenders}
-    return {contender: rate for contender, rate in rates.items() if rate is not None}
 
 
 def write_results(store: Store, comparison: Comparison, folder: Path, command: str) -> dict[str, Any]:
@@ -73,7 +66,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
         "rates": comparison.rates,
         "seeds": comparison.seeds,
         "tuning_seeds": comparison.tuning_seeds,
-        "chosen": {str(c): lr for c, lr in choose_rates(store, comparison).items()},
+        "chosen": {str(c): lr for c, lr in chosen_rates(results, comparison).items()},
         "trials": [
             {"stage": t.stage, "contender": str(t.contender), "lr": t.lr, "seed": t.seed, **result}
             for t, result in sorted(results.items())

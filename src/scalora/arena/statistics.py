@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from .plan import Contender, Trial
+from .plan import Comparison, Contender, Trial
 
 Results = Mapping[Trial, Mapping[str, Any]]
 
@@ -70,6 +70,14 @@ def choose_rate(results: Results, contender: Contender) -> float | None:
     quality = {lr: sign * mean(values) for lr, values in over_rates(results, contender, metric).items()}
     nll = {lr: mean(values) for lr, values in over_rates(results, contender, "nll").items()}
     return max(quality, key=lambda lr: (quality[lr], -nll.get(lr, 0.0)), default=None)
+
+
+def chosen_rates(results: Results, comparison: Comparison) -> dict[Contender, float]:
+    """The rate of every contender's final runs: the fixed one, else the best tuned; without those that failed."""
+    if comparison.fixed is not None:
+        return dict(comparison.fixed)
+    rates = {contender: choose_rate(results, contender) for contender in comparison.contenders}
+    return {contender: rate for contender, rate in rates.items() if rate is not None}
 
 
 def final_values(results: Results, contender: Contender, lr: float | None, metric: str) -> dict[int, float]:
