@@ -14,7 +14,7 @@ LAYERS = [
     ["nnls", "scaling", "lowrank", "reference"],
     ["config", "moments", "adapters", "stats", "stores", "engine", "plain"],
     ["integrations"],
-    ["assets", "dense", "models", "data", "tasks"],
+    ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
     ["methods"],
     ["recipes", "provenance", "run_folder", "callbacks", "plots", "training"],
     ["arena"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import assets
+from .data_forms import Row, adapt
 from .errors import ScaloraError
 
-Row = dict[str, Any]
 DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.dense
 
 
@@ -45,6 +44,8 @@ class DataSpec(BaseModel):
     test_size: int | None = Field(default=None, ge=1)
     columns: dict[str, str] = {}
     """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
+    values: dict[str, list[str | int]] = {}
+    """Our name -> all that the column may hold; a row with another value is refused, by its place in the file."""
     seed: int = 0
 
 
@@ -101,67 +102,75 @@ def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
     return rows[:size]
 
 
+class _Table(NamedTuple):
+    """Rows as they were read, and the line that each starts on if their file has lines."""
+
+    rows: list[Row]
+    lines: list[int]
+
+    def line(self, number: int) -> str:
+        return f", line {self.lines[number - 1]}" if self.lines else ""
+
+
 def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> list[Row]:
-    rows = _read(name, source, spec, headerless=_are_positions(spec.columns))
-    if not rows:
+    table = _read(name, source, spec, headerless=_are_positions(spec.columns))
+    if not table.rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
-    rows = _adapt(source, rows)
-    wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns)}
+    rows = adapt(source, table.rows, lambda number: f"{source}{table.line(number)}, row {number}")
+    wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
+    allowed = {ours: [str(value) for value in values] for ours, values in spec.values.items()}
     for number, row in enumerate(rows, 1):
         for ours, theirs in wanted.items():
+            value = row.get(theirs)
+            if value is not None and (ours not in allowed or str(value) in allowed[ours]):
+                continue
+            where = f"row {number} of {source}{table.line(number)}"
             if theirs not in row:
-                near = get_close_matches(theirs, row, n=1)
-                where = source if number == 1 else f"row {number} of {source}"
-                hint = (
-                    f" — did you mean {near[0]!r}?"
-                    if near
-                    else f" (columns maps our names to theirs; we need {ours!r})"
-                )
-                raise ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
-            if row[theirs] is None:
-                raise ScaloraError(
-                    f"task.data.{name}: column {theirs!r} is null in row {number} of {source}; fill or drop it"
-                )
+                raise _no_column(row, ours, theirs, source if number == 1 else where)
+            if value is None:
+                raise ScaloraError(f"task.data.{name}: column {theirs!r} is null in {where}; fill or drop it")
+            where += " (the label is hidden: this split has no labels)" if str(value) in ("", "-1") else ""
+            raise ScaloraError(f"task.data.{name}: column {theirs!r} is {value!r} in {where}; use {allowed[ours]}")
     return [{ours: row[theirs] for ours, theirs in wanted.items()} for row in rows]
+
+
+def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
+    near = get_close_matches(theirs, row, n=1)
+    hint = f" — did you mean {near[0]!r}?" if near else f" (columns maps our names to theirs; we need {ours!r})"
+    return ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
 
 
 def _are_positions(columns: dict[str, str]) -> bool:
     return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
 
 
-def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> list[Row]:
+def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> _Table:
     if source in DIGITS:
         from .dense import digit_rows
 
-        return digit_rows(source)
+        return _Table(digit_rows(source), [])
     if source in assets.ASSETS:
         if assets.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
         return _read_jsonl(assets.fetch(source))
     path = Path(spec.folder).expanduser() / Path(source).expanduser()
-    readers = {
-        ".json": _read_json,
-        ".jsonl": _read_jsonl,
-        ".csv": _read_csv,
-        ".tsv": _read_tsv,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix in readers:
+    read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet}
+    if path.suffix in read:
         if not path.is_file():
             raise ScaloraError(
                 f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
                 f"{Path(spec.folder).expanduser().resolve()})"
             )
         try:
-            return _read_tsv(path, headerless) if path.suffix == ".tsv" else readers[path.suffix](path)
+            return _read_tsv(path, headerless) if path.suffix == ".tsv" else read[path.suffix](path)
         except UnicodeDecodeError as error:
             raise ScaloraError(f"task.data.{name}: {source} is not UTF-8 text ({error}); convert it") from error
     if path.exists() or source.startswith(("/", ".", "~")):
-        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(readers)}")
+        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(read)}")
     near = get_close_matches(source, [*assets.ASSETS, *DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
-    return _read_hub(name, source, getattr(spec, f"{name}_split"))
+    return _Table(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
 
 
 def _packaged() -> str:
@@ -188,27 +197,44 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> _Table:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "rename it to .jsonl if it holds one object a line" if error.msg == "Extra data" else "mend the file"
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        hint = "the file seems cut off; get it again" if cut else "mend the file"
+        hint = "rename it to .jsonl if it holds one object a line" if error.msg == "Extra data" else hint
         raise ScaloraError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); {hint}") from error
     if not isinstance(rows, list):
         raise ScaloraError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    table = _Table(rows, _item_lines(text, len(rows)))
+    for number, row in enumerate(rows, 1):
+        _object(row, f"{path}{table.line(number)}, row {number}")
+    return table
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
+def _item_lines(text: str, count: int) -> list[int]:
+    """The line that each item of a JSON list starts on."""
+    decoder, lines, line, start, end = json.JSONDecoder(), [], 1, 0, text.find("[") + 1
+    for _ in range(count):
+        while text[end].isspace() or text[end] == ",":
+            end += 1
+        line += text.count("\n", start, end)
+        lines.append(line)
+        start, end = end, decoder.raw_decode(text, end)[1]
+    return lines
+
+
+def _read_jsonl(path: Path) -> _Table:
+    table = _Table([], [])
     for number, line in _lines(path):
         try:
-            rows.append(_object(json.loads(line), f"{path}, line {number}"))
+            table.rows.append(_object(json.loads(line), f"{path}, line {number}"))
         except json.JSONDecodeError as error:
-            raise ScaloraError(
-                f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove the line"
-            ) from error
-    return rows
+            raise ScaloraError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove it") from error
+        table.lines.append(number)
+    return table
 
 
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
@@ -217,20 +243,32 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _read_tsv(path: Path, headerless: bool = False) -> list[Row]:
+def _read_tsv(path: Path, headerless: bool = False) -> _Table:
     """Tab-separated text as GLUE has it: quotes are ordinary characters."""
-    return _table(path, ((number, line.split("\t")) for number, line in _lines(path)), headerless)
+    return _table(path, _unbroken(list(_lines(path))), headerless)
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _unbroken(lines: list[tuple[int, str]]) -> Iterable[tuple[int, list[str]]]:
+    """The fields of every line. Some of QQP's questions go on in the next line: a quote opens them and closes there."""
+    rest = iter(lines)
+    for number, line in rest:
+        cells = line.split("\t")
+        width = lines[0][1].count("\t") + 1
+        while len(cells) < width and cells[-1][:1] == '"' and cells[-1].count('"') % 2 and (more := next(rest, None)):
+            first, *others = more[1].split("\t")
+            cells = [*cells[:-1], f"{cells[-1]}\n{first}", *others]
+        yield number, cells
+
+
+def _read_csv(path: Path) -> _Table:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
         return _table(path, ((reader.line_num, cells) for cells in reader if cells), headerless=False)
 
 
-def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool) -> list[Row]:
+def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool) -> _Table:
     names: list[str] = []
-    rows = []
+    table = _Table([], [])
     for number, cells in lines:
         if not names:
             names = [str(i) for i in range(len(cells))] if headerless else cells
@@ -245,63 +283,16 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool)
             raise ScaloraError(
                 f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"
             )
-        rows.append(dict(zip(names, cells, strict=True)))
-    return rows
+        table.rows.append(dict(zip(names, cells, strict=True)))
+        table.lines.append(number)
+    return table
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> _Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return _Table(pyarrow.parquet.read_table(path).to_pylist(), [])
     except pyarrow.ArrowException as error:
         raise ScaloraError(f"{path}: not a readable parquet file ({error})") from error
-
-
-def _adapt(source: str, rows: list[Row]) -> list[Row]:
-    """Clean columns for the three published forms that hide theirs in prose; other rows as they are."""
-    if source in assets.ASSETS:
-        adapter = {"sarcasm": _sarcasm, "socialiqa": _socialiqa}[source]
-    elif {"instruction", "answer"} <= set(rows[0]) <= {"instruction", "input", "output", "answer"} and (
-        "Answer format:" in str(rows[0]["instruction"])
-    ):
-        adapter = _commonsense
-    else:
-        return rows
-    adapted = []
-    for number, row in enumerate(rows, 1):
-        try:
-            adapted.append(adapter(row))
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            name = adapter.__name__.strip("_")
-            raise ScaloraError(
-                f"{source}, row {number}: not in the form of the {name} data ({error}): {row}"
-            ) from error
-    return adapted
-
-
-def _sarcasm(row: Row) -> Row:
-    return {"headline": row["input"][1]["content"], "label": int(row["ideal"])}
-
-
-def _socialiqa(row: Row) -> Row:
-    question, *choices = re.split(r"\s*\bA: |; B: |; C: ", row["input"][0]["content"].removesuffix("."))
-    if len(choices) != 3:
-        raise ValueError(f"{len(choices)} choices")
-    return {"question": question, "choices": choices, "answer": "ABC".index(row["ideal"])}
-
-
-def _commonsense(row: Row) -> Row:
-    """LLM-Adapters (github AGI-Edgerunners/LLM-Adapters): the instruction holds question, choices and answer names."""
-    body, _, answer_format = row["instruction"].rpartition("Answer format:")
-    names = answer_format.strip().split("/")
-    question = re.sub(r"^Please (choose|answer)[^:]*:\s*", "", body.strip())
-    choices = names
-    if names != ["true", "false"]:
-        pattern = "(.*?)" + "".join(rf"\s*\b{re.escape(name.capitalize())}:(.*?)" for name in names)
-        found = re.fullmatch(pattern, question, re.DOTALL)
-        if not found:
-            raise ValueError(f"not all of {', '.join(names)} follow the question")
-        question, *choices = (part.strip() for part in found.groups())
-    return {**row, "question": question, "choices": choices, "answer": names.index(row["answer"])}

@@ -26,6 +26,7 @@ def load_model(
     head: Head,
     num_labels: int | None = None,
     dtype: str = "float32",
+    config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
@@ -38,6 +39,7 @@ def load_model(
         head: what the model shall compute.
         num_labels: outputs of a classification head (1 for regression); only there, and needed there.
         dtype: 'float32', 'bfloat16' or 'float16'.
+        config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
 
     Raises:
@@ -57,12 +59,20 @@ def load_model(
 
     options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
     try:
-        config = AutoConfig.from_pretrained(path)
-        _check_kind(source, config, head)
+        configuration = AutoConfig.from_pretrained(path)
+        _check_kind(source, configuration, head)
+        for name, value in (config or {}).items():
+            if not hasattr(configuration, name):
+                raise ScaloraError(
+                    f"config: the configuration of {source!r} has no {name!r}; it has {_names(configuration)}"
+                )
+            setattr(configuration, name, value)
         # A network that reads vectors has no tokenizer.
-        tokenizer = None if config.model_type == "scalora-dense" else AutoTokenizer.from_pretrained(path)
+        tokenizer = None if configuration.model_type == "scalora-dense" else AutoTokenizer.from_pretrained(path)
         if head == "causal-lm":
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=configuration, output_loading_info=True, **options
+            )
             model, report = loaded
             if report["missing_keys"]:
                 raise ScaloraError(
@@ -70,8 +80,9 @@ def load_model(
                     "needs; give a checkpoint that was saved with its language-modelling head"
                 )
         else:
+            configuration.num_labels = num_labels
             model = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=num_labels, ignore_mismatched_sizes=True, **options
+                path, config=configuration, ignore_mismatched_sizes=True, **options
             )
     except ScaloraError:
         raise
@@ -125,6 +136,10 @@ def _resolve(source: str) -> str:
             f"model: there is no file or folder {source!r}; check the path (it is relative to {Path.cwd()})"
         )
     return source
+
+
+def _names(configuration: Any) -> str:
+    return ", ".join(sorted(name for name in configuration.to_dict() if not name.startswith("_")))
 
 
 def _packaged() -> str:

@@ -45,6 +45,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Values that replace those of the model's configuration, e.g. cls_dropout."
+    )
     attn_implementation: str | None = Field(
         default=None, description="transformers' name of an attention kernel (eager, sdpa, …); None is its choice."
     )

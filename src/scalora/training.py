@@ -89,7 +89,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
     set_seed(arguments.seed)  # a classification head starts at random
     model, tokenizer = load_model(
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
+        config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
     if task.tokens != (tokenizer is not None):
         reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import tiny
 from scalora.errors import ScaloraError
 from scalora.tasks import CompletionSpec, build_task
 from scalora.tasks.base import batches
+from scalora.tasks.generation import extract
 
 ROWS = [
     {"q": "the cat", "a": "sat on the mat"},
@@ -104,3 +106,46 @@ def test_a_lean_batch_gives_the_same_loss_and_gradients():
         results.append((output.loss, [p.grad for p in zoo.trainable(model)]))
     assert output.logits.shape[1] < batch["input_ids"].shape[1]
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_exact_match_is_of_what_the_model_writes_by_itself(tmp_path, make, batch_size):
+    model, tokenizer = make().eval(), tiny.tokenizer()
+    written = []
+    for row in ROWS:  # one at a time and without padding or cache: the twin
+        ids = tokenizer(row["q"])["input_ids"]
+        start = len(ids)
+        with torch.no_grad():
+            while len(ids) < start + 3 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        written.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    rows = [{"q": row["q"], "a": text or "the"} for row, text in zip(ROWS, written, strict=True)]
+    rows[0]["a"] = "mat dog cat sky"  # a wrong one
+    built = task(tmp_path, rows=rows, answer=r"(\S+)\s*$", max_new_tokens=3)
+    score = built.score(model, tokenizer, batch_size=batch_size)
+    assert [p.predicted for p in score.predictions] == written
+    right = [bool(text) and text.split()[-1] == row["a"].split()[-1] for text, row in zip(written, rows, strict=True)]
+    assert score.metrics["exact_match"] == sum(right) / 3
+    assert score.primary == "exact_match"
+    assert score.higher_is_better
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 5 + 3 = <<5+3=8>>8\n#### 8", "8"),
+        ("#### 1,234", "1234"),
+        ("The answer is: 12.", "12"),
+        ("no number", None),
+        ("#### 3 … #### 4", "4"),
+    ],
+)
+def test_answers_are_found_in_texts(text, answer):
+    assert extract(re.compile(r"(?:####|answer is:?)\s*([-\d.,]+)"), text) == answer
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("(", "no regular expression"), ("####", "finds nothing")])
+def test_a_pattern_that_cannot_work_is_refused(tmp_path, pattern, words):
+    with pytest.raises(ScaloraError, match=words):
+        task(tmp_path, answer=pattern).score(tiny.llama(), tiny.tokenizer())

@@ -97,7 +97,7 @@ class Comparison:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a stored comparison to be continued; methods, rates and seeds may be added to."""
         content = self.recipe.model_dump(mode="json")
-        return {key: content[key] for key in ("model", "dtype", "attn_implementation", "task", "training")} | {
+        return {key: content[key] for key in ("model", "dtype", "config", "attn_implementation", "task", "training")} | {
             "target_modules": content["method"]["target_modules"]
         }
 

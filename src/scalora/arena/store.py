@@ -34,7 +34,7 @@ class Store:
         mine = json.loads(json.dumps(comparison.fingerprint()))
         theirs = self.study.user_attrs.get("recipe", mine)
         for key, value in mine.items():
-            if theirs.get(key) != value:
+            if theirs.get(key, value) != value:  # a store of an earlier version may lack a key
                 raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
         self.study.set_user_attr("recipe", mine)
 

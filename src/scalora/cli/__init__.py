@@ -91,6 +91,10 @@ def reproduce(
         typer.Option(metavar="DIR", help="Folder for results; runs/reproduce/NAME-SCALE by default."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only check the paper-scale recipes, without weights, and say what they take."),
+    ] = False,
 ) -> None:
     """Rerun a figure or a table of the ScaLoRA paper (2510.23818) or the α-LoRA paper (2510.21345).
 
@@ -98,7 +102,7 @@ def reproduce(
     """
     from .reproduce import run
 
-    run(name, scale=scale, data=data, output=output, resume=resume)
+    run(name, scale=scale, data=data, output=output, resume=resume, plan=plan)
 
 
 @app.command()

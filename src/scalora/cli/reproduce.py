@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -13,10 +14,13 @@ from ..errors import ScaloraError
 from ..quiet import quiet
 from .guard import guarded, leave
 
+if TYPE_CHECKING:
+    from ..experiments import Outcome
+
 _SCALES = ("small", "paper")
 
 
-def run(name: str, *, scale: str, data: str | None, output: str | None, resume: bool) -> None:
+def run(name: str, *, scale: str, data: str | None, output: str | None, resume: bool, plan: bool) -> None:
     """Run an experiment, or list them all; exit codes as :mod:`scalora.cli.guard` says."""
     console = Console()
     with guarded():
@@ -43,15 +47,22 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
             lambda line: console.print(line, highlight=False),
             command,
         )
+        if plan:
+            _show(console, experiment.plan(setting))
+            return
         try:
             outcome = run_experiment(experiment, setting, resume=resume)
         except KeyboardInterrupt:
             leave(f"stopped; continue with: {command}{'' if resume else ' --resume'}", 130)
-        for table in outcome.tables:
-            shown = RichTable(*table.columns, title=table.title, title_justify="left")
-            for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
-        for remark in outcome.remarks:
-            console.print(f"• {remark}", highlight=False)
+        _show(console, outcome)
         console.print(f"results, tables and figures: {setting.folder}", highlight=False)
+
+
+def _show(console: Console, outcome: Outcome) -> None:
+    for table in outcome.tables:
+        shown = RichTable(*table.columns, title=table.title, title_justify="left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for remark in outcome.remarks:
+        console.print(f"• {remark}", highlight=False)

@@ -79,6 +79,14 @@ class Experiment(ABC):
             ScaloraError: data are missing or wrong.
         """
 
+    def plan(self, setting: Setting) -> Outcome:
+        """What the paper-scale run would train and take, found without weights or data.
+
+        Raises:
+            ScaloraError: no large model is trained here.
+        """
+        raise ScaloraError(f"{self.name} trains no large model, so there is nothing to plan: leave --plan out")
+
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |"

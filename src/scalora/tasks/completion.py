@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..data import DataSpec
 from ..errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .generation import extract, generate
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
@@ -28,6 +31,10 @@ class CompletionSpec(BaseModel):
     prompt: str
     completion: str
     max_length: int = Field(default=512, ge=2)
+    answer: str | None = None
+    """A regular expression that finds the answer in a completion (its last match's first group): then `exact_match`,
+    the share of rows where the model, writing by itself, arrives at the reference's answer, is measured and counts."""
+    max_new_tokens: int = Field(default=256, ge=1)
 
 
 class CompletionTask(Task):
@@ -40,6 +47,10 @@ class CompletionTask(Task):
         self.data = spec.data
         self.prompt = Template("task.prompt", spec.prompt)
         self.completion = Template("task.completion", spec.completion)
+        try:
+            self.answer = None if spec.answer is None else re.compile(spec.answer)
+        except re.error as error:
+            raise ScaloraError(f"task.answer: {spec.answer!r} is no regular expression ({error})") from error
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -58,15 +69,38 @@ class CompletionTask(Task):
         autocast: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> Score:
-        """`nll`: minus the mean log-likelihood (nats) of a completion token, over all tokens of the split."""
+        """`nll`: minus the mean log-likelihood (nats) of a completion token, over all tokens of the split.
+
+        With `answer`, `exact_match` too.
+        """
         pairs, truncated = self._pairs(tokenizer, split)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
         predictions = [
             Prediction(self.prompt(row), self.completion(row), None, math.exp(logprobs.mean().item()))
             for row, logprobs in zip(self.rows(split), found, strict=True)
         ]
-        nll = -torch.cat(found).double().mean().item()
-        return Score({"nll": nll}, "nll", predictions, truncated)
+        metrics = {"nll": -torch.cat(found).double().mean().item()}
+        if self.answer is None:
+            return Score(metrics, "nll", predictions, truncated)
+        written = generate(
+            model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=self.spec.max_new_tokens,
+            batch_size=batch_size, autocast=autocast, progress=progress,
+        )  # fmt: skip
+        wanted = [self._reference(p.expected) for p in predictions]
+        right = [extract(self.answer, text) == answer for text, answer in zip(written, wanted, strict=True)]
+        predictions = [
+            replace(p, predicted=text, probability=None) for p, text in zip(predictions, written, strict=True)
+        ]
+        return Score({"exact_match": sum(right) / len(right), **metrics}, "exact_match", predictions, truncated)
+
+    def _reference(self, completion: str) -> str:
+        assert self.answer is not None
+        found = extract(self.answer, completion)
+        if found is None:
+            raise ScaloraError(
+                f"task.answer: {self.spec.answer!r} finds nothing in the completion {completion[-80:]!r}"
+            )
+        return found
 
     def _pairs(self, tokenizer: Any, split: Split) -> tuple[list[Pair], int]:
         if tokenizer.eos_token_id is None:

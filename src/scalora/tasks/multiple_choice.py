@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +27,9 @@ class MultipleChoiceSpec(BaseModel):
     prompt: str
     choices: list[str] | None = None
     """The same choices for every row; None takes them from the column `choices`."""
+    continuation: str | None = None
+    """What is trained on and scored instead of the choice, which then is in the prompt as {choice}: how likely each
+    choice makes the text after it."""
     answer: str = "answer"
     """The column with the right choice: its index from 0, or its text."""
     max_length: int = Field(default=512, ge=2)
@@ -44,17 +48,23 @@ class MultipleChoiceTask(Task):
         self.spec = spec
         self.data = spec.data
         self.prompt = Template("task.prompt", spec.prompt)
+        self.continuation = None if spec.continuation is None else Template("task.continuation", spec.continuation)
+        if self.continuation and "choice" not in self.prompt.columns:
+            raise ScaloraError(f"task.prompt is {spec.prompt!r}: with a continuation it must hold {{choice}}")
 
     @property
     def columns(self) -> tuple[str, ...]:
         choices = () if self.spec.choices else ("choices",)
-        return tuple(dict.fromkeys((*self.prompt.columns, self.spec.answer, *choices)))
+        prompt = self.prompt.columns
+        if self.continuation:
+            prompt = (*(name for name in prompt if name != "choice"), *self.continuation.columns)
+        return tuple(dict.fromkeys((*prompt, self.spec.answer, *choices)))
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         texts = []
         for row in self.rows(split):
             choices = self._choices(row)
-            texts.append((self.prompt(row), choices[self._answer(row, choices)]))
+            texts.append(self._texts(row, choices)[self._answer(row, choices)])
         return examples(*truncate(encode(tokenizer, texts), self.spec.max_length))
 
     def score(
@@ -76,21 +86,22 @@ class MultipleChoiceTask(Task):
         rows = self.rows(split)
         choices = [self._choices(row) for row in rows]
         answers = [self._answer(row, texts) for row, texts in zip(rows, choices, strict=True)]
-        prompts = [self.prompt(row) for row in rows]
-        texts = [(prompt, text) for prompt, own in zip(prompts, choices, strict=True) for text in own]
-        pairs, truncated = truncate(encode(tokenizer, texts), self.spec.max_length)
+        texts = [self._texts(row, own) for row, own in zip(rows, choices, strict=True)]
+        pairs, truncated = truncate(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []
         start = 0
-        for prompt, own, answer in zip(prompts, choices, answers, strict=True):
+        for row, own, read, answer in zip(rows, choices, texts, answers, strict=True):
             logprobs = found[start : start + len(own)]
             start += len(own)
-            among = torch.stack([self._compared(*each) for each in zip(own, logprobs, strict=True)]).log_softmax(0)
+            scores = [self._compared(text, each) for (_, text), each in zip(read, logprobs, strict=True)]
+            among = torch.stack(scores).log_softmax(0)
             best = int(among.argmax())
             correct += best == answer
             nll -= among[answer].item()
             right_tokens.append(logprobs[answer])
+            prompt = self.prompt({"choice": "_", **row})
             predictions.append(Prediction(prompt, own[answer].strip(), own[best].strip(), among[best].exp().item()))
         metrics = {
             "accuracy": correct / len(rows),
@@ -99,8 +110,16 @@ class MultipleChoiceTask(Task):
         }
         return Score(metrics, "accuracy", predictions, truncated)
 
-    def _compared(self, choice: str, logprobs: torch.Tensor) -> torch.Tensor:
-        divisor = {"none": 1, "length": len(choice), "choice-tokens": len(logprobs)}[self.spec.normalize]
+    def _texts(self, row: Row, choices: list[str]) -> list[tuple[str, str]]:
+        """For each choice, what the model is given and what is scored after it."""
+        if self.continuation is None:
+            prompt = self.prompt(row)
+            return [(prompt, choice) for choice in choices]
+        following = self.continuation(row)
+        return [(self.prompt({**row, "choice": choice}), following) for choice in choices]
+
+    def _compared(self, text: str, logprobs: torch.Tensor) -> torch.Tensor:
+        divisor = {"none": 1, "length": len(text), "choice-tokens": len(logprobs)}[self.spec.normalize]
         return logprobs.double().sum() / divisor
 
     def _choices(self, row: Row) -> list[str]:
