@@ -142,12 +142,34 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
     assert parse_contender(str(contender), 1) == contender
 
 
-def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model=elsewhere", "another model"),
+        ("method.dropout=0.1", "another dropout"),
+        ("method.alpha=100", "another alpha"),
+        ("task.data.seed=1", "another task"),
+        ("task.data.folder=elsewhere", None),  # the same data may lie elsewhere today
+        ("method.rank=4", None),  # a contender's matter
+    ],
+)
+def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, override, words):
     Store(tmp_path / "out", comparison)
-    recipe = comparison.recipe.model_copy(update={"model": "elsewhere"})
+    recipe = load_recipe(ground.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4", override])
     other = Comparison(recipe, comparison.contenders, (1e-3,), (0,), (0,))
-    with pytest.raises(ScaloraError, match="another model"):
+    if words is None:
         Store(tmp_path / "out", other)
+    else:
+        with pytest.raises(ScaloraError, match=words):
+            Store(tmp_path / "out", other)
+
+
+def test_a_store_of_an_earlier_version_is_continued(comparison, tmp_path):
+    store = Store(tmp_path / "out", comparison)
+    early = {key: comparison.recipe.model_dump(mode="json")[key] for key in ("model", "dtype", "task", "training")}
+    del early["task"]["data"]["folder"]
+    store.study.set_user_attr("recipe", {**early, "target_modules": ["old"]})
+    Store(tmp_path / "out", comparison)
 
 
 def test_trial_recipes_differ_in_method_rate_and_seed_only(comparison):

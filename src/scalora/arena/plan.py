@@ -94,13 +94,6 @@ class Comparison:
         content["output"] = output
         return parse_recipe(content)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a stored comparison to be continued; methods, rates and seeds may be added to."""
-        content = self.recipe.model_dump(mode="json")
-        return {key: content[key] for key in ("model", "dtype", "config", "attn_implementation", "task", "training")} | {
-            "target_modules": content["method"]["target_modules"]
-        }
-
     def _method(self, contender: Contender) -> MethodSpec:
         """The recipe's method section for this contender; the recipe's own options only for the method it names."""
         own = self.recipe.method
@@ -109,6 +102,21 @@ class Comparison:
         return own.model_copy(
             update={"name": contender.method, "rank": contender.rank, "alpha": alpha, "options": options}
         )
+
+
+def shared_parts(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal for a stored comparison to be continued; methods, rates and seeds may be added to.
+
+    Where the data lie is not part of it: a folder may have another path on another day.
+    """
+    content = recipe.model_dump(mode="json")
+    del content["task"]["data"]["folder"]
+    method = recipe.method
+    return {key: content[key] for key in ("model", "dtype", "config", "attn_implementation", "task", "training")} | {
+        "target_modules": method.target_modules,
+        "alpha": method.scaled_alpha / method.rank,
+        "dropout": method.dropout,
+    }
 
 
 def parse_contender(text: str, rank: int) -> Contender:

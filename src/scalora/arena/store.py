@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Collection
@@ -13,7 +12,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ScaloraError
-from .plan import Comparison, Trial, parse_contender
+from ..recipes import parse_recipe
+from .plan import Comparison, Trial, parse_contender, shared_parts
 
 FILE = "trials.sqlite3"
 
@@ -31,12 +31,14 @@ class Store:
         url = f"sqlite:///{(folder / FILE).resolve()}"
         self.study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
         self.running: dict[Trial, optuna.Trial] = {}  # in this process
-        mine = json.loads(json.dumps(comparison.fingerprint()))
-        theirs = self.study.user_attrs.get("recipe", mine)
+        recipe = comparison.recipe.model_dump(mode="json")
+        # A store of an earlier version lacks what recipes could not say then: it meant what is the default now.
+        stored = {key: self.study.user_attrs.get("recipe", recipe).get(key, value) for key, value in recipe.items()}
+        mine, theirs = shared_parts(comparison.recipe), shared_parts(parse_recipe(stored, str(folder)))
         for key, value in mine.items():
-            if theirs.get(key, value) != value:  # a store of an earlier version may lack a key
+            if theirs[key] != value:
                 raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
-        self.study.set_user_attr("recipe", mine)
+        self.study.set_user_attr("recipe", recipe)
 
     def enqueue(self, trials: list[Trial], *, retry: bool = False) -> None:
         """Add those that are not there yet, those whose worker died, and with ``retry`` those that failed."""
