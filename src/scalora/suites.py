@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ScaloraError
+from .tasks.harness import ROWS
 
 
 class _Glue(NamedTuple):
@@ -57,6 +58,8 @@ class _Commonsense(NamedTuple):
     ybisk/piqa and allenai/social_i_qa."""
     test_split: str
     """On the hub, where most test sets have no labels."""
+    harness: str
+    """Its name in lm-evaluation-harness."""
     normalize: str = "none"
     """By length where lm-evaluation-harness reports acc_norm, which divides by the characters of a choice."""
     extra: dict[str, Any] = {}
@@ -65,16 +68,16 @@ class _Commonsense(NamedTuple):
 
 COMMONSENSE = {
     # Both forms have true first.
-    "BoolQ": _Commonsense("boolq", "google/boolq", "validation", extra={"choices": [" yes", " no"]}),
-    "PIQA": _Commonsense("piqa", "baber/piqa", "validation", "length"),
-    "SIQA": _Commonsense("social_i_qa", "lighteval/siqa", "validation"),
-    "HellaSwag": _Commonsense("hellaswag", "Rowan/hellaswag", "validation", "length"),
+    "BoolQ": _Commonsense("boolq", "google/boolq", "validation", "boolq", extra={"choices": [" yes", " no"]}),
+    "PIQA": _Commonsense("piqa", "baber/piqa", "validation", "piqa", "length"),
+    "SIQA": _Commonsense("social_i_qa", "lighteval/siqa", "validation", "social_iqa"),
+    "HellaSwag": _Commonsense("hellaswag", "Rowan/hellaswag", "validation", "hellaswag", "length"),
     "WinoGrande": _Commonsense(
-        "winogrande", "allenai/winogrande:winogrande_xl", "validation", extra={"continuation": "{after}"}
+        "winogrande", "allenai/winogrande:winogrande_xl", "validation", "winogrande", extra={"continuation": "{after}"}
     ),
-    "ARC-e": _Commonsense("ARC-Easy", "allenai/ai2_arc:ARC-Easy", "test", "length"),
-    "ARC-c": _Commonsense("ARC-Challenge", "allenai/ai2_arc:ARC-Challenge", "test", "length"),
-    "OBQA": _Commonsense("openbookqa", "allenai/openbookqa:main", "test", "length"),
+    "ARC-e": _Commonsense("ARC-Easy", "allenai/ai2_arc:ARC-Easy", "test", "arc_easy", "length"),
+    "ARC-c": _Commonsense("ARC-Challenge", "allenai/ai2_arc:ARC-Challenge", "test", "arc_challenge", "length"),
+    "OBQA": _Commonsense("openbookqa", "allenai/openbookqa:main", "test", "openbookqa", "length"),
 }
 """Name -> the facts of a commonsense set."""
 
@@ -147,6 +150,7 @@ def commonsense_task(
     validation_size: int | None = None,
     test_size: int | None = None,
     max_length: int | None = None,
+    harness: bool = False,
 ) -> dict[str, Any]:
     """The `task` section of a commonsense set, scored by the likelihood of its choices as lm-evaluation-harness does.
 
@@ -158,6 +162,7 @@ def commonsense_task(
         validation_size: rows split off from train to choose a checkpoint by; None is none.
         test_size: rows to score; None is all.
         max_length: tokens; None is the ScaLoRA paper's 256.
+        harness: let lm-evaluation-harness itself score, by its own task where the set is from the hub.
 
     Raises:
         ScaloraError: there is no such set.
@@ -172,6 +177,7 @@ def commonsense_task(
         "normalize": facts.normalize,
         "max_length": max_length or 256,
         **facts.extra,
+        **({"harness": ROWS if data else facts.harness} if harness else {}),
     }
 
 

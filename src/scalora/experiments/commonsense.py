@@ -83,12 +83,9 @@ def small_problems(setting: Setting) -> list[Problem]:
     assert setting.data is not None
     found = []
     for name in COMMONSENSE_SETS:
-        try:
-            task = commonsense_task(
-                name, setting.data, train_size=640, validation_size=200, test_size=400, max_length=192
-            )
-        except ScaloraError:
-            continue
+        task = commonsense_task(
+            name, setting.data, train_size=640, validation_size=200, test_size=400, max_length=192, harness=True
+        )
         place = setting.data / task["data"]["train"]
         if place.is_file():
             found.append(Problem(name, _recipe(setting, name, "smollm2-135m-instruct", task, _SMALL)))
@@ -110,7 +107,7 @@ def paper_problem(setting: Setting, model: str, name: str) -> Problem:
         "per_device_train_batch_size": 16, "num_train_epochs": 3, "lr_scheduler_type": "cosine",
         "warmup_steps": int(0.03 * steps), "bf16": True,
     }  # fmt: skip
-    task = commonsense_task(name, setting.data, max_length=256)
+    task = commonsense_task(name, setting.data, max_length=256, harness=True)
     recipe = _recipe(setting, f"{model}-{name}", MODELS[model], task, training, dtype="bfloat16", dropout=0.05)
     return Problem(f"{model}-{name}", recipe, fixed, ROWS[name])
 

@@ -12,6 +12,7 @@ from ..data import DataSpec, Row
 from ..errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset
 from .completion import encode, examples, token_logprobs, truncate
+from .harness import ROWS, HarnessScore, Question, evaluate
 
 
 class MultipleChoiceSpec(BaseModel):
@@ -35,6 +36,9 @@ class MultipleChoiceSpec(BaseModel):
     max_length: int = Field(default=512, ge=2)
     normalize: Literal["none", "length", "choice-tokens"] = "none"
     """What a choice's log-likelihood is divided by before choices are compared: nothing, its characters, its tokens."""
+    harness: str | None = None
+    """Let lm-evaluation-harness score: 'rows' by its scoring of these rows, or the test split by a task of its own from
+    the hub (arc_easy, …; other splits then as 'rows')."""
 
 
 class MultipleChoiceTask(Task):
@@ -49,6 +53,10 @@ class MultipleChoiceTask(Task):
         self.data = spec.data
         self.prompt = Template("task.prompt", spec.prompt)
         self.continuation = None if spec.continuation is None else Template("task.continuation", spec.continuation)
+        if spec.harness and spec.normalize == "choice-tokens":
+            raise ScaloraError(
+                "task.normalize is 'choice-tokens', which lm-evaluation-harness has not: use 'length' or 'none'"
+            )
         if self.continuation and "choice" not in self.prompt.columns:
             raise ScaloraError(f"task.prompt is {spec.prompt!r}: with a continuation it must hold {{choice}}")
 
@@ -87,6 +95,14 @@ class MultipleChoiceTask(Task):
         choices = [self._choices(row) for row in rows]
         answers = [self._answer(row, texts) for row, texts in zip(rows, choices, strict=True)]
         texts = [self._texts(row, own) for row, own in zip(rows, choices, strict=True)]
+        if self.spec.harness:
+            name = self.spec.harness if split == "test" else ROWS
+            questions = [Question(each, answer) for each, answer in zip(texts, answers, strict=True)]
+            score = evaluate(
+                model, tokenizer, name, questions, batch_size=batch_size, max_length=self.spec.max_length,
+                autocast=autocast,
+            )  # fmt: skip
+            return self._of_harness(score, rows, choices, answers if name == ROWS else [])
         pairs, truncated = truncate(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
@@ -109,6 +125,23 @@ class MultipleChoiceTask(Task):
             "answer_nll": -torch.cat(right_tokens).double().mean().item(),
         }
         return Score(metrics, "accuracy", predictions, truncated)
+
+    def _of_harness(self, score: HarnessScore, rows: list[Row], choices: list[list[str]], answers: list[int]) -> Score:
+        """The harness's metrics; predictions only of our own rows, whose answers are given."""
+        # What is scored after a {choice} in the prompt is the same text for all of them.
+        by_length = self.spec.normalize == "length" and self.continuation is None
+        metrics = {"accuracy": score.acc_norm if by_length else score.acc}
+        metrics |= {"acc": score.acc, "acc_norm": score.acc_norm}
+        predictions = []
+        for row, own, answer, found in zip(rows, choices, answers, score.loglikelihoods, strict=False):
+            lengths = [len(text) for _, text in self._texts(row, own)]
+            scores = torch.tensor(found).double() / (torch.tensor(lengths) if self.spec.normalize == "length" else 1)
+            among = scores.log_softmax(0)
+            best = int(among.argmax())
+            prompt = self.prompt({"choice": "_", **row})
+            predictions.append(Prediction(prompt, own[answer].strip(), own[best].strip(), among[best].exp().item()))
+            metrics["nll"] = metrics.get("nll", 0.0) - among[answer].item() / len(rows)
+        return Score(metrics, "accuracy", predictions)
 
     def _texts(self, row: Row, choices: list[str]) -> list[tuple[str, str]]:
         """For each choice, what the model is given and what is scored after it."""
