@@ -59,7 +59,7 @@ def load_model(
 
     options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
     try:
-        configuration = AutoConfig.from_pretrained(path)
+        configuration: Any = AutoConfig.from_pretrained(path)
         _check_kind(source, configuration, head)
         for name, value in (config or {}).items():
             if not hasattr(configuration, name):

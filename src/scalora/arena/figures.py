@@ -16,7 +16,9 @@ from .plan import Contender
 from .statistics import Results, choose_rate, final_values, over_rates, summarize
 
 _COLOURS = mpl.color_sequences["tab20"][::2] + mpl.color_sequences["tab20"][1::2]  # strong hues first
-_SIZE = (7.2, 4.2)
+_SIZE = (9.6, 5.4)
+_BANDS = 8  # contenders up to which bands can be told apart
+_SMOOTH = 0.15  # weight of a new loss in the running mean that is drawn
 
 
 def sensitivity(results: Results, contenders: Sequence[Contender], metric: str) -> str:
@@ -55,8 +57,16 @@ def rank_curve(results: Results, curve: Sequence[Contender], metric: str) -> str
 
 
 def learning_curves(results: Results, chosen: dict[Contender, float]) -> str:
-    """Training loss over steps at the chosen rates, with bands over seeds."""
-    return _svg(lambda axis: _over_steps(axis, results, chosen, lambda r: r["losses"], "training loss"))
+    """Running mean of the training loss over steps at the chosen rates, with bands over seeds."""
+    return _svg(lambda axis: _over_steps(axis, results, chosen, _smoothed, "training loss (running mean)"))
+
+
+def _smoothed(result: Any) -> list[list[float]]:
+    smooth, running = [], None
+    for step, loss in result["losses"]:
+        running = loss if running is None else running + _SMOOTH * (loss - running)
+        smooth.append([step, running])
+    return smooth
 
 
 def ranks(results: Results, chosen: dict[Contender, float]) -> str:
@@ -106,7 +116,8 @@ def _over_steps(
         if by_step:
             steps = sorted(by_step)
             axis.plot(steps, [mean(by_step[s]) for s in steps], color=colour, label=str(contender))
-            axis.fill_between(steps, *_spread([by_step[s] for s in steps]), color=colour, alpha=0.12, linewidth=0)
+            if len(chosen) <= _BANDS:
+                axis.fill_between(steps, *_spread([by_step[s] for s in steps]), color=colour, alpha=0.12, linewidth=0)
     axis.set(xlabel="optimizer step", ylabel=label)
 
 

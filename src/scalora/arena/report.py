@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..run_folder import write_text
 from . import figures
 from .plan import Comparison, Contender
-from .statistics import Results, chosen_rates, compare, curve_verdict, final_values, primary, summarize
+from .statistics import Results, chosen_rates, compare, curve_verdict, final_values, over_rates, primary, summarize
 
 COLUMNS = (
     "contender", "lr", "metric", "vs LoRA (95 %)", "wins", "verdict", "trainable", "time/LoRA", "memory/LoRA",
@@ -59,6 +59,10 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
     if comparison.fixed is None:
         parts.append(f"<h2>Validation {escape(metric)} over the learning rate</h2>")
         parts.append(figures.sensitivity(results, comparison.contenders, metric))
+        heads = ("contender", *(f"{rate:g}" for rate in sorted(comparison.rates)))
+        parts.append(
+            _html_table(heads, [_over_rates(results, c, comparison, metric) for c in comparison.contenders], "")
+        )
     for title, picture in (
         ("Learning curves", figures.learning_curves(results, chosen)),
         ("Rank of the accumulated update", figures.ranks(results, chosen)),
@@ -113,6 +117,12 @@ def _cells(
         f"{ours['trainable_parameters']:,.0f}", ratio("seconds_per_step"), ratio("peak_memory_bytes"),
         f"{ours['adapter_bytes'] / 2**20:.1f} MiB",
     )  # fmt: skip
+
+
+def _over_rates(results: Results, contender: Contender, comparison: Comparison, metric: str) -> tuple[str, ...]:
+    """Mean validation metric at each rate; empty where a trial is missing or failed."""
+    found = over_rates(results, contender, metric)
+    return (str(contender), *(f"{mean(found[r]):.4f}" if r in found else "" for r in sorted(comparison.rates)))
 
 
 def _costs(results: Results, contender: Contender, lr: float | None) -> dict[str, float]:

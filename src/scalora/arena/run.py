@@ -79,7 +79,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
 
 def _work(store: Store, comparison: Comparison, folder: Path, command: str, trials: list[Trial], tell: Tell) -> None:
     """Take trials until all of these have a result."""
-    written = 0.0
+    written, revision = 0.0, git_revision()
     while True:
         trial = store.take(trials)
         results = store.results()
@@ -92,7 +92,7 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, tria
         done = sum(t in results for t in trials)
         label = f"[{done + 1}/{len(trials)}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
-        result = run_trial(comparison, trial)
+        result = run_trial(comparison, trial) | {"git_revision": revision}
         store.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
         tell(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")

@@ -25,11 +25,13 @@ from ..recipes import Recipe
 
 # The published configurations, as far as shapes go, by hub id.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "microsoft/deberta-v3-base": lambda: DebertaV2Config(
-        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-        max_position_embeddings=512, type_vocab_size=0, relative_attention=True, position_buckets=256,
-        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
-        pooler_hidden_size=768,
+    "microsoft/deberta-v3-base": lambda: DebertaV2Config.from_dict(
+        {
+            "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 0,
+            "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_hidden_size": 768,
+        }
     ),
     "meta-llama/Llama-2-7b-hf": lambda: LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,

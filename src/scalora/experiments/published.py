@@ -42,7 +42,7 @@ GLUE = {
     "scalora": dict(zip(GLUE_SETTINGS, (0.6986, 0.9583, 0.9028, 0.9147, 0.9210, 0.9036, 0.9434, 0.8761), strict=True)),
 }
 
-COMMONSENSE_SETS = ("BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA")
+COMMONSENSE_SETS: tuple[str, ...] = ("BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA")
 
 
 def _rates(*values: float) -> dict[str, float]:

@@ -8,8 +8,10 @@ from ..arena.plan import Contender
 from ..recipes import Recipe, parse_recipe
 from .base import Experiment, Outcome, Setting
 from .glue import paper_problem
+from .published import GLUE_SETTINGS
 from .suite import Measured, Problem, measure, quality, summary
 
+_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 _LIPSCHITZ = (None, 3.0, 30.0, 300.0, 3000.0, 30000.0)  # None: calibrated
 _INTERVALS = (1, 2, 5, 10, 20, 50)
 _CAPACITIES = (2, 4, 8, 16, 32)
@@ -28,15 +30,12 @@ class Sensitivity(Experiment):
     seeds = 5
 
     def run(self, setting: Setting) -> Outcome:
-        if setting.scale == "small":
-            recipe, rates, fixed = digits_recipe(setting), (5e-3, 1e-2, 2e-2, 4e-2), None
-        else:
-            problem = paper_problem(setting, "RTE")
-            recipe, fixed = problem.recipe, problem.fixed
-            rates = (next(iter(fixed.values())),) if fixed else ()
+        small = setting.scale == "small"
+        recipe = digits_recipe(setting) if small else paper_problem(setting, "RTE").recipe
+        rates = _RATES if small else (GLUE_SETTINGS["RTE"].rates["scalora"],)
         studies = contenders(recipe.method.rank)
         everyone = tuple(dict.fromkeys(c for study in studies.values() for c in study))
-        given = None if fixed is None else dict.fromkeys(everyone, rates[0])
+        given = None if small else dict.fromkeys(everyone, rates[0])
         measured = measure(
             setting, [Problem("all", recipe, given)], everyone, rates=rates, seeds=self.seeds, tuning_seeds=2
         )

@@ -70,12 +70,13 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = next(model.parameters()).device
     was_training = model.training
-    wrapped = HFLM(
+    wrap: Any = HFLM  # its base class hides its arguments from type checkers
+    wrapped = wrap(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device)
     )
     try:
         # Its own tasks are found by reading some thousand files, which takes a while.
-        tasks = (
+        tasks: Any = (
             {ROWS: ConfigurableTask(config=_config(questions))}
             if task == ROWS
             else get_task_dict([task], TaskManager())
