@@ -1,0 +1,55 @@
+"""The tables of docs/results.md from results files: ``python -m benchmarks.tables benchmarks/results/NAME``.
+
+Test metric of every contender, paired difference to LoRA, and validation metric over the learning rates of the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from scalora.arena.statistics import compare
+
+
+def markdown(folder: Path) -> str:
+    """One table, contenders in the order of their first trial, LoRA's difference to itself left out."""
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    trials = [trial for trial in content["trials"] if "error" not in trial]
+    metric, higher = trials[0]["primary"], trials[0]["higher_is_better"]
+    finals: dict[str, dict[int, float]] = defaultdict(dict)
+    tuned: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
+        name, value = trial["contender"], trial["after"][metric]
+        if trial["stage"] == "tune":
+            tuned[name][trial["lr"]].append(value)
+        elif trial["lr"] == content["chosen"].get(name):
+            finals[name][trial["seed"]] = value
+            seconds[name].append(trial["seconds_per_step"])
+    base = next(name for name in finals if name == f"lora@{content['recipe']['method']['rank']}")
+    rates = sorted(content["rates"])
+    lines = [
+        f"| method | lr | test {metric} | against LoRA (95 %) | verdict | s/step | "
+        + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---" * (6 + len(rates)) + "|",
+    ]  # fmt: skip
+    order = sorted(finals, key=lambda name: mean(finals[name].values()), reverse=higher)
+    for name in order:
+        values = list(finals[name].values())
+        error = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+        difference = compare(finals[name], finals[base], higher_is_better=higher) if name != base else None
+        gain = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" if difference else ""
+        over = " | ".join(f"{mean(tuned[name][rate]):.3f}" if rate in tuned[name] else "" for rate in rates)
+        verdict = difference.verdict if difference else ""
+        cost = median(seconds[name]) / median(seconds[base])
+        chosen = f"{content['chosen'][name]:g}"
+        cells = [name, chosen, f"{mean(values):.4f}{error}", gain, verdict, f"{cost:.2f}", over]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])))
