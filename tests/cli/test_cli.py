@@ -150,3 +150,11 @@ def test_compare_without_its_extra_says_what_to_install(laid, monkeypatch):
     result = _invoke("compare", laid[1])
     assert result.exit_code == 2
     assert "scalora[arena]" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["reproduce"], ["compare", "recipes/digits.yaml"]])
+def test_a_missing_extra_is_named(monkeypatch, arguments):
+    monkeypatch.setattr("scalora.cli.guard.importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "pip install 'scalora[arena]'" in result.stderr

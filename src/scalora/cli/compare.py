@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from ..errors import ScaloraError
 from ..quiet import quiet
-from .guard import guarded, leave
+from .guard import guarded, leave, require
 
 
 def run(
@@ -25,9 +24,7 @@ def run(
 
         recipe = load_recipe(recipe_path, overrides)
         quiet()
-        for name in ("optuna", "scipy"):
-            if importlib.util.find_spec(name) is None:
-                raise ScaloraError(f"{name} is missing: compare needs pip install 'scalora[arena]'")
+        require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
         from ..arena.report import COLUMNS, in_words, table
         from ..arena.run import run_comparison

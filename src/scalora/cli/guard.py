@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,10 @@ def leave(message: str, code: int) -> NoReturn:
     """Print a message to standard error and exit."""
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def require(command: str, *modules: str) -> None:
+    """Raise ScaloraError for the first module of the arena extra that is not installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ScaloraError(f"{name} is missing: {command} needs pip install 'scalora[arena]'")

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from ..errors import ScaloraError
 from ..quiet import quiet
-from .guard import guarded, leave
+from .guard import guarded, leave, require
 
 if TYPE_CHECKING:
     from ..experiments import Outcome
@@ -25,6 +25,7 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
     console = Console()
     with guarded():
         quiet()
+        require("reproduce", "optuna", "scipy", "sklearn")
         from ..experiments import Setting, all_experiments, find_experiment
         from ..experiments.run import default_folder, run_experiment
 

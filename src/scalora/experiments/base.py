@@ -20,7 +20,7 @@ class Setting:
     """How an experiment was asked for.
 
     ``folder`` is its own: whatever it needs to continue an interrupted run it may keep there. ``data`` is the folder
-    with GLUE, commonsense and mathematics files (the layout that docs/results.md shows); None where none was named.
+    with GLUE, commonsense and mathematics files (laid out as :mod:`scalora.suites` says); None where none was named.
     """
 
     scale: Scale
