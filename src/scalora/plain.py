@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
+from .files import replace_folder
 from .stores.adapter import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
@@ -63,8 +63,7 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
     _plain(config, ranks).save_pretrained(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    replace_folder(temporary, folder)
     return folder
 
 
