@@ -18,6 +18,7 @@ from .recipes import Recipe
 
 RECIPE, METRICS, CHECKPOINTS, ADAPTER = "recipe.yaml", "metrics.json", "checkpoints", "adapter"
 _LOCK = ".lock"
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # what torch.save's errors name
 
 
 class RunFolder:
@@ -74,7 +75,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # how torch.save says it
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_CANNOT_WRITE):
             raise
         for checkpoint in _checkpoints(folder):
             if not is_sealed(checkpoint):  # the one that did not fit
