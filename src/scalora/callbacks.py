@@ -27,11 +27,13 @@ class StepTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.began = False  # the first step
         self._started = 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.began = True
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

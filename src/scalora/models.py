@@ -86,7 +86,7 @@ def load_model(
             )
     except ScaloraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
         raise _cannot_load(source, error) from error
     return model, tokenizer and _with_padding(source, model, tokenizer)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,11 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watch
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
         config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
+    if arguments.label_smoothing_factor and task.head == "causal-lm":
+        raise ScaloraError(
+            f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
+            "on the plain likelihood of their answers; leave it out"
+        )
     if task.tokens != (tokenizer is not None):
         reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
         raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
@@ -118,12 +125,11 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watch
     timer, ranks, stop = StepTimer(), RankTracker(adapted.spectra), StopOnSignal()
     sealed = Sealed(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
-    trainer = _trainer(
-        adapted, arguments, dataset, collator, [timer, ranks, stop, *watcher.callbacks, Health(), sealed]
-    )
+    watching = [timer, ranks, stop, *watcher.callbacks, Health(), sealed]
     started = time.perf_counter()
     try:
-        with writing(folder):
+        with writing(folder), _setting_up(timer):
+            trainer = _trainer(adapted, arguments, dataset, collator, watching)
             trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
     finally:
         stop.restore()
@@ -178,9 +184,18 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
     ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
     options = {**ours, **recipe.training}
-    try:
+    with _setting_up():
         return TrainingArguments(output_dir=str(output), **options)
-    except (TypeError, ValueError, ImportError) as error:
+
+
+@contextmanager
+def _setting_up(timer: StepTimer | None = None) -> Iterator[None]:
+    """Until the first step begins, whatever fails does so because of the training arguments."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
+        if timer is not None and timer.began:
+            raise
         raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 
