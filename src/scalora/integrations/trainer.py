@@ -9,11 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import find_layers
 from ..config import ScaLoraConfig
-from ..engine import ScaLora, attach
+from ..engine import ScaLora, attach, prepare
 from ..errors import ScaloraError
-from ..stores.adapter import ensure_adapter
 from .checkpoint import load_moved, load_state, save_moved, save_state
 
 
@@ -47,8 +45,8 @@ class ScaLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
-        if self.config.accumulate == "adapter" and model is not None:
-            ensure_adapter(model, find_layers(model), self.config.capacity)
+        if model is not None:
+            prepare(model, self.config)
 
     def on_train_begin(
         self,

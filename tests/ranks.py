@@ -1,0 +1,28 @@
+"""Two gloo processes on this machine, forked from a warm one that has imported everything once."""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["accelerate", "peft", "torch.distributed.fsdp", "transformers"]
+)
+
+
+def spawn(function, *args, processes=2):
+    """Call ``function(rank, *args)`` in every process of a fresh group; an error in any is raised here."""
+    with tempfile.NamedTemporaryFile() as file:
+        multiprocessing.start_processes(
+            _enter, (processes, file.name, function, args), nprocs=processes, start_method="forkserver"
+        )
+
+
+def _enter(rank, processes, file, function, args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
+    function(rank, *args)
+    dist.destroy_process_group()
