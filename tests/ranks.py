@@ -14,15 +14,17 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 
 def spawn(function, *args, processes=2):
     """Call ``function(rank, *args)`` in every process of a fresh group; an error in any is raised here."""
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
-            _enter, (processes, file.name, function, args), nprocs=processes, start_method="forkserver"
+            _enter, (processes, f"{folder}/store", function, args), nprocs=processes, start_method="forkserver"
         )
 
 
 def _enter(rank, processes, file, function, args):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0"
+    )
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
     function(rank, *args)
     dist.destroy_process_group()

@@ -103,8 +103,8 @@ class ScaLora:
             differ.add("factors")
         if differ:
             raise ScaloraError(
-                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same seed and adapters, "
-                "and let DDP or FSDP2 reduce every gradient before optimizer.step()"
+                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and let "
+                "DDP or FSDP2 reduce every gradient before optimizer.step()"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,8 +249,8 @@ def _check_optimized(optimizer: Optimizer, layers: list[AdapterLayer]) -> None:
     for layer in layers:
         if id(layer.A) not in known or id(layer.Bt) not in known:
             raise ScaloraError(
-                f"layer {layer.name} is trainable, but its adapter is not in the optimizer: create the optimizer with all "
-                "trainable parameters, after the adapters and after fully_shard, which replaces them; then attach"
+                f"layer {layer.name} is trainable, but its adapter is not in the optimizer: create the optimizer after "
+                "the adapters, and after fully_shard, which replaces them, with all trainable parameters; then attach"
             )
         if layer.A.ndim != 2 or layer.Bt.ndim != 2:
             raise ScaloraError(

@@ -117,8 +117,8 @@ def refuse_flattened(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise ScaloraError(
-                f"model {name or type(model).__name__} is wrapped by FSDP1 (FullyShardedDataParallel), which flattens the "
-                "adapters: use FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version: 2 with accelerate) or DDP"
+                f"model {name or type(model).__name__} is wrapped by FSDP1 (FullyShardedDataParallel), which flattens "
+                "the adapters: use FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version: 2 with accelerate) or DDP"
             )
         if type(module).__module__.split(".")[0] == "deepspeed" or any(
             hasattr(p, "ds_id") for p in module.parameters(recurse=False)
@@ -161,8 +161,8 @@ def _layout(tensor: DTensor) -> tuple[int, int] | None:
     axis, placement = split[0]
     if len(split) > 1 or type(placement) is not Shard:
         raise ScaloraError(
-            f"a tensor of shape {tuple(tensor.shape)} is laid out as {tensor.placements}: only what is sharded along one "
-            "dimension (FSDP2, with or without replicas) can be rescaled; leave tensor parallelism out"
+            f"a tensor of shape {tuple(tensor.shape)} is laid out as {tensor.placements}: only what is sharded along "
+            "one dimension (FSDP2, with or without replicas) can be rescaled; leave tensor parallelism out"
         )
     return axis, placement.dim % tensor.ndim
 

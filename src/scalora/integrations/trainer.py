@@ -73,9 +73,10 @@ class ScaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.handle is not None and state.is_world_process_zero:
-            save_state(self.handle, _checkpoint(args, state))
-            save_moved(self.handle, _checkpoint(args, state))
+        if self.handle is not None:  # every process helps to gather what is sharded
+            assert model is not None
+            save_state(self.handle, _checkpoint(args, state), args.should_save)
+            save_moved(self.handle, model, _checkpoint(args, state), args.should_save)
 
     def on_log(
         self,
