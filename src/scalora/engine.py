@@ -103,8 +103,8 @@ class ScaLora:
             differ.add("factors")
         if differ:
             raise ScaloraError(
-                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and let "
-                "DDP or FSDP2 reduce every gradient before optimizer.step()"
+                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and "
+                "let DDP or FSDP2 reduce every gradient before optimizer.step()"
             )
 
     def state_dict(self) -> dict[str, Any]:

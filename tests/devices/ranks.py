@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["accelerate", "peft", "torch.distributed.fsdp", "transformers"]
-)
+_WARM = ["accelerate", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(_WARM)
 
 
 def spawn(function, *args, processes=2):
@@ -20,11 +19,11 @@ def spawn(function, *args, processes=2):
         )
 
 
-def _enter(rank, processes, file, function, args):
+def _enter(rank, processes, store, function, args):
     torch.set_num_threads(1)
-    os.environ.update(
+    os.environ.update(  # what torchrun sets; accelerate reads it
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0"
     )
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     function(rank, *args)
     dist.destroy_process_group()
