@@ -8,7 +8,7 @@ from peft import PeftModel
 from ranks import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import scalora
@@ -155,9 +155,16 @@ def _refused(rank):
     with pytest.raises(ScaloraError, match=r"FSDP1.*use FSDP2"):
         scalora.attach(flat, halves.optimizer(flat))
 
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    with pytest.raises(ScaloraError, match="leave tensor parallelism out"):
+        whole([DTensor.from_local(torch.zeros(2, 2), mesh, [Shard(0), Shard(1)])])
+
 
 def test_deepspeed_is_refused_by_name():
+    from accelerate import Accelerator
     from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+
+    Accelerator(cpu=True)  # its wrappers want one to exist
 
     model = zoo.lora("llama")
     optimizer = torch.optim.AdamW(zoo.trainable(model))
