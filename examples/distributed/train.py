@@ -31,5 +31,6 @@ for ids in loader:
 
 handle.check_ranks()  # not needed: shows that the processes agree
 scalora.save_plain_lora(model, "runs/distributed/adapter")  # every process calls it, the first one writes
-accelerator.print(accelerator.num_processes, "processes:", handle.stats[-1])
+if accelerator.is_main_process:
+    print(accelerator.num_processes, "processes:", handle.stats[-1])
 accelerator.end_training()
