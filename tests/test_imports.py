@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "scalora"
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    ["errors", "_shapes", "quiet", "files"],
+    ["errors", "_shapes", "quiet", "files", "sharded"],
     ["nnls", "scaling", "lowrank", "reference"],
     ["config", "fingerprint", "moments", "adapters", "stats", "stores", "engine", "plain"],
     ["integrations"],

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from .sharded import is_sharded
 
 SAMPLE = 64  # values of each weight that count
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "base_layer.")  # compile's, DDP's and PEFT's
@@ -21,7 +22,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], kind: str = "") -> str:
     """
     hasher = hashlib.sha256(kind.encode())
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        if not weight.is_floating_point() or isinstance(weight, DTensor):
+        if not weight.is_floating_point() or is_sharded(weight):
             hasher.update(name.encode())  # their shapes and values depend on the packing
             continue
         flat = weight.detach().flatten()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
 from .files import replace_folder
+from .sharded import is_writer, whole
 from .stores.adapter import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
@@ -22,17 +23,20 @@ Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a lay
 
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
-    P, Q = [layer.A.detach() * layer.scale], [layer.Bt.detach().mT]
+    A, Bt = whole([layer.A.detach(), layer.Bt.detach()])
+    P, Q = [A * layer.scale], [Bt.mT]
     if ACCUMULATED in layer.module.lora_A:
-        frozen = layer.frozen()
-        used = frozen.A.any(0) & frozen.Bt.any(1)
-        P.append(frozen.A.detach()[:, used].to(P[0]))
-        Q.append(frozen.Bt.detach()[used].mT.to(Q[0]))
+        A, Bt = whole([layer.frozen().A.detach(), layer.frozen().Bt.detach()])
+        used = A.any(0) & Bt.any(1)
+        P.append(A[:, used].to(P[0]))
+        Q.append(Bt[used].mT.to(Q[0]))
     return torch.cat(P, 1), torch.cat(Q, 1)
 
 
 def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joined_factors) -> Path:
     """Save trained and accumulated adapter as one plain PEFT LoRA adapter with the same function.
+
+    Of several processes the first one writes. With a model sharded by FSDP2 every process must call it.
 
     Args:
         model: a model trained with accumulate="adapter" (or plain LoRA, which is saved as it is).
@@ -55,8 +59,11 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         name = "base_model.model." + layer.name.split("base_model.model.", 1)[-1]
         state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"] = P, Q.mT
         ranks[name.removeprefix("base_model.model.")] = P.shape[1]
+    state = dict(zip(state, whole(list(state.values())), strict=True))
 
     folder, temporary = Path(path), Path(f"{path}.tmp")
+    if not is_writer():
+        return folder
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / "adapter_model.safetensors")
