@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "src" / "scalora"
 LAYERS = [
     ["errors", "_shapes", "quiet"],
     ["nnls", "scaling", "lowrank", "reference"],
-    ["config", "moments", "adapters", "stats", "stores", "engine", "plain"],
+    ["config", "moments", "adapters", "stats", "stores", "watch", "engine", "plain"],
     ["integrations"],
     ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
     ["methods"],

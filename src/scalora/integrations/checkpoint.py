@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters import ACCUMULATED
 from ..engine import ScaLora
 from ..errors import ScaloraError
-from ..stores.adapter import activate, find_peft_model
+from ..stores.tuner import activate, find_peft_model
 
 STATE_FILE = "scalora.safetensors"
 BASE_FILE = "scalora_base.safetensors"

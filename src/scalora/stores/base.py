@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import AdapterLayer, is_dense, tied_weights
 from ..errors import ScaloraError
 from .store import Store
+from .tuner import take_over
 
 
 class BaseStore(Store):
@@ -36,17 +38,27 @@ class BaseStore(Store):
             raise ScaloraError(
                 f"accumulate='base' would change what shares the weight of layer {tied[0].name}: {way_out}"
             )
-        self.lost = {
-            layer.name: torch.zeros_like(layer.base_weight)
-            for layer in layers
-            if layer.base_weight.dtype in (torch.bfloat16, torch.float16)
-        }
+        self.lost: dict[str, Tensor] = {}
+        for layer in layers:
+            self._compensates(layer)
+        self.tuner = next((take_over(m) for m in model.modules() if isinstance(m, PeftModel)), None)
+
+    def end_event(self) -> None:
+        if self.tuner is not None:
+            self.tuner.base_written = True
+
+    def _compensates(self, layer: AdapterLayer) -> bool:
+        """Whether rounding is kept for this layer; asked anew each time, since a model may be cast in mid-run."""
+        half = layer.base_weight.dtype in (torch.bfloat16, torch.float16)
+        if half and layer.name not in self.lost:
+            self.lost[layer.name] = torch.zeros_like(layer.base_weight)
+        return half
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         working = torch.promote_types(A.dtype, torch.float32)
         for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
             weight = layer.base_weight.data
-            if layer.name in self.lost:
+            if self._compensates(layer):
                 lost = self.lost[layer.name]
                 exact = torch.addmm(lost.float(), P.float(), Q.float().T).add_(weight)
                 weight.copy_(exact)

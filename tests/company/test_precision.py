@@ -1,0 +1,123 @@
+"""Numbers and speed: grad scalers, half precision, checkpointing, compiled models."""
+
+import contextlib
+
+import pytest
+import torch
+
+import scalora
+import zoo
+from company import run
+from events import attached
+from scalora import ScaLoraConfig
+
+SCALERS = {
+    "grad-scaler": {},
+    "grad-scaler-foreach": {"foreach": True},
+    "grad-scaler-fused": {"fused": True},
+    "grad-scaler-fused-fp16-weights": {"fused": True, "eps": 1e-4},
+}
+CASES = [
+    *SCALERS, "grad-scaler-clipping", "bf16-weights", "autocast", "checkpointing-reentrant", "checkpointing",
+    "compile-eager", "compile-aot_eager", "compile-after-attach",
+]  # fmt: skip
+
+
+def _scaled_run(opt, dtype=torch.float32, overflow=(), scale=2.0**12, clip=None, steps=6):
+    """Training through a scaler; loss × ∞ at the steps in ``overflow``. Logits after each step, and the handle."""
+    model, optimizer, handle = attached(dtype=dtype, opt=opt, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    outputs = []
+    for step in range(steps):
+        loss = model(**zoo.batch("llama", step)).loss
+        scaler.scale(loss * float("inf") if step in overflow else loss).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(zoo.trainable(model), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        outputs.append(zoo.logits(model, "llama"))
+    return outputs, handle
+
+
+@pytest.mark.parametrize("case", SCALERS)
+def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_move_nothing(case):
+    dtype = torch.float16 if "fp16" in case else torch.float32
+    outputs, handle = _scaled_run(SCALERS[case], dtype, overflow=(3,))
+    assert torch.equal(outputs[3], outputs[2])
+    assert not torch.equal(outputs[4], outputs[3])
+    # A fused optimizer skips inside its own step, which the hook sees; others are not called at all.
+    assert [event.step for event in handle.stats] == list(range(6 if "fused" in case else 5))
+    if "fused" in case:
+        assert handle.stats[3].shares == {"none": 1.0}
+    plain, _ = _scaled_run(SCALERS[case], dtype, scale=1.0)
+    torch.testing.assert_close(outputs[2], plain[2], rtol=1e-3, atol=1e-2 if dtype is torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_with_unscale_and_clipping_changes_nothing(fused):
+    scaled, handle = _scaled_run({"fused": fused}, clip=0.5, overflow=(4,))
+    plain, _ = _scaled_run({"fused": fused}, clip=0.5, scale=1.0)
+    torch.testing.assert_close(scaled[3], plain[3], rtol=1e-4, atol=1e-5)
+    assert torch.equal(scaled[4], scaled[3])
+
+
+@pytest.mark.parametrize("accumulate", ["adapter", "base"])
+def test_bf16_weights(accumulate):
+    """The logits round at 2⁻⁸ of their size, whatever happens."""
+    run(zoo.lora("llama", torch.bfloat16), accumulate=accumulate, tolerance=2.0**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = zoo.lora("llama")
+    with torch.autocast("cpu", dtype=dtype):
+        run(model, tolerance=2.0**-6)  # autocast rounds the moved columns and the trained ones apart
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reference", [False, True])
+def test_checkpointing(reentrant, reference):
+    """With a pass through the disabled adapters between forward and backward, as in DPO: recomputation sees the same."""
+    model, twin = zoo.lora("llama"), zoo.lora("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    results = []
+    for each in (model, twin):
+        optimizer = torch.optim.AdamW(zoo.trainable(each), lr=3e-3)
+        scalora.attach(each, optimizer, ScaLoraConfig(interval=1))
+        for step in range(4):
+            loss = each(**zoo.batch("llama", step)).loss
+            with each.disable_adapter() if reference else contextlib.nullcontext(), torch.no_grad():
+                each(**zoo.batch("llama", step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(zoo.logits(each, "llama"))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["compile-eager", "compile-aot_eager", "compile-after-attach"])
+def test_events_between_compiled_steps_do_not_recompile(case):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    backend = "eager" if case == "compile-eager" else "aot_eager"
+    model, twin = zoo.lora("llama"), zoo.lora("llama")
+    optimizer, plain = (torch.optim.AdamW(zoo.trainable(m), lr=3e-3) for m in (model, twin))
+    if case == "compile-after-attach":
+        scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
+        compiled = torch.compile(model, backend=backend)
+    else:
+        compiled = torch.compile(model, backend=backend)
+        scalora.attach(compiled, optimizer, ScaLoraConfig(interval=1))
+    scalora.attach(twin, plain, ScaLoraConfig(interval=1))
+    graphs = []
+    for step in range(10):  # two recompressions of the store among them
+        zoo.train(compiled, optimizer, "llama", 1, start=step)
+        zoo.train(twin, plain, "llama", 1, start=step)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[0] > 0
+    torch.testing.assert_close(zoo.logits(model, "llama"), zoo.logits(twin, "llama"), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
