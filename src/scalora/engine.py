@@ -20,7 +20,7 @@ from .adapters import AdapterLayer, find_layers
 from .config import ScaLoraConfig
 from .errors import ScaloraError
 from .moments import carry_state, state_powers
-from .scaling import Gram, calibrate, gram_products, product_norm, solve_scaling
+from .scaling import Gram, calibrate, exact_matmul, gram_products, product_norm, solve_scaling
 from .stats import Collector, Event, History
 from .stores import AdapterStore, BaseStore, Store
 from .watch import Watch
@@ -117,7 +117,8 @@ class ScaLora:
             )
         self.watch.check()
         if self.step % self.config.interval == 0:
-            self._event()
+            with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+                self._event()
         self.step += 1
 
     @torch.no_grad()

@@ -53,9 +53,9 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
     assert isinstance(config, LoraConfig)
     if _changes_base(config.init_lora_weights):
         raise ScaloraError(
-            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA adapter "
-            "would not fit the original base: save the whole model (model.merge_and_unload().save_pretrained), or train "
-            "from another initialisation"
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA "
+            "adapter would not fit the original base: save the whole model (model.merge_and_unload() and "
+            "save_pretrained), or train from another initialisation"
         )
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     ranks: dict[str, int] = {}

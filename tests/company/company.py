@@ -22,7 +22,7 @@ def frozen(model):
 def run(model, optimizer=None, kind="llama", steps=8, between=None, tolerance=1e-5, untouched=True, **config):
     """Train on one batch with an event before every step; ``between(step, handle)`` is called after each.
 
-    Holds: no event changes the logits by more than ``tolerance``; what is frozen stays bitwise as it was; the loss falls.
+    Holds: no event changes the logits by more than ``tolerance``; what is frozen stays as it was; the loss falls.
     """
     optimizer = optimizer or torch.optim.AdamW(zoo.trainable(model), lr=3e-3)
     before = frozen(model)

@@ -198,7 +198,7 @@ def test_learning_rates_differ():
     model = zoo.lora("llama")
     a, b = ([p for n, p in model.named_parameters() if key in n] for key in ("lora_A", "lora_B"))
     optimizer = torch.optim.AdamW([{"params": a, "lr": 1e-3}, {"params": b, "lr": 8e-3}])
-    with pytest.raises(ScaloraError, match="lipschitz=10.0 needs one positive learning rate"):
+    with pytest.raises(ScaloraError, match=r"lipschitz=10\.0 needs one positive learning rate"):
         scalora.attach(model, optimizer, ScaLoraConfig(lipschitz=10.0))
 
 

@@ -1,14 +1,12 @@
 """Numbers and speed: grad scalers, half precision, checkpointing, compiled models."""
 
-import contextlib
-
 import pytest
 import torch
 
 import scalora
 import zoo
 from company import run
-from events import attached
+from events import accumulated, attached
 from scalora import ScaLoraConfig
 
 SCALERS = {
@@ -18,8 +16,8 @@ SCALERS = {
     "grad-scaler-fused-fp16-weights": {"fused": True, "eps": 1e-4},
 }
 CASES = [
-    *SCALERS, "grad-scaler-clipping", "bf16-weights", "autocast", "checkpointing-reentrant", "checkpointing",
-    "compile-eager", "compile-aot_eager", "compile-after-attach",
+    *SCALERS, "grad-scaler-clipping", "bf16-weights", "autocast", "lowered-matmul-precision",
+    "checkpointing", "compile",
 ]  # fmt: skip
 
 
@@ -57,7 +55,7 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_move_nothing(case):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler_with_unscale_and_clipping_changes_nothing(fused):
-    scaled, handle = _scaled_run({"fused": fused}, clip=0.5, overflow=(4,))
+    scaled, _ = _scaled_run({"fused": fused}, clip=0.5, overflow=(4,))
     plain, _ = _scaled_run({"fused": fused}, clip=0.5, scale=1.0)
     torch.testing.assert_close(scaled[3], plain[3], rtol=1e-4, atol=1e-5)
     assert torch.equal(scaled[4], scaled[3])
@@ -70,16 +68,66 @@ def test_bf16_weights(accumulate):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    model = zoo.lora("llama")
-    with torch.autocast("cpu", dtype=dtype):
-        run(model, tolerance=2.0**-6)  # autocast rounds the moved columns and the trained ones apart
+@pytest.mark.parametrize("accumulate", ["adapter", "base"])
+def test_an_optimizer_step_inside_autocast_is_as_exact_as_one_outside(dtype, accumulate):
+    results = []
+    for inside in (False, True):
+        model, optimizer, handle = attached(accumulate=accumulate, capacity=8 if accumulate == "adapter" else None)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for _step in range(8):  # a recompression among them
+            with torch.autocast("cpu", dtype=dtype):
+                loss = model(**zoo.batch("llama")).loss
+                scaler.scale(loss).backward()
+                with torch.autocast("cpu", dtype=dtype, enabled=inside):
+                    scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append(zoo.logits(model, "llama"))
+    assert torch.equal(*results)
+    assert max(event.moved for event in handle.stats) > 1e-3
+
+
+@pytest.fixture(params=["legacy-medium", "tf32"])
+def lowered(request):
+    """What a user, or TrainingArguments(tf32=True), allows the model's products to be."""
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision, *(backend.fp32_precision for backend in matmul)
+    if request.param == "tf32":
+        torch.backends.fp32_precision = "tf32"  # torch.get_float32_matmul_precision() fails from here on
+    else:
+        torch.set_float32_matmul_precision("medium")
+    yield
+    torch.backends.fp32_precision = before[0]
+    for backend, precision in zip(matmul, before[1:], strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
+@pytest.mark.parametrize("accumulate", ["adapter", "base"])
+def test_lowered_matmul_precision(lowered, accumulate):
+    model, optimizer, handle = attached(accumulate=accumulate, lr=1e-2)
+    inner, errors = handle._event, []
+
+    def whole(layer):
+        own = layer.A.double() @ layer.Bt.double() * layer.scale
+        return own + (accumulated(layer) if accumulate == "adapter" else layer.base_weight.double())
+
+    def event():
+        before = [whole(layer) for layer in handle.layers]
+        inner()
+        pairs = zip(handle.layers, before, strict=True)
+        errors.append(max((whole(layer) - W).abs().max().item() for layer, W in pairs))
+
+    handle._event = event
+    zoo.train(model, optimizer, "llama", 8)  # a recompression, which keeps everything here, among them
+    assert max(errors) < 1e-7
+    assert max(event.moved for event in handle.stats) > 1e-3
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("reference", [False, True])
 def test_checkpointing(reentrant, reference):
-    """With a pass through the disabled adapters between forward and backward, as in DPO: recomputation sees the same."""
+    """Also with a pass through disabled adapters between forward and backward, as in DPO."""
     model, twin = zoo.lora("llama"), zoo.lora("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -89,8 +137,9 @@ def test_checkpointing(reentrant, reference):
         scalora.attach(each, optimizer, ScaLoraConfig(interval=1))
         for step in range(4):
             loss = each(**zoo.batch("llama", step)).loss
-            with each.disable_adapter() if reference else contextlib.nullcontext(), torch.no_grad():
-                each(**zoo.batch("llama", step))
+            if reference:
+                with each.disable_adapter():
+                    zoo.logits(each, "llama")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -114,10 +163,10 @@ def test_events_between_compiled_steps_do_not_recompile(case):
         scalora.attach(compiled, optimizer, ScaLoraConfig(interval=1))
     scalora.attach(twin, plain, ScaLoraConfig(interval=1))
     graphs = []
-    for step in range(10):  # two recompressions of the store among them
+    for step in range(8):  # a recompression of the store among them
         zoo.train(compiled, optimizer, "llama", 1, start=step)
         zoo.train(twin, plain, "llama", 1, start=step)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[-1] == graphs[0] > 0
+    assert all(graphs) and len(set(graphs)) == 1  # noqa: PT018
     torch.testing.assert_close(zoo.logits(model, "llama"), zoo.logits(twin, "llama"), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..adapters import ACCUMULATED, AdapterLayer
 from ..errors import ScaloraError
 from ..lowrank import truncate
-from .tuner import activate, find_peft_model, pair
 from .store import Store
+from .tuner import activate, find_peft_model, pair
 
 SLOTS = 4  # events from one recompression to the next
 

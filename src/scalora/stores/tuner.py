@@ -1,8 +1,8 @@
 """What PEFT's LoraModel must know of ScaLoRA when adapters are switched: both stores rely on it.
 
 PEFT switches adapters by name and makes what it switches on trainable. TRL's reference pass, Trainer's resume,
-add_adapter() and the end of disable_adapter() all do so with the trained adapter's name alone: the accumulated one would
-be left behind, or begin to gather gradients. And a base that was written to is no reference any more.
+add_adapter() and the end of disable_adapter() all do so with the trained adapter's name alone: the accumulated one
+would be left behind, or begin to gather gradients. And a base that was written to is no reference any more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 
 
 def take_over(peft_model: PeftModel) -> Tuner:
-    """Exchange the class of the model's LoraModel, as FSDP2 does with the classes of modules, so that copies keep it."""
+    """Exchange the class of the model's LoraModel, as FSDP2 does with those of its modules, so that copies keep it."""
     tuner = peft_model.base_model
     if not isinstance(tuner, Tuner):
         cls = type(tuner)
@@ -76,7 +76,8 @@ def pair(peft_model: PeftModel, trained: str) -> None:
     if tuner.trained not in ("", trained) and ACCUMULATED in peft_model.peft_config:
         raise ScaloraError(
             f"the accumulated adapter of this model belongs to adapter {tuner.trained!r}, and {trained!r} is to be "
-            f"trained now: save {tuner.trained!r} with scalora.save_plain_lora, then model.delete_adapter({ACCUMULATED!r})"
+            f"trained now: save {tuner.trained!r} with scalora.save_plain_lora, then call "
+            f"model.delete_adapter({ACCUMULATED!r})"
         )
     tuner.trained = trained
 
