@@ -99,7 +99,9 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
     weight = getattr(layer.base, "weight", None)
-    return type(layer.base) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.is_floating_point()
+    ordinary = type(layer.base) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.is_floating_point()
+    # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
+    return ordinary and type(weight).__module__.partition(".")[0] == "torch"
 
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:

@@ -9,11 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import find_layers
+from ..adapters import ACCUMULATED, find_layers
 from ..config import ScaLoraConfig
 from ..engine import ScaLora, attach
 from ..errors import ScaloraError
 from ..stores.adapter import ensure_adapter
+from ..stores.tuner import find_peft_model
 from .checkpoint import load_moved, load_state, save_moved, save_state
 
 
@@ -48,6 +49,12 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
         if self.config.accumulate == "adapter" and model is not None:
+            peft_model = find_peft_model(model)
+            if {"ref", ACCUMULATED} <= set(peft_model.peft_config):
+                raise ScaloraError(
+                    "TRL has made adapter 'ref', the reference, of the trained adapter without what the accumulated "
+                    "adapter holds: join the two with scalora.save_plain_lora and train the result, loaded anew"
+                )
             ensure_adapter(model, find_layers(model), self.config.capacity)
 
     def on_train_begin(
