@@ -110,10 +110,6 @@ BASE_REFUSED = {
     "base-store-disable": (_disable, "disable_adapter.. would not give the untouched base"),
     "base-store-other-adapter": (_add, "accumulate='base' would change adapter 'other'"),
 }
-CASES = [
-    *WORKS, *REFUSED, *BASE_REFUSED, "cast-before-the-first-step", "merged-and-unmerged", "learning-rates-differ",
-    "zero-grad-in-place", "layer-without-gradient", "weight-decay-comes", "second-adapter-trained",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WORKS)

@@ -36,7 +36,6 @@ REFUSED = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, "embedding"),
 }
 EXPORT_REFUSED = ["pissa", "olora"]
-CASES = [*WORKS, *REFUSED, *(f"init-{name}" for name in EXPORT_REFUSED), "tied-adapters"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
