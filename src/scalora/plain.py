@@ -51,7 +51,7 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
     adapter = layers[0].adapter
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    if _changes_base(config.init_lora_weights):
+    if factors is joined_factors and _changes_base(config.init_lora_weights):
         raise ScaloraError(
             f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA "
             "adapter would not fit the original base: save the whole model (model.merge_and_unload() and "

@@ -49,13 +49,13 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
         if self.config.accumulate == "adapter" and model is not None:
-            peft_model = find_peft_model(model)
-            if {"ref", ACCUMULATED} <= set(peft_model.peft_config):
+            layers = find_layers(model)
+            if {"ref", ACCUMULATED} <= set(find_peft_model(model).peft_config):
                 raise ScaloraError(
                     "TRL has made adapter 'ref', the reference, of the trained adapter without what the accumulated "
                     "adapter holds: join the two with scalora.save_plain_lora and train the result, loaded anew"
                 )
-            ensure_adapter(model, find_layers(model), self.config.capacity)
+            ensure_adapter(model, layers, self.config.capacity)
 
     def on_train_begin(
         self,

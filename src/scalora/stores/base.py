@@ -72,3 +72,4 @@ class BaseStore(Store):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, lost in self.lost.items():
             lost.copy_(state["lost"][name])
+        self.end_event()  # the base that comes with it was written to
