@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from .adapters import AdapterLayer, find_layers
 from .config import ScaLoraConfig
 from .errors import ScaloraError
+from .fingerprint import base_fingerprint
 from .moments import carry_state, state_powers
 from .scaling import Gram, calibrate, exact_matmul, gram_products, product_norm, solve_scaling
 from .stats import Collector, Event, History
@@ -53,6 +54,7 @@ class ScaLora:
             for hook in self.optimizer._optimizer_step_pre_hooks.values()
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
+        self.model = model
         self.layers = find_layers(model)
         self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
         self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
@@ -85,7 +87,8 @@ class ScaLora:
         return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "layers": [layer.name for layer in self.layers],
+            "layers": {layer.name: layer.rank for layer in self.layers},
+            "base": self._base(),
             "constants": self.constants.clone(),
             "history": self.history.state(),
             "store": self.store.state_dict(),
@@ -95,7 +98,7 @@ class ScaLora:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ScaloraError: it belongs to another configuration or to other layers.
+            ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
         for name, value in dataclasses.asdict(self.config).items():
             if state["config"].get(name) != value:
@@ -103,12 +106,26 @@ class ScaLora:
                 raise ScaloraError(
                     f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
                 )
-        if state["layers"] != [layer.name for layer in self.layers]:
+        ranks = {layer.name: layer.rank for layer in self.layers}
+        if state["layers"].keys() != ranks.keys():
             raise ScaloraError("the saved run adapted other layers: resume with the same model and target_modules")
+        for name, rank in state["layers"].items():
+            if rank != ranks[name]:
+                raise ScaloraError(f"layer {name} has rank {ranks[name]}, but had {rank}: resume with the same rank")
+        if state["base"] != (base := self._base()):
+            raise ScaloraError(
+                f"the base model is another than the saved run's (fingerprint {base}, there {state['base']}): resume "
+                "with the model that it was trained on"
+            )
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
         self.history.load(state["history"])
         self.store.load_state_dict(state["store"])
+
+    def _base(self) -> str:
+        """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
+        written = [layer.base.weight for layer in self.layers] if self.config.accumulate == "base" else []
+        return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):

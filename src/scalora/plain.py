@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
 from .errors import ScaloraError
+from .files import replace_folder
 from .stores.tuner import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
@@ -72,8 +72,7 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, temporary / "adapter_model.safetensors")
     _plain(config, ranks).save_pretrained(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    replace_folder(temporary, folder)
     return folder
 
 

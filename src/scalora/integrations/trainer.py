@@ -38,6 +38,7 @@ class ScaLoraCallback(TrainerCallback):
         self.config = config or ScaLoraConfig()
         self.resume_from = resume_from
         self.handle: ScaLora | None = None  # of the present or last training
+        self.saved: int | None = None  # the step of its latest checkpoint
 
     def on_init_end(
         self,
@@ -68,23 +69,26 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         assert optimizer is not None
-        self.handle = attach(model, optimizer, self.config)
+        self.handle, self.saved = attach(model, optimizer, self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.handle is not None and state.is_world_process_zero:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:  # our part first: once Trainer's is there it deletes older checkpoints
+            self._save(args, state)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save(args, state)
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.handle is not None and state.is_world_process_zero and self.saved != state.global_step:
             save_state(self.handle, _checkpoint(args, state))
             save_moved(self.handle, _checkpoint(args, state))
+            self.saved = state.global_step
 
     def on_log(
         self,
