@@ -19,7 +19,7 @@ class Watch:
         self.accumulate = accumulate
         places = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
         self.dtypes: dict[int, torch.dtype] = {}  # of each parameter, by its id
-        self.layers = [(layer, *places.get(id(layer.module), (None, ""))) for layer in layers]
+        self.layers = [(layer, places.get(id(layer.module))) for layer in layers]
 
     def check(self, *, starting: bool = False) -> None:
         """Look once; ``starting``: before the accumulated adapter is made.
@@ -30,8 +30,8 @@ class Watch:
         state_powers(self.optimizer)  # a weight decay may have come since
         accumulates = self.accumulate == "adapter" and not starting
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for layer, parent, child in self.layers:
-            if parent is not None and parent._modules.get(child) is not layer.module:
+        for layer, place in self.layers:
+            if place is not None and place[0]._modules.get(place[1]) is not layer.module:
                 raise ScaloraError(
                     f"layer {layer.name} is no longer part of the model (unload or merge_and_unload in mid-run?): "
                     "detach() ScaLoRA first, and attach it anew to a new PEFT model"
