@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
+from .errors import ScaloraError
 from .files import replace_folder
 from .sharded import is_writer, whole
-from .stores.adapter import find_peft_model
+from .stores.tuner import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
@@ -47,11 +48,19 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         The folder. ``PeftModel.from_pretrained(base, path)`` loads it without scalora.
 
     Raises:
-        ScaloraError: the model holds no trained LoRA adapter.
+        ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation changed the base weights.
     """
     layers = find_layers(model)
     peft_model = find_peft_model(model)
     adapter = layers[0].adapter
+    config = peft_model.peft_config[adapter]
+    assert isinstance(config, LoraConfig)
+    if factors is joined_factors and _changes_base(config.init_lora_weights):
+        raise ScaloraError(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA "
+            "adapter would not fit the original base: save the whole model (model.merge_and_unload() and "
+            "save_pretrained), or train from another initialisation"
+        )
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     ranks: dict[str, int] = {}
     for layer in layers:
@@ -66,12 +75,17 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         return folder
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / "adapter_model.safetensors")
-    config = peft_model.peft_config[adapter]
-    assert isinstance(config, LoraConfig)
+    # clone: with bias="all" PEFT lists the bias of a module that is saved as a whole under two names.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(tensors, temporary / "adapter_model.safetensors")
     _plain(config, ranks).save_pretrained(str(temporary))
     replace_folder(temporary, folder)
     return folder
+
+
+def _changes_base(init: bool | str) -> bool:
+    """Whether PEFT has taken the initial adapter out of the base weights."""
+    return isinstance(init, str) and init.lower().split("_niter_")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _plain(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
