@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: .venv/.cli
 	$(BIN)/scalora train recipes/demo.yaml --overwrite
 
-test: .venv/.dev  ## everything, the packaged real models too
+test: .venv/.dev .venv/.quantised  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/company/test_quantised.py
 
 quick: .venv/.dev  ## without the packaged real models: needs no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not real"
@@ -34,6 +35,11 @@ lint: .venv/.dev
 .venv/.dev: .venv/.torch pyproject.toml
 	$(PIP) --editable '.[dev]'
 	@touch $@ .venv/.cli
+
+# Apart from the rest: where these are installed, every import of transformers loads them.
+.venv/.quantised: .venv/.torch constraints.txt
+	$(PIP) --upgrade --no-deps --target .venv/quantised bitsandbytes torchao
+	@touch $@
 
 clean:
 	rm -rf .venv

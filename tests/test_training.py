@@ -96,3 +96,9 @@ def test_output_folders_are_not_trampled_on(tmp_path):
     with pytest.raises(ScaloraError, match="no checkpoint"):
         train(load_recipe(path, [f"output={tmp_path / 'new'}"]), resume=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ScaloraError, match="WORLD_SIZE is 2"):
+        train(load_recipe(ground.lay(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,11 @@ def train(
         ScaloraError: bad input, with one clear message.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint to resume from is named.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ScaloraError(
+            f"WORLD_SIZE is {processes}: recipes run in one process; for many devices use Trainer or accelerate with "
+            "scalora's callback (examples/distributed)"
+        )
     place = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
         return _train(recipe, place, split, baseline, watcher or Watcher())
