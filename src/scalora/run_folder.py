@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .errors import ScaloraError
-from .recipes import Recipe
+
+if TYPE_CHECKING:
+    from .recipes import Recipe  # itself slow to import
 
 RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.json", "checkpoints"
 
