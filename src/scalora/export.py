@@ -26,9 +26,10 @@ from .restored import Restored, restore
 from .run_folder import write_json
 
 Form = Literal["lora", "merged", "delta"]
-# Largest difference of logits, relative to the largest logit, at which an exact export counts as the same function:
-# float32 sums in another order; in bf16 and fp16 every merged weight is rounded once.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Largest difference of logits, computed in float32 and relative to the largest, at which an exact export counts as the
+# same function: sums in another order. Where weights are bf16 or fp16 each is rounded once, whose effect depends on the
+# model: there only what rounding cannot explain is refused.
+EXACT, ROUNDED = 1e-4, 0.25
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def export(
         to: "lora" (one plain PEFT LoRA), "merged" (the whole model) or "delta" (the dense difference).
         rank: of the plain LoRA, by truncated SVD of its factors; None is exact.
         energy: share of each layer's squared norm that a truncation keeps, in place of ``rank``.
-        output: the folder to write, ``<path>-<to>`` by default; it appears complete or not at all.
+        output: the folder to write, ``<run>-<to>`` by default; it appears complete or not at all.
         base: where the base model lies, if not where the run found it.
         overwrite: replace an earlier export.
         examples: held-out examples to measure the loss on, where there is a recipe; 0 for none.
@@ -83,9 +84,8 @@ def export(
     _check_form(artefact, to)
     if rank is not None:
         _check_rank(artefact, rank)
-    ending = f"-rank{rank}" if rank else f"-energy{energy:g}" if energy else ""
-    given = artefact.path.resolve()
-    folder = Path(output).expanduser().absolute() if output else given.with_name(f"{given.name}-{to}{ending}")
+    ending = f"{to}-rank{rank}" if rank else f"{to}-energy{energy:g}" if energy else to
+    folder = Path(output).expanduser().absolute() if output else _beside(artefact, ending)
     with fresh_folder(folder, artefact, overwrite) as temporary:
         source = Base(artefact, base)
         tell(f"loading {artefact.folder}")
@@ -102,7 +102,7 @@ def export(
         model = load(temporary, source)
         after = probe(model)
         difference, largest = float((after - before).abs().max()), float(before.abs().max())
-        limit = TOLERANCE.get(dtype, 5e-2) * max(1.0, largest)
+        limit = largest * (EXACT if to == "lora" or dtype == torch.float32 else ROUNDED)
         if truncation is None and not difference <= limit:
             raise ScaloraError(
                 f"the {to} export computes something else than {artefact.folder}: its logits differ by "
@@ -143,6 +143,13 @@ def fresh_folder(folder: Path, artefact: Artefact, overwrite: bool) -> Iterator[
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+def _beside(artefact: Artefact, ending: str) -> Path:
+    """A name beside the run, with the checkpoint's name where it is one; beside the folder where there is no run."""
+    place = (artefact.run or artefact.path).resolve()
+    checkpoint = f"-{artefact.folder.name}" if artefact.run and artefact.trainer else ""
+    return place.with_name(f"{place.name}{checkpoint}-{ending}")
 
 
 def _check_form(artefact: Artefact, to: str) -> None:

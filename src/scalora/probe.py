@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ _BATCH = 8
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """Logits, float32, on a few inputs that are the same every time: random tokens, or vectors for a dense network."""
+    """Logits on a few inputs that are the same every time: random tokens, or vectors for a dense network.
+
+    Computed in float32 whatever the weights are in, so that two models with the same function agree closely.
+    """
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if config.model_type == "scalora-dense":
@@ -27,7 +32,21 @@ def probe(model: Any) -> Tensor:
         length = min(16, getattr(config, "max_position_embeddings", None) or 16)
         ids = torch.randint(0, config.get_text_config().vocab_size, (4, length), generator=generator)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return model(**inputs).logits.float()
+    with _in_float32(model):
+        return model(**inputs).logits
+
+
+@contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """Weights in bf16 and fp16 are float32 for a while; the way there and back loses nothing."""
+    halves = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for p, _ in halves:
+            p.data = p.data.float()
+        yield
+    finally:
+        for p, dtype in halves:
+            p.data = p.data.to(dtype)
 
 
 class HeldOutLoss:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers, is_dense
-from .artefact import MOVED, PREFIX, STATE, WEIGHTS, Artefact, read_tensors
+from .artefact import MOVED, PREFIX, WEIGHTS, Artefact, read_tensors
 from .base_model import AUTO, Base
 from .errors import ScaloraError
 from .integrations.checkpoint import load_accumulated
@@ -137,7 +137,6 @@ class _Lora(_Peft):
     def __init__(self, artefact: Artefact, base: Base) -> None:
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
-        self.lost: dict[str, Tensor] = {}  # and what rounding took from them
         if artefact.pair:
             folder = artefact.folder / ACCUMULATED
             # As PeftModelForSequenceClassification it would ask for a second classifier.
@@ -150,13 +149,10 @@ class _Lora(_Peft):
     @torch.no_grad()
     def _put_back(self, artefact: Artefact) -> None:
         weights = {_plain_name(name): w for name, w in read_tensors(artefact.folder / MOVED).items()}
-        state = read_tensors(artefact.folder / STATE)
         for layer in find_layers(self.model):
             name = _plain_name(layer.name)
             self.start[name] = layer.base_weight.clone()
             layer.base_weight.copy_(weights[name])
-            if (lost := state.get(f"/store/lost/{layer.name}")) is not None:
-                self.lost[name] = lost
 
     def layers(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         for layer in find_layers(self.model):
@@ -167,11 +163,8 @@ class _Lora(_Peft):
                 )
             name, module = _plain_name(layer.name), layer.module
             P, Q = joined_factors(layer)
-            update = P.float() @ Q.float().mT
-            if name in self.lost:
-                update += self.lost[name].float()
             assert isinstance(module, nn.Module)
-            yield name, module, _stored(layer, update)
+            yield name, module, _stored(layer, P.float() @ Q.float().mT)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:

@@ -34,11 +34,11 @@ def describe(artefact: Artefact) -> dict[str, Any]:
     from ..energies import by_kind, layer_figures
     from ..run_folder import CHECKPOINTS
 
-    export, log = artefact.export or {}, artefact.trainer.get("log_history") or [{}]
+    export, log = artefact.export, artefact.trainer.get("log_history") or [{}]
     figured, layers = _with_parts(artefact), []
     if figured.kind == "lora":
         layers = [layer_figures(name, *parts) for name, parts in read_factors(figured).items()]
-    checkpoints = sorted(artefact.path.glob(f"{CHECKPOINTS}/checkpoint-*"), key=_number)
+    checkpoints = [path.parent for path in artefact.path.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json")]
     return {
         "path": str(artefact.path),
         "what": _what(artefact),
@@ -51,12 +51,13 @@ def describe(artefact: Artefact) -> dict[str, Any]:
         "last_log": log[-1],
         "scores": artefact.scores,
         "bytes": _size(artefact.folder),
-        "checkpoints": {folder.name: _size(folder) for folder in checkpoints},
-        "versions": ((artefact.metrics or export).get("environment") or {}).get("versions"),
-        "recipe": artefact.recipe or export.get("recipe"),
+        "checkpoints": {folder.name: _size(folder) for folder in sorted(checkpoints, key=_number)},
+        "versions": ((artefact.metrics or export or {}).get("environment") or {}).get("versions"),
+        "recipe": artefact.recipe or (export or {}).get("recipe"),
         "export": {key: export.get(key) for key in ("to", "rank", "energy", "from", "logits", "loss")}
         if export
         else None,
+        "moved_weights": figured.moved,
         "figures_of": str(figured.folder),
         "kinds": by_kind(layers),
         "layers": [asdict(layer) for layer in layers],
@@ -74,15 +75,18 @@ def show(console: Console, report: dict[str, Any]) -> None:
         return
     ranks = Table("layer", "number", "m×n", "columns", "rank", "effective rank", title_justify="left")
     ranks.title = f"update of each kind of layer in {report['figures_of']}, medians (all layers: --json)"
-    norms = Table("layer", "norm", "trained part", "accumulated part", "its share", title_justify="left")
+    in_parts = any(layer["accumulated"] for layer in report["layers"])
+    parts = ["norm", "trained", "accumulated"] if in_parts else ["norm"]
+    norms = Table("layer", *parts, *["accumulated share"] * in_parts)
     for kind, of in report["kinds"].items():
         shape = "×".join(map(str, of["shape"])) if of["shape"] else "various"
         rank = f"{of['rank']:g}", f"{of['effective_rank']:.1f}"
         ranks.add_row(kind, str(of["layers"]), shape, f"{of['columns']:g}", *rank)
-        parts = (f"{of[part]:.3g}" for part in ("norm", "trained", "accumulated"))
-        norms.add_row(kind, *parts, f"{of['accumulated_share']:.1%}")
+        norms.add_row(kind, *(f"{of[part]:.3g}" for part in parts), *[f"{of['accumulated_share']:.1%}"] * in_parts)
     console.print(ranks)
     console.print(norms)
+    if report["moved_weights"]:
+        console.print("not in these figures: what accumulate='base' has added to the base weights", highlight=False)
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, Any]]:
