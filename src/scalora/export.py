@@ -91,6 +91,11 @@ def export(
         tell(f"loading {artefact.folder}")
         trained = restore(artefact, source)
         before = probe(trained.model)
+        if not before.isfinite().all():
+            raise ScaloraError(
+                f"{artefact.folder}: its logits are not finite, so there is nothing to export: the run has diverged; "
+                "take an earlier checkpoint"
+            )
         losses = HeldOutLoss(artefact, source, examples)
         loss_before = losses.measure(trained.model)
         tell(f"writing {to}")
@@ -113,6 +118,8 @@ def export(
         done = Exported(folder, kept, difference, largest, loss, losses.about)
         with _writing(folder):
             write_json(temporary / EXPORT, _record(artefact, source, to, rank, energy, done))
+            for file in temporary.iterdir():  # safetensors writes for its owner only; who serves it may be another
+                shutil.copymode(temporary / EXPORT, file)
     return done
 
 

@@ -76,12 +76,6 @@ class _Peft(Restored):
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self.shared = {n for n, p in model.named_parameters(remove_duplicate=False) if owners[id(p)] > 1}
         self.saved = read_tensors(artefact.folder / WEIGHTS)
-        for name, tensor in self.saved.items():
-            if not tensor.isfinite().all():
-                raise ScaloraError(
-                    f"{artefact.folder / WEIGHTS}: {name} is not finite, so there is nothing to export: the run has "
-                    "diverged; take an earlier checkpoint"
-                )
         try:
             self.model = PeftModel.from_pretrained(model, str(artefact.folder), is_trainable=True)
         except (RuntimeError, ValueError) as error:
