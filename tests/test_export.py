@@ -324,11 +324,33 @@ def test_a_foreign_base_and_an_incomplete_or_spoilt_adapter_are_refused(laid, tm
         with pytest.raises(ScaloraError, match="not finite"):
             export(spoilt, to="lora")
 
-    fewer = _copy(checkpoint, tmp_path / "fewer")
-    _edit(fewer / "adapter_model.safetensors", lambda tensors: [tensors.pop(n) for n in [*tensors][:2]])
-    with pytest.raises(ScaloraError, match="do not belong together"):
-        export(fewer, to="lora")
+    def shorten(tensors):
+        tensors.pop(next(name for name in tensors if "lora_B" in name))
+
+    def narrow(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor[:2] if "lora_A" in name else tensor[:, :2]).clone()
+
+    for number, (part, change, words) in enumerate(
+        [
+            ("", shorten, "does not fit the base model"),
+            ("accumulated", shorten, "do not belong together"),
+            ("accumulated", narrow, "does not fit the base model"),
+        ]
+    ):
+        changed = _copy(checkpoint, tmp_path / f"changed{number}")
+        _edit(changed / part / "adapter_model.safetensors", change)
+        with pytest.raises(ScaloraError, match=words):
+            export(changed, to="lora")
     assert not [path for path in tmp_path.iterdir() if "-lora" in path.name or path.name.startswith(".")]
+
+
+def test_a_weight_that_is_no_ordinary_matrix_is_not_merged(laid, tmp_path, monkeypatch):
+    _, run = laid
+    monkeypatch.setattr("scalora.restored.is_dense", lambda layer: False)  # as for quantised weights
+    for form in ("merged", "delta"):
+        with pytest.raises(ScaloraError, match=r"layer .*q_proj \(Linear\) is quantised.*--to lora"):
+            export(run.folder, to=form, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers, is_dense
-from .artefact import MOVED, PREFIX, WEIGHTS, Artefact, read_tensors
+from .artefact import MOVED, PREFIX, WEIGHTS, Artefact, read_factors, read_tensors
 from .base_model import AUTO, Base
 from .errors import ScaloraError
 from .integrations.checkpoint import load_accumulated
@@ -132,10 +132,14 @@ class _Lora(_Peft):
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
         if artefact.pair:
+            read_factors(artefact)  # PEFT would only warn of layers that one of the two lacks
             folder = artefact.folder / ACCUMULATED
-            # As PeftModelForSequenceClassification it would ask for a second classifier.
-            PeftModel.add_adapter(self.model, ACCUMULATED, LoraConfig.from_pretrained(str(folder)))
-            load_accumulated(self.model, artefact.folder)
+            try:
+                # As PeftModelForSequenceClassification it would ask for a second classifier.
+                PeftModel.add_adapter(self.model, ACCUMULATED, LoraConfig.from_pretrained(str(folder)))
+                load_accumulated(self.model, artefact.folder)
+            except (RuntimeError, ValueError) as error:
+                raise _does_not_fit(artefact, base, str(error)) from error
         if artefact.moved:
             self._put_back(artefact)
         self.model.eval()
