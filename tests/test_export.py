@@ -131,6 +131,9 @@ def test_a_fresh_process_without_scalora_computes_the_same(tmp_path, monkeypatch
     for name, weight in base.items():  # summed in float32, rounded once
         exact = weight.to(torch.bfloat16).float() + delta.get(name, 0)
         assert torch.equal(merged[name], exact.to(torch.bfloat16)), name
+    saved = load_file(tmp_path / "run-base-bf16" / "adapter" / "model.safetensors")
+    merged = load_file(tmp_path / "base-bf16-checkpoint-4-merged" / "model.safetensors")
+    assert {name for name in saved if not torch.equal(saved[name], merged[name])} == set()
 
 
 def _ground(folder):
