@@ -20,6 +20,7 @@ from scalora import ScaLoraConfig, ScaloraError, attach
 from scalora.artefact import DELTA, EXPORT, find_artefact, read_factors
 from scalora.base_model import Base
 from scalora.export import export
+from scalora.files import SEAL
 from scalora.probe import probe
 from scalora.quiet import quiet
 from scalora.recipes import load_recipe
@@ -180,7 +181,9 @@ def laid(tmp_path_factory):
 
 
 def _copy(source, target):
+    """A copy, of a checkpoint without its seal: other checks than that must hold too."""
     shutil.copytree(source, target)
+    (target / SEAL).unlink(missing_ok=True)
     return target
 
 
@@ -346,6 +349,17 @@ def test_a_foreign_base_and_an_incomplete_or_spoilt_adapter_are_refused(laid, tm
         with pytest.raises(ScaloraError, match=words):
             export(changed, to="lora")
     assert not [path for path in tmp_path.iterdir() if "-lora" in path.name or path.name.startswith(".")]
+
+
+def test_a_checkpoint_that_differs_from_its_seal_is_refused(laid, tmp_path):
+    _, run = laid
+    shutil.copytree(run.folder / "checkpoints" / "checkpoint-4", tmp_path / "checkpoint-4")
+    weights = tmp_path / "checkpoint-4" / "accumulated" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ScaloraError, match="other content than was written"):
+        export(tmp_path / "checkpoint-4", to="lora")
 
 
 def test_a_weight_that_is_no_ordinary_matrix_is_not_merged(laid, tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "scalora"
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    ["errors", "_shapes", "quiet"],
+    ["errors", "_shapes", "quiet", "files", "sharded"],
     ["nnls", "scaling", "lowrank", "reference"],
-    ["config", "moments", "adapters", "stats", "stores", "engine", "plain"],
+    ["config", "fingerprint", "moments", "adapters", "stats", "stores", "engine", "plain"],
     ["integrations"],
     ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
     ["methods"],

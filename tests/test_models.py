@@ -3,7 +3,7 @@ import torch
 
 import tiny
 from scalora.errors import ScaloraError
-from scalora.models import fingerprint, load_model
+from scalora.models import backbone_fingerprint, load_model
 
 
 @pytest.fixture
@@ -22,18 +22,18 @@ def test_causal_lm_from_a_folder(saved):
     model, tokenizer = load_model(saved(original), head="causal-lm")
     assert torch.equal(model.lm_head.weight, original.lm_head.weight)
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", "<pad>")
-    assert fingerprint(model) == fingerprint(original)
+    assert backbone_fingerprint(model) == backbone_fingerprint(original)
 
 
 def test_dtype_and_fingerprint(saved):
     folder = saved(tiny.llama())
     half, _ = load_model(folder, head="causal-lm", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
-    assert fingerprint(half) == fingerprint(tiny.llama())
+    assert backbone_fingerprint(half) == backbone_fingerprint(tiny.llama())
     with torch.no_grad():
         half.model.layers[1].mlp.up_proj.weight *= 1.1
-    assert fingerprint(half) != fingerprint(tiny.llama())
-    assert fingerprint(tiny.gpt2()) != fingerprint(tiny.llama())
+    assert backbone_fingerprint(half) != backbone_fingerprint(tiny.llama())
+    assert backbone_fingerprint(tiny.gpt2()) != backbone_fingerprint(tiny.llama())
 
 
 def test_fingerprint_ignores_a_random_head(saved):
@@ -42,7 +42,7 @@ def test_fingerprint_ignores_a_random_head(saved):
     second, _ = load_model(folder, head="sequence-classification", num_labels=3)
     assert second.config.num_labels == 3
     assert not torch.equal(first.score.weight, second.score.weight[:2])
-    assert fingerprint(first) == fingerprint(second)
+    assert backbone_fingerprint(first) == backbone_fingerprint(second)
 
 
 def test_eos_stands_in_for_a_missing_pad_token(saved):

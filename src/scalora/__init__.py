@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ScaLoraConfig
-    from .engine import ScaLora, attach
+    from .engine import ScaLora, attach, prepare
     from .errors import ScaloraError
     from .integrations.peft_optimizer import create_scalora_optimizer
     from .integrations.trainer import ScaLoraCallback
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "engine",
+    "prepare": "engine",
     "ScaLora": "engine",
     "ScaLoraConfig": "config",
     "ScaLoraCallback": "integrations.trainer",
@@ -36,6 +37,7 @@ __all__ = [
     "ScaloraError",
     "attach",
     "create_scalora_optimizer",
+    "prepare",
     "save_plain_lora",
 ]
 

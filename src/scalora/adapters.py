@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ScaloraError
+from .sharded import plain_class, refuse_flattened
 
 ACCUMULATED = "accumulated"  # name of the frozen adapter that holds what has been moved
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,17 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
 
     Raises:
         ScaloraError: no trainable LoRA layer, several trainable adapters, or a layer whose update is not s·A Bᵀ of its
-            own two matrices (embeddings, convolutions, DoRA and other variants, biases, shared or merged weights).
+            own two matrices (embeddings, convolutions, DoRA and other variants, biases, shared or merged weights), or
+            parameters that FSDP1 or DeepSpeed keeps in flat buffers.
     """
+    refuse_flattened(model)
     layers: list[AdapterLayer] = []
     foreign: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            name = name.removeprefix("module.")  # DistributedDataParallel's
             layers += [AdapterLayer(name, module, adapter) for adapter in _trained_adapters(name, module)]
         elif isinstance(module, BaseTunerLayer):
             foreign.add(type(module).__name__)
@@ -99,7 +106,7 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
     weight = getattr(layer.base, "weight", None)
-    return type(layer.base) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.is_floating_point()
+    return plain_class(layer.base) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.is_floating_point()
 
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:

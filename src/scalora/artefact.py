@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ScaloraError
-from .run_folder import CHECKPOINTS, METRICS, RECIPE, last_checkpoint
+from .files import damage, is_sealed
+from .run_folder import ADAPTER, CHECKPOINTS, METRICS, RECIPE, last_checkpoint
 
 EXPORT = "export.json"  # beside every export: what it was made from, and how good it is
 DELTA, REPLACED = "delta.safetensors", "replaced.safetensors"
@@ -80,7 +81,7 @@ class Artefact:
         """What a finished run has measured, or what its export remembers."""
         if self.export is not None:
             return self.export["scores"]
-        ours = self.metrics is not None and self.folder.name == "adapter"
+        ours = self.metrics is not None and self.folder.name == ADAPTER
         return {key: self.metrics[key] for key in ("split", "before", "after")} if ours and self.metrics else None
 
     @property
@@ -106,8 +107,10 @@ class Artefact:
         return "scalora" if self.state else str(self.config.get("method") or self.config.get("peft_type") or "a model")
 
 
-def find_artefact(path: str | Path) -> Artefact:
+def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
     """What lies at ``path``; of a run its result, or its newest checkpoint where it has none yet.
+
+    Of a sealed checkpoint the sizes of all files are compared, ``thorough`` their contents too.
 
     Raises:
         ScaloraError: nothing of ours or PEFT's lies there, or it is incomplete or damaged.
@@ -119,15 +122,15 @@ def find_artefact(path: str | Path) -> Artefact:
         raise ScaloraError(f"{str(path)!r} is a file: give the folder that it lies in")
     folder, run = path, None
     if (path / RECIPE).is_file():
-        run, adapter = path, path / "adapter"
+        run, adapter = path, path / ADAPTER
         newest = adapter if adapter.is_dir() else last_checkpoint(path)
         if newest is None:
             raise ScaloraError(f"the run in {str(path)!r} holds neither an adapter nor a checkpoint yet: let it train")
         folder = newest
     else:
         above = path.resolve().parents
-        owner = above[0] if path.resolve().name == "adapter" else above[1] if len(above) > 1 else above[0]
-        inside = path.resolve().name == "adapter" or path.resolve().parent.name == CHECKPOINTS
+        owner = above[0] if path.resolve().name == ADAPTER else above[1] if len(above) > 1 else above[0]
+        inside = path.resolve().name == ADAPTER or path.resolve().parent.name == CHECKPOINTS
         run = owner if inside and (owner / RECIPE).is_file() else None
     export = read_json(folder / EXPORT) if (folder / EXPORT).is_file() else None
     kind, config = _kind(folder, path, export)
@@ -140,6 +143,8 @@ def find_artefact(path: str | Path) -> Artefact:
         state=_state(folder / STATE) if (folder / STATE).is_file() else None,
         trainer=read_json(trainer) if trainer.is_file() else {},
     )  # fmt: skip
+    if is_sealed(folder) and (reason := damage(folder, content=thorough)):
+        raise ScaloraError(f"checkpoint {folder} is damaged ({reason}): take another one")
     _check_complete(artefact)
     return artefact
 

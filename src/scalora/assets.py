@@ -7,7 +7,6 @@ cache is noticed before anything is trained on it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from .errors import ScaloraError
+from .files import digest
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,6 @@ def fetch(alias: str) -> Path:
     if digest(place) != asset.content:
         raise ScaloraError(f"{alias}: {place} is damaged (its sha256 is not the pinned one); delete {_home(asset)}")
     return place
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file; of a folder, that of its sorted `sha256  relative/path` lines."""
-    if path.is_file():
-        with path.open("rb") as stream:
-            hasher = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                hasher.update(block)
-        return hasher.hexdigest()
-    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{digest(file)}  {name}\n" for name, file in files).encode()).hexdigest()
 
 
 def _lookup(alias: str) -> Asset:

@@ -16,7 +16,7 @@ from transformers import (
 from .artefact import WEIGHTS, Artefact, read_tensors
 from .errors import ScaloraError
 from .methods.wrappers import TENSORS
-from .models import Head, fingerprint, load_model
+from .models import Head, backbone_fingerprint, load_model
 from .recipes import parse_recipe
 from .tasks import build_task
 
@@ -63,7 +63,7 @@ class Base:
             )  # fmt: skip
         except ScaloraError as error:
             raise ScaloraError(f"{error}; a base model that has moved is named by --base") from error
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = backbone_fingerprint(model)
         if self.artefact.fingerprint not in (None, self.fingerprint):
             raise ScaloraError(
                 f"the base model {self.source!r} has the fingerprint {self.fingerprint}, but "

@@ -1,4 +1,4 @@
-"""What watches a run: the rank of its update, and the wish to stop it."""
+"""What watches a run: its time, the rank of its update, its health, its checkpoints, and the wish to stop it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from .errors import ScaloraError
+from .files import seal
 from .lowrank import numerical_rank
 from .methods import Spectrum
 
@@ -22,11 +27,13 @@ class StepTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.began = False  # the first step
         self._started = 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.began = True
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -42,12 +49,19 @@ class RankTracker(TrainerCallback):
 
     def __init__(self, spectra: Callable[[], Iterator[tuple[str, Spectrum]]]) -> None:
         self.spectra = spectra
-        self.history: list[dict[str, Any]] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = max(1, state.max_steps // POINTS)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self.history.append({"step": state.global_step, **rank_by_kind(self.spectra())})
+            # Among the logs, which a resumed run takes over.
+            log: list[Any] = state.log_history
+            log.append({"step": state.global_step, "rank": rank_by_kind(self.spectra())})
+
+    @staticmethod
+    def history(state: TrainerState) -> list[dict[str, Any]]:
+        """``{"step", "mean", "kinds"}`` of each measurement, those before a resume included."""
+        log: list[Any] = state.log_history
+        return [{"step": entry["step"], **entry["rank"]} for entry in log if "rank" in entry]
 
 
 def rank_by_kind(spectra: Iterator[tuple[str, Spectrum]]) -> dict[str, Any]:
@@ -61,6 +75,48 @@ def rank_by_kind(spectra: Iterator[tuple[str, Spectrum]]) -> dict[str, Any]:
         "mean": mean(rank for group in ranks.values() for rank in group),
         "kinds": {kind: mean(group) for kind, group in ranks.items()},
     }
+
+
+class Health(TrainerCallback):
+    """Stops a run whose parameters are no longer finite, before the next log or checkpoint.
+
+    Raises:
+        ScaloraError: they are not.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not (control.should_log or control.should_save):
+            return  # each look waits for the device
+        norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            raise ScaloraError(
+                f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
+                f"training.learning_rate (it is {args.learning_rate:g}), lengthen training.warmup_steps, or check the "
+                "data; earlier checkpoints are as they were"
+            )
+
+
+class Sealed(TrainerCallback):
+    """Declares each checkpoint complete once everything is in it, and only then deletes older ones.
+
+    It goes last of all callbacks. What is logged is cut off at each checkpoint, so that a run resumed there logs alike.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep = keep  # checkpoints; None keeps all
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir))
+            seal(folder / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(str(folder), self.keep)
 
 
 class StopOnSignal(TrainerCallback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,13 @@ from torch.optim import Optimizer
 from .adapters import AdapterLayer, find_layers
 from .config import ScaLoraConfig
 from .errors import ScaloraError
+from .fingerprint import base_fingerprint
 from .moments import carry_state, state_powers
 from .scaling import Gram, calibrate, gram_products, product_norm, solve_scaling
+from .sharded import differing, local, part, refuse_flattened_optimizer, settle, whole
 from .stats import Collector, Event, History
 from .stores import AdapterStore, BaseStore, Store
+from .stores.adapter import ensure_adapter
 
 
 class _Group(NamedTuple):
@@ -52,7 +54,9 @@ class ScaLora:
             for hook in self.optimizer._optimizer_step_pre_hooks.values()
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
+        self.model = model
         self.layers = find_layers(model)
+        settle(model)
         _check_optimized(self.optimizer, self.layers)
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
@@ -79,12 +83,42 @@ class ScaLora:
         """Stop rescaling. The model keeps its function, the store its content."""
         self._hook.remove()
 
+    def check_ranks(self, group: Any = None) -> None:
+        """Make sure that all processes hold bitwise the same adapters, factors and accumulated update. A collective.
+
+        Costs a gather of what is sharded and a checksum of every tensor: for tests and for finding faults.
+
+        Args:
+            group: the processes that train this model; all of them by default.
+
+        Raises:
+            ScaloraError: a layer differs between processes.
+        """
+        differ = set()
+        for layer in self.layers:
+            frozen = layer.frozen()
+            moved = [frozen.A, frozen.Bt] if self.config.accumulate == "adapter" else [layer.base_weight]
+            if differing(whole([layer.A, layer.Bt, *moved]), group):
+                differ.add(layer.name)
+        state = torch.cat([self.constants, *(torch.cat(pair) for pair in self.history.factors())])
+        if differing([state], group):
+            differ.add("factors")
+        if differ:
+            raise ScaloraError(
+                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and "
+                "let DDP or FSDP2 reduce every gradient before optimizer.step()"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is neither the model's state nor the optimizer's; tensors, numbers and strings only."""
+        """Everything that is neither the model's state nor the optimizer's; tensors, numbers and strings only.
+
+        With a sharded model a collective (every process must call it), and the same on all.
+        """
         return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "layers": [layer.name for layer in self.layers],
+            "layers": {layer.name: layer.rank for layer in self.layers},
+            "base": self._base(),
             "constants": self.constants.clone(),
             "history": self.history.state(),
             "store": self.store.state_dict(),
@@ -94,7 +128,7 @@ class ScaLora:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ScaloraError: it belongs to another configuration or to other layers.
+            ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
         for name, value in dataclasses.asdict(self.config).items():
             if state["config"].get(name) != value:
@@ -102,12 +136,26 @@ class ScaLora:
                 raise ScaloraError(
                     f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
                 )
-        if state["layers"] != [layer.name for layer in self.layers]:
+        ranks = {layer.name: layer.rank for layer in self.layers}
+        if state["layers"].keys() != ranks.keys():
             raise ScaloraError("the saved run adapted other layers: resume with the same model and target_modules")
+        for name, rank in state["layers"].items():
+            if rank != ranks[name]:
+                raise ScaloraError(f"layer {name} has rank {ranks[name]}, but had {rank}: resume with the same rank")
+        if state["base"] != (base := self._base()):
+            raise ScaloraError(
+                f"the base model is another than the saved run's (fingerprint {base}, there {state['base']}): resume "
+                "with the model that it was trained on"
+            )
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
         self.history.load(state["history"])
         self.store.load_state_dict(state["store"])
+
+    def _base(self) -> str:
+        """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
+        written = [layer.base.weight for layer in self.layers] if self.config.accumulate == "base" else []
+        return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
@@ -120,7 +168,9 @@ class ScaLora:
 
     @torch.no_grad()
     def _event(self) -> None:
+        _check_optimized(self.optimizer, self.layers)  # whoever wraps the model after attach() may replace parameters
         stacks = [_stack(group.layers) for group in self.groups]
+        self.constants = self.constants.to(stacks[0].A.device)
         sound = self._sound(stacks)
         # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
         taken = not self.store.full or bool(sound)
@@ -144,12 +194,12 @@ class ScaLora:
             event.collect(group.members, alpha, beta, torch.where(sound, kind, 0), moved)
             for layer, a, b in zip(group.layers, alpha.to(A.dtype), beta.to(A.dtype)[..., None], strict=True):
                 params += [layer.A, layer.Bt]
-                factors += [a, b]
+                factors += [a, part(b, layer.Bt)]
                 # The gradient of A diag(α) is g_A diag(β), and the other way round.
-                carried += [b[:, 0], a[:, None]]
+                carried += [b[:, 0], part(a[:, None], layer.Bt)]
         if taken:
             self.store.end_event()
-        torch._foreach_mul_(params, factors)
+        torch._foreach_mul_([local(p) for p in params], factors)
         carry_state(self.optimizer, params, carried)
         self.history.append(self.step, event, self.store.discarded_share(self.constants[0]))
 
@@ -182,8 +232,26 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None 
     return ScaLora(model, optimizer, config or ScaLoraConfig())
 
 
+def prepare(model: nn.Module, config: ScaLoraConfig | None = None) -> None:
+    """Add the accumulated adapter now, so that FSDP2 shards it with everything else; :func:`attach` comes later.
+
+    Without it ``attach`` adds the adapter, and after ``fully_shard`` every process then keeps all of it.
+
+    Args:
+        model: a PEFT LoRA model that is not sharded yet.
+        config: what :func:`attach` will be given.
+
+    Raises:
+        ScaloraError: as :func:`attach`.
+    """
+    config = config or ScaLoraConfig()
+    if config.accumulate == "adapter":
+        ensure_adapter(model, find_layers(model), config.capacity)
+
+
 def innermost(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none."""
+    refuse_flattened_optimizer(optimizer)
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's and similar wrappers
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
@@ -199,7 +267,11 @@ def _check_optimized(optimizer: Optimizer, layers: list[AdapterLayer]) -> None:
         if id(layer.A) not in known or id(layer.Bt) not in known:
             raise ScaloraError(
                 f"layer {layer.name} is trainable, but its adapter is not in the optimizer: create the optimizer after "
-                "the adapters, with all trainable parameters"
+                "the adapters, and after fully_shard, which replaces them, with all trainable parameters; then attach"
+            )
+        if layer.A.ndim != 2 or layer.Bt.ndim != 2:
+            raise ScaloraError(
+                f"the adapter of layer {layer.name} was flattened after attach(), as FSDP1 does: use FSDP2 or DDP"
             )
 
 
@@ -228,15 +300,11 @@ def _grouped(layers: list[AdapterLayer]) -> list[_Group]:
 
 
 def _stack(layers: list[AdapterLayer]) -> _Stacked:
-    A, B = torch.stack([layer.A for layer in layers]), torch.stack([layer.Bt for layer in layers]).mT
-    grad_A = torch.stack(list(_gradients(layer.A for layer in layers)))
-    grad_B = torch.stack(list(_gradients(layer.Bt for layer in layers))).mT
-    return _Stacked(A, B, gram_products(A, B, grad_A, grad_B))
-
-
-def _gradients(params: Iterator[nn.Parameter]) -> Iterator[Tensor]:
-    for p in params:
-        yield torch.zeros_like(p) if p.grad is None else p.grad
+    params = [layer.A for layer in layers] + [layer.Bt for layer in layers]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    full, count = whole([*params, *gradients]), len(layers)
+    A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
+    return _Stacked(A, Bt.mT, gram_products(A, Bt.mT, grad_A, grad_Bt.mT))
 
 
 def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:

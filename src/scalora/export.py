@@ -19,11 +19,11 @@ from .adapters import find_layers
 from .artefact import DELTA, EXPORT, PREFIX, REPLACED, Artefact, find_artefact, read_factors
 from .base_model import AUTO, Base
 from .errors import ScaloraError
-from .plain import Kept, Truncation, joined_factors, write_plain_lora
+from .files import write_json
+from .plain import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
 from .probe import HeldOutLoss, probe
 from .provenance import environment
 from .restored import Restored, restore
-from .run_folder import write_json
 
 Form = Literal["lora", "merged", "delta"]
 # Largest difference of logits, computed in float32 and relative to the largest, at which an exact export counts as the
@@ -80,7 +80,7 @@ def export(
         raise ScaloraError(f"examples is {examples}: give 0 or more")
     write, load = _FORMS[to]
     truncation = None if rank is None and energy is None else Truncation(rank=rank, energy=energy)
-    artefact = find_artefact(path)
+    artefact = find_artefact(path, thorough=True)
     _check_form(artefact, to)
     if rank is not None:
         _check_rank(artefact, rank)
@@ -191,7 +191,7 @@ def _check_rank(artefact: Artefact, rank: int) -> None:
 
 
 def _write_lora(trained: Restored, folder: Path, base: Base, truncation: Truncation | None) -> dict[str, Kept]:
-    write_plain_lora(trained.model, folder, truncation or joined_factors)
+    write_plain_lora(folder, *plain_lora(trained.model, truncation or joined_factors))
     if truncation is not None:
         return {name.removeprefix(PREFIX): kept for name, kept in truncation.kept.items()}
     ranks = {layer.name: joined_factors(layer)[0].shape[1] for layer in find_layers(trained.model)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +12,12 @@ from torch import nn
 
 from . import assets
 from .errors import ScaloraError
+from .files import digest
+from .fingerprint import fingerprint
 
 Head = Literal["causal-lm", "sequence-classification"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _DIGITS = "digits-mlp"  # made on the spot by scalora.dense
-_SAMPLE = 64  # values of each weight that go into a fingerprint
 
 
 def load_model(
@@ -86,25 +86,18 @@ def load_model(
             )
     except ScaloraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
         raise _cannot_load(source, error) from error
     return model, tokenizer and _with_padding(source, model, tokenizer)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that tell one base model from another: its class of config, its shapes, a sample of weights.
+def backbone_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
 
-    Only the backbone counts (`model.base_model`), because a classification head may have started at random, and the
-    sample is rounded to bfloat16, so that float32 and bfloat16 copies of one model agree.
+    A classification head may have started at random and does not count.
     """
     backbone = getattr(model, "base_model", model)
-    hasher = hashlib.sha256(type(getattr(model, "config", None)).__name__.encode())
-    for name, weight in sorted(backbone.named_parameters()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-        hasher.update(f"{name}{tuple(weight.shape)}".encode())
-        hasher.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return hasher.hexdigest()[:16]
+    return fingerprint(backbone.named_parameters(), type(getattr(model, "config", None)).__name__)
 
 
 def _resolve(source: str) -> str:
@@ -190,7 +183,7 @@ def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
 
 def _convert_gguf(file: Path) -> Path:
     """A folder in the cache with the dequantised float32 weights of `file`, written at the first call."""
-    place = assets.cache_dir() / "converted" / assets.digest(file)[:16]
+    place = assets.cache_dir() / "converted" / digest(file)[:16]
     if place.exists():
         return place
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import ScaloraError
+from .sharded import local
 
 # Class → {state key: power of the gradient it holds}. Exact classes only: a subclass may mean something else.
 _POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
@@ -61,7 +62,7 @@ def carry_state(optimizer: Optimizer, params: Sequence[Tensor], factors: Sequenc
     Args:
         optimizer: one that :func:`state_powers` accepts.
         params: parameters whose gradients were rescaled.
-        factors: per parameter, a tensor that broadcasts against it (for A diag(α): β).
+        factors: per parameter, a tensor that broadcasts against this process's part of it (for A diag(α): β).
 
     Raises:
         ScaloraError: the state holds an entry without a known power.
@@ -76,7 +77,7 @@ def carry_state(optimizer: Optimizer, params: Sequence[Tensor], factors: Sequenc
                 raise ScaloraError(f"{type(optimizer).__name__} keeps an unknown state entry {key!r}: {_WAY_OUT}")
             if power and value is not None:
                 tensors, multipliers = by_power[power]
-                tensors.append(value)
+                tensors.append(local(value))
                 multipliers.append(factor.to(value.dtype))
     for power, (tensors, multipliers) in by_power.items():
         for _ in range(power):

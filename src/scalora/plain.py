@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
 from .errors import ScaloraError
+from .files import replace_folder
 from .lowrank import singular_values, truncate
+from .sharded import is_writer, whole
 from .stores.adapter import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
@@ -24,12 +25,13 @@ Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a lay
 
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
-    P, Q = [layer.A.detach() * layer.scale], [layer.Bt.detach().mT]
+    A, Bt = whole([layer.A.detach(), layer.Bt.detach()])
+    P, Q = [A * layer.scale], [Bt.mT]
     if ACCUMULATED in layer.module.lora_A:
-        frozen = layer.frozen()
-        used = frozen.A.any(0) & frozen.Bt.any(1)
-        P.append(frozen.A.detach()[:, used].to(P[0]))
-        Q.append(frozen.Bt.detach()[used].mT.to(Q[0]))
+        A, Bt = whole([layer.frozen().A.detach(), layer.frozen().Bt.detach()])
+        used = A.any(0) & Bt.any(1)
+        P.append(A[:, used].to(P[0]))
+        Q.append(Bt[used].mT.to(Q[0]))
     return torch.cat(P, 1), torch.cat(Q, 1)
 
 
@@ -89,6 +91,8 @@ def _rank_for(energy: float, sigma: Tensor) -> int:
 def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joined_factors) -> Path:
     """Save trained and accumulated adapter as one plain PEFT LoRA adapter with the same function.
 
+    Of several processes the first one writes. With a model sharded by FSDP2 every process must call it.
+
     Args:
         model: a model trained with accumulate="adapter" (or plain LoRA, which is saved as it is).
         path: the folder to write; replaced as a whole once everything is on disk.
@@ -101,17 +105,19 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
     Raises:
         ScaloraError: the model holds no trained LoRA adapter.
     """
+    state, config = plain_lora(model, factors)
     folder, temporary = Path(path), Path(f"{path}.tmp")
+    if not is_writer():
+        return folder
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_plain_lora(model, temporary, factors)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    write_plain_lora(temporary, state, config)
+    replace_folder(temporary, folder)
     return folder
 
 
-def write_plain_lora(model: nn.Module, folder: Path, factors: Factors = joined_factors) -> None:
-    """The files of :func:`save_plain_lora`, written into a folder that exists."""
+def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
+    """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
     layers = find_layers(model)
     peft_model = find_peft_model(model)
     adapter = layers[0].adapter
@@ -122,10 +128,15 @@ def write_plain_lora(model: nn.Module, folder: Path, factors: Factors = joined_f
         name = "base_model.model." + layer.name.split("base_model.model.", 1)[-1]
         state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"] = P, Q.mT
         ranks[name.removeprefix("base_model.model.")] = P.shape[1]
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
-    _plain(config, ranks).save_pretrained(str(folder))
+    return dict(zip(state, whole(list(state.values())), strict=True)), _plain(config, ranks)
+
+
+def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig) -> None:
+    """The two files of an adapter, into a folder that exists."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    config.save_pretrained(str(folder))
 
 
 def _plain(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:

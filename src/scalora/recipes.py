@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from .errors import ScaloraError
 from .methods import MethodSpec
@@ -68,7 +69,8 @@ class Recipe(BaseModel):
         from transformers import TrainingArguments
 
         known = {f.name for f in dataclasses.fields(TrainingArguments)} - set(_OURS)
-        for name in value:
+        types = get_type_hints(TrainingArguments)
+        for name, given in value.items():
             if name in _OURS:
                 raise ValueError(f"{name} is decided by scalora itself (output, --resume): leave it out")
             if name not in known:
@@ -76,6 +78,12 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"TrainingArguments has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
+            try:
+                value[name] = TypeAdapter(types[name]).validate_python(given)
+            except ValidationError as error:
+                raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from error
+            if isinstance(given, float) and not math.isfinite(given):
+                raise ValueError(f"{name} is {given!r}: it must be a finite number")
         return {**_TRAINING_DEFAULTS, **value}
 
 
@@ -154,7 +162,9 @@ def _explain(error: Any) -> str:
         return f"key {name!r} is missing"
     if error["type"].startswith("union_tag"):
         return f"{name}.kind: {error['msg']}"
-    return f"{name} is {error.get('input')!r:.60}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "value_error":  # ours, which names the value itself where that helps
+        return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name} is {error.get('input')!r:.60}: {error['msg']}"
 
 
 def _fields_at(location: list[str]) -> list[str]:

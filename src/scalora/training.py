@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,16 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import run_folder
-from .callbacks import RankTracker, StepTimer, StopOnSignal, rank_by_kind
+from .callbacks import Health, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
 from .errors import ScaloraError
+from .files import write_json
 from .integrations.trainer import ScaLoraCallback
 from .methods import Adapted, build_method
-from .models import fingerprint, load_model
+from .models import backbone_fingerprint, load_model
 from .plots import draw_curves, draw_rank
 from .provenance import environment, peak_memory
 from .recipes import Recipe
+from .run_folder import ADAPTER, CHECKPOINTS, METRICS, RunFolder, last_checkpoint, writing
 from .tasks import Score, Split, build_task
 
 
@@ -71,16 +74,17 @@ def train(
         ScaloraError: bad input, with one clear message.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint to resume from is named.
     """
-    folder = run_folder.claim(recipe, resume=resume, overwrite=overwrite)
+    place = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
-        return _train(recipe, folder, resume, split, baseline, watcher or Watcher())
+        return _train(recipe, place, split, baseline, watcher or Watcher())
     except KeyboardInterrupt:
-        raise Interrupted(run_folder.last_checkpoint(folder)) from None
+        raise Interrupted(last_checkpoint(place.path)) from None
     finally:
-        run_folder.release(folder, overwrite=overwrite)
+        place.release()
 
 
-def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: bool, watcher: Watcher) -> RunResult:
+def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watcher: Watcher) -> RunResult:
+    folder = place.path
     task, method = build_task(recipe.task), build_method(recipe.method)
     arguments = _arguments(recipe)
 
@@ -91,10 +95,15 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
         config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
+    if arguments.label_smoothing_factor and task.head == "causal-lm":
+        raise ScaloraError(
+            f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
+            "on the plain likelihood of their answers; leave it out"
+        )
     if task.tokens != (tokenizer is not None):
         reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
         raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
-    base = fingerprint(model)
+    base = backbone_fingerprint(model)
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
     model.to(arguments.device)
 
@@ -112,12 +121,16 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
         watcher.phase("scoring before training")
         before = score(split)
 
-    watcher.phase("training")
+    watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
     timer, ranks, stop = StepTimer(), RankTracker(adapted.spectra), StopOnSignal()
-    trainer = _trainer(adapted, arguments, dataset, collator, [timer, ranks, stop, *watcher.callbacks])
+    sealed = Sealed(arguments.save_total_limit)
+    arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
+    watching = [timer, ranks, stop, *watcher.callbacks, Health(), sealed]
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(run_folder.last_checkpoint(folder)) if resume else None)
+        with writing(folder), _setting_up(timer):
+            trainer = _trainer(adapted, arguments, dataset, collator, watching)
+            trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
     finally:
         stop.restore()
     if stop.received is not None:
@@ -130,7 +143,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
     watcher.phase("saving")
     trainable, total = _count(adapted.model)
     rank = rank_by_kind(adapted.spectra())
-    loading = ([] if task.tokens else ["import scalora.dense"]) + adapted.save(folder / "adapter")
+    with writing(folder):
+        loading = ([] if task.tokens else ["import scalora.dense"]) + adapted.save(folder / ADAPTER)
+    log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {
         "split": split,
         "before": before.metrics if before else None,
@@ -144,29 +159,43 @@ def _train(recipe: Recipe, folder: Path, resume: bool, split: Split, baseline: b
         "peak_memory_bytes": peak_memory(),
         "trainable_parameters": trainable,
         "parameters": total,
-        "adapter_bytes": sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file()),
+        "adapter_bytes": sum(p.stat().st_size for p in (folder / ADAPTER).rglob("*") if p.is_file()),
         "rank": rank,
-        "ranks": ranks.history,
+        "ranks": ranks.history(trainer.state),
         "truncated": {"train": dataset.truncated, split: after.truncated},
         "events": _events(adapted),
-        "log": trainer.state.log_history,
+        "log": log,
         "base_fingerprint": base,
         "environment": environment(),
     }
-    draw_curves(trainer.state.log_history, folder / "curves.png")
-    draw_rank(ranks.history, metrics["events"], recipe.method.rank, folder / "rank.png")
-    run_folder.write_json(folder / run_folder.METRICS, metrics)  # last: its presence says that the run is complete
+    with writing(folder):
+        _leave(folder, metrics, recipe.method.rank)
     return RunResult(folder, metrics, before, after, loading)
 
 
+def _leave(folder: Path, metrics: dict[str, Any], r: int) -> None:
+    draw_curves(metrics["log"], folder / "curves.png")
+    draw_rank(metrics["ranks"], metrics["events"], r, folder / "rank.png")
+    write_json(folder / METRICS, metrics)  # last: its presence says that the run is complete
+
+
 def _arguments(recipe: Recipe) -> TrainingArguments:
-    output = Path(recipe.output).expanduser() / run_folder.CHECKPOINTS
+    output = Path(recipe.output).expanduser() / CHECKPOINTS
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
     ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
     options = {**ours, **recipe.training}
-    try:
+    with _setting_up():
         return TrainingArguments(output_dir=str(output), **options)
-    except (TypeError, ValueError, ImportError) as error:
+
+
+@contextmanager
+def _setting_up(timer: StepTimer | None = None) -> Iterator[None]:
+    """Until the first step begins, whatever fails does so because of the training arguments."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
+        if timer is not None and timer.began:
+            raise
         raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 

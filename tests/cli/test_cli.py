@@ -105,31 +105,39 @@ def test_unknown_verbs_and_flags_exit_with_2():
         assert _invoke(*arguments).exit_code == 2
 
 
-def test_ctrl_c_names_the_last_checkpoint_and_exits_with_130(laid):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, number):
     folder, recipe = laid
-    command = [
-        sys.executable,
-        "-m",
-        "scalora",
-        "train",
-        str(recipe),
-        "--set",
-        "training.max_steps=100000",
-        "--set",
-        f"output={folder / 'cut'}",
-    ]
+    output = folder / f"cut-{number}"
+    options = ["--set", "training.max_steps=100000", "--set", f"output={output}"]
+    command = [sys.executable, "-m", "scalora", "train", str(recipe), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((folder / "cut").glob("checkpoints/checkpoint-*/trainer_state.json")):
+    while not list(output.glob("checkpoints/checkpoint-*/seal.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "last checkpoint" in stderr
     assert "--resume" in stderr
     assert "Traceback" not in stderr
+
+
+def test_sigterm_before_the_first_step_leaves_nothing_behind(laid):
+    folder, recipe = laid
+    command = [sys.executable, "-m", "scalora", "train", str(recipe), "--set", f"output={folder / 'early'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "early" / "recipe.yaml").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1].startswith("stopped")
+    assert not (folder / "early").exists()
 
 
 def test_without_the_extras_it_says_what_to_install():

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ..run_folder import write_text
+from ..files import write_text
 from . import figures
 from .plan import Comparison, Contender
 from .statistics import Results, chosen_rates, compare, curve_verdict, final_values, over_rates, primary, summarize

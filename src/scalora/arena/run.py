@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from ..provenance import environment, git_revision
-from ..run_folder import write_json
 from .plan import Comparison, Trial
 from .report import write_report
 from .statistics import chosen_rates

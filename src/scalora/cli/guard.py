@@ -1,8 +1,9 @@
-"""From exceptions to messages and exit codes: 2 for what the user can mend, 130 for Ctrl-C."""
+"""From exceptions to messages and exit codes: 2 for what the user can mend, 130 where it was stopped."""
 
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from ..errors import ScaloraError
 @contextmanager
 def guarded() -> Iterator[None]:
     """Run a verb; on bad input print one message and leave with code 2, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what tidies up after Ctrl-C does so then too
     try:
         yield
     except ScaloraError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ScaloraError
+from ..files import write_json, write_text
 from ..plots import save
 from ..provenance import environment, git_revision
-from ..run_folder import write_json, write_text
 from .base import Experiment, Outcome, Setting
 
 RESULTS = "results.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,17 +16,21 @@ from torch import Tensor, nn
 from ..adapters import ACCUMULATED
 from ..engine import ScaLora
 from ..errors import ScaloraError
+from ..sharded import is_sharded, settle, whole
+from ..sharded import write as copy_whole
 from ..stores.adapter import activate, find_peft_model
 
 STATE_FILE = "scalora.safetensors"
 BASE_FILE = "scalora_base.safetensors"
+_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 
 
-def save_state(handle: ScaLora, folder: Path) -> None:
-    """Write ``handle.state_dict()`` to ``folder``."""
+def save_state(handle: ScaLora, folder: Path, write: bool = True) -> None:
+    """Write ``handle.state_dict()`` to ``folder``; with ``write=False`` only help to gather it."""
     tensors: dict[str, Tensor] = {}
     plain = _split(handle.state_dict(), "", tensors)
-    _save(tensors, folder / STATE_FILE, {"state": json.dumps(plain)})
+    if write:
+        _save(tensors, folder / STATE_FILE, {"state": json.dumps(plain)})
 
 
 def load_state(handle: ScaLora, folder: Path) -> None:
@@ -41,20 +46,32 @@ def load_state(handle: ScaLora, folder: Path) -> None:
     handle.load_state_dict(_join(plain, "", tensors))
 
 
-def save_moved(handle: ScaLora, folder: Path) -> None:
-    """Write what accumulate='base' has moved: the base weights themselves. (PEFT saves the accumulated adapter.)"""
+def save_moved(handle: ScaLora, model: nn.Module, folder: Path, write: bool = True) -> None:
+    """Write what PEFT does not: the base weights of accumulate='base', and a sharded accumulated adapter.
+
+    With ``write=False`` only help to gather it.
+    """
     if handle.config.accumulate == "base":
-        weights = {layer.name: layer.base_weight.detach().contiguous() for layer in handle.layers}
-        _save(weights, folder / BASE_FILE, {})
+        names, path = [layer.name for layer in handle.layers], folder / BASE_FILE
+        tensors = whole([layer.base_weight.detach() for layer in handle.layers])
+    elif _any_sharded(model):
+        state = get_peft_model_state_dict(find_peft_model(model), adapter_name=ACCUMULATED)
+        names, tensors, path = list(state), whole(list(state.values())), folder / ACCUMULATED / _WEIGHTS
+    else:
+        return
+    if write:
+        _save(dict(zip(names, tensors, strict=True)), path, {"format": "pt"})
+        if handle.config.accumulate == "adapter":
+            find_peft_model(model).peft_config[ACCUMULATED].save_pretrained(str(path.parent))
 
 
 def load_moved(handle: ScaLora, model: nn.Module, folder: Path) -> None:
     """Put back the accumulated update of a checkpoint: its second adapter, or its base weights."""
     if handle.config.accumulate == "base":
         weights = _load(folder / BASE_FILE)
+        settle(model)
         with torch.no_grad():
-            for layer in handle.layers:
-                layer.base_weight.copy_(weights[layer.name])
+            copy_whole([layer.base_weight for layer in handle.layers], [weights[x.name] for x in handle.layers])
     else:
         load_accumulated(model, folder)
 
@@ -68,8 +85,20 @@ def load_accumulated(model: nn.Module, folder: Path) -> None:
     path = folder / ACCUMULATED
     if not path.is_dir():
         raise ScaloraError(f"checkpoint {folder} holds no {ACCUMULATED!r} adapter: it was not written by a ScaLoRA run")
-    find_peft_model(model).load_adapter(str(path), ACCUMULATED, is_trainable=True)  # True: stay in training mode
+    peft_model = find_peft_model(model)
+    if _any_sharded(model):  # PEFT would copy whole tensors into sharded ones
+        settle(model)
+        weights = _load(path / _WEIGHTS)
+        state = get_peft_model_state_dict(peft_model, adapter_name=ACCUMULATED)
+        with torch.no_grad():
+            copy_whole(list(state.values()), [weights[name] for name in state])
+    else:
+        peft_model.load_adapter(str(path), ACCUMULATED, is_trainable=True)  # True: stay in training mode
     activate(model)
+
+
+def _any_sharded(model: nn.Module) -> bool:
+    return any(is_sharded(p) for p in model.parameters())
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

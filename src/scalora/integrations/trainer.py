@@ -9,11 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import find_layers
 from ..config import ScaLoraConfig
-from ..engine import ScaLora, attach
+from ..engine import ScaLora, attach, prepare
 from ..errors import ScaloraError
-from ..stores.adapter import ensure_adapter
 from .checkpoint import load_moved, load_state, save_moved, save_state
 
 
@@ -37,6 +35,7 @@ class ScaLoraCallback(TrainerCallback):
         self.config = config or ScaLoraConfig()
         self.resume_from = resume_from
         self.handle: ScaLora | None = None  # of the present or last training
+        self.saved: int | None = None  # the step of its latest checkpoint
 
     def on_init_end(
         self,
@@ -47,8 +46,8 @@ class ScaLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
-        if self.config.accumulate == "adapter" and model is not None:
-            ensure_adapter(model, find_layers(model), self.config.capacity)
+        if model is not None:
+            prepare(model, self.config)
 
     def on_train_begin(
         self,
@@ -61,11 +60,24 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         assert optimizer is not None
-        self.handle = attach(model, optimizer, self.config)
+        self.handle, self.saved = attach(model, optimizer, self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if control.should_save:  # our part first: once Trainer's is there it deletes older checkpoints
+            self.on_save(args, state, control, model)
+
+    on_epoch_end = on_step_end
 
     def on_save(
         self,
@@ -75,9 +87,12 @@ class ScaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.handle is not None and state.is_world_process_zero:
-            save_state(self.handle, _checkpoint(args, state))
-            save_moved(self.handle, _checkpoint(args, state))
+        if self.handle is not None and self.saved != state.global_step:
+            assert model is not None
+            # Every process helps to gather what is sharded.
+            save_state(self.handle, _checkpoint(args, state), args.should_save)
+            save_moved(self.handle, model, _checkpoint(args, state), args.should_save)
+            self.saved = state.global_step
 
     def on_log(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from ..errors import ScaloraError
+from ..files import replace_folder
 from ..models import Head
 from .base import MethodSpec, Spectrum
 from .targets import find_heads, find_targets
@@ -111,8 +111,7 @@ def save_wrapped(
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / TENSORS)
     (temporary / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    replace_folder(temporary, Path(path))
     module = __name__.rsplit(".", 1)[0] + "." + method.replace("-", "_")
     return [f"from {module} import load", f"model = load({str(path)!r})", "model.eval()"]
 

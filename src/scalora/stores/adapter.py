@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapters import ACCUMULATED, AdapterLayer
 from ..errors import ScaloraError
 from ..lowrank import truncate
+from ..sharded import whole, write
 from .store import Store
 
 SLOTS = 4  # events from one recompression to the next
@@ -30,7 +31,7 @@ class AdapterStore(Store):
         self.layers = [layer.frozen() for layer in layers]
         ranks = [layer.rank for layer in layers]
         self.capacities = _capacities(layers, capacity)
-        in_use = any(bool(layer.A.any()) for layer in self.layers)
+        in_use = any(bool(A.any()) for layer in self.layers for A in whole([layer.A]))
         # All columns are free at first; of an adapter taken over any may be in use.
         self.free = 0 if in_use else min(layer.rank // r for layer, r in zip(self.layers, ranks, strict=True))
         device = layers[0].A.device
@@ -48,9 +49,9 @@ class AdapterStore(Store):
         r = A.shape[-1]
         targets = [layer.frozen() for layer in layers]
         scaled, transposed = A.to(targets[0].A.dtype) * d[:, None, :].to(targets[0].A.dtype), B.mT
-        columns = [slice(t.rank - self.free * r, t.rank - (self.free - 1) * r) for t in targets]
-        torch._foreach_copy_([t.A[:, c] for t, c in zip(targets, columns, strict=True)], list(scaled))
-        torch._foreach_copy_([t.Bt[c] for t, c in zip(targets, columns, strict=True)], list(transposed))
+        start = targets[0].rank - self.free * r
+        write([t.A for t in targets], list(scaled), [(0, start)] * len(targets))
+        write([t.Bt for t in targets], list(transposed), [(start, 0)] * len(targets))
 
     def discarded_share(self, like: Tensor) -> Tensor:
         share = torch.where(self.total > 0, self.discarded / self.total, 0.0)
@@ -62,12 +63,12 @@ class AdapterStore(Store):
         order = sorted(range(len(self.layers)), key=self._shape)
         for _, members in groupby(order, key=self._shape):
             index = list(members)
-            P = torch.stack([self.layers[i].A for i in index])
-            Q = torch.stack([self.layers[i].Bt for i in index]).mT
+            factors = whole([self.layers[i].A for i in index] + [self.layers[i].Bt for i in index])
+            P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
             best = truncate(P, Q, self.capacities[index[0]])
             pad = (0, P.shape[-1] - best.P.shape[-1])
-            torch._foreach_copy_([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
-            torch._foreach_copy_([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
+            write([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
+            write([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
             self.discarded[index] += best.discarded.to(self.discarded)
             self.total[index] = best.total.to(self.total)
         self.free = SLOTS

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterLayer, is_dense, tied_weights
 from ..errors import ScaloraError
+from ..sharded import held, local, whole, write
 from .store import Store
 
 
@@ -45,9 +46,15 @@ class BaseStore(Store):
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         working = torch.promote_types(A.dtype, torch.float32)
         for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
-            weight = layer.base_weight.data
+            spread = layer.base_weight.data
+            weight, P, Q = local(spread), P[held(spread, 0)], Q[held(spread, 1)]
             if layer.name in self.lost:
-                lost = self.lost[layer.name]
+                lost = local(self.lost[layer.name])
+                if lost.shape != weight.shape:
+                    raise ScaloraError(
+                        f"layer {layer.name} was sharded after attach(), which accumulate='base' cannot follow where "
+                        "the base is bf16 or fp16: shard the model first, then attach"
+                    )
                 exact = torch.addmm(lost.float(), P.float(), Q.float().T).add_(weight)
                 weight.copy_(exact)
                 lost.copy_(exact.sub_(weight))
@@ -55,8 +62,7 @@ class BaseStore(Store):
                 weight.addmm_(P.to(weight.dtype), Q.to(weight.dtype).T)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lost": {name: lost.clone() for name, lost in self.lost.items()}}
+        return {"lost": dict(zip(self.lost, [t.clone() for t in whole(list(self.lost.values()))], strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, lost in self.lost.items():
-            lost.copy_(state["lost"][name])
+        write(list(self.lost.values()), [state["lost"][name] for name in self.lost])

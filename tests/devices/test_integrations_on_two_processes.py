@@ -1,0 +1,97 @@
+"""accelerate and Trainer on two processes, DDP and FSDP2; resumed runs are bitwise those that went on.
+
+accelerate has no FSDP2 on CPUs: here its state is told otherwise, and everything else is its own code.
+"""
+
+import halves
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from ranks import spawn
+from transformers import Trainer, TrainingArguments
+
+import scalora
+import zoo
+from scalora import ScaLoraCallback
+from scalora.sharded import is_sharded
+
+
+def _fsdp2(accelerator, state_dict_type="FULL_STATE_DICT"):
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type=state_dict_type,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_accelerate_equals_one_process(fsdp2):
+    spawn(_accelerate, fsdp2)
+
+
+def _accelerate(rank, fsdp2):
+    reference = halves.alone("llama", "adapter")[1]
+    for attach_first in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=halves.MICRO)
+        if fsdp2:
+            _fsdp2(accelerator)
+        model, config = halves.model("llama"), halves.config("adapter")
+        optimizer = halves.optimizer(model)
+        if attach_first:
+            handle = scalora.attach(model, optimizer, config)
+            model, optimizer = accelerator.prepare(model, optimizer)
+        else:
+            scalora.prepare(model, config)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            handle = scalora.attach(model, optimizer, config)
+        for i in range(halves.STEPS * halves.MICRO):
+            batch = {name: rows.chunk(2)[rank] for name, rows in zoo.batch("llama", i).items()}
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(zoo.trainable(model), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert is_sharded(handle.layers[0].frozen().A) == fsdp2
+        assert halves.difference(handle, reference) < 1e-6
+        handle.check_ranks()
+
+
+@pytest.mark.parametrize("how", ["ddp", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_trainer_resumes_bitwise(tmp_path, how):
+    spawn(_trainer, str(tmp_path), how)
+
+
+def _trainer(rank, folder, how):
+    ids = torch.randint(0, zoo.VOCABULARY, (48, 10), generator=torch.Generator().manual_seed(3))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(accumulate, resume=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        callback = ScaLoraCallback(halves.config(accumulate))
+        arguments = TrainingArguments(
+            output_dir=f"{folder}/{accumulate}", per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=6, save_steps=4, logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        model = halves.model("llama", torch.float32)
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+        if how != "ddp":
+            _fsdp2(trainer.accelerator, how)
+            trainer.is_fsdp_enabled = True
+        trainer.train(resume_from_checkpoint=resume)
+        callback.handle.check_ranks()
+        assert len(callback.handle.stats) == 6
+        assert is_sharded(callback.handle.layers[0].A) == (how != "ddp")
+        return halves.figures(callback.handle)
+
+    for accumulate in ("adapter", "base"):
+        whole = train(accumulate)
+        dist.barrier()
+        resumed = train(accumulate, resume=f"{folder}/{accumulate}/checkpoint-4")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
