@@ -103,17 +103,6 @@ def test_autocast_checkpointing_schedule_and_groups_work_together(accumulate):
     assert max(change for change, recompressed in changes if not recompressed) < 1e-5
 
 
-def test_a_compiled_model_trains_like_an_eager_one():
-    model, optimizer, _ = attached()
-    twin = zoo.lora("llama")
-    twin_optimizer = torch.optim.AdamW(zoo.trainable(twin), lr=3e-3)
-    compiled = torch.compile(twin, backend="aot_eager")
-    scalora.attach(compiled, twin_optimizer, ScaLoraConfig(interval=1))
-    zoo.train(model, optimizer, "llama", 4)
-    zoo.train(compiled, twin_optimizer, "llama", 4)
-    torch.testing.assert_close(zoo.logits(model, "llama"), zoo.logits(twin, "llama"), rtol=1e-4, atol=1e-5)
-
-
 def test_detach_stops_and_keeps_the_function():
     model, optimizer, handle = attached()
     zoo.train(model, optimizer, "llama", 3)

@@ -106,3 +106,10 @@ def test_an_update_of_nothing_is_truncated_to_nothing(tmp_path):
         scalora.save_plain_lora(model, tmp_path / "adapter", Truncation(**aim))
         again = PeftModel.from_pretrained(zoo.base("llama"), tmp_path / "adapter")
         assert torch.equal(zoo.logits(again, "llama"), zoo.logits(zoo.base("llama"), "llama"))
+
+
+def test_a_truncation_does_not_hide_that_the_base_was_rewritten(tmp_path):
+    model = zoo.lora("llama", init_lora_weights="pissa")
+    for factors in (joined_factors, Truncation(rank=2)):
+        with pytest.raises(scalora.ScaloraError, match="has changed the base weights"):
+            scalora.save_plain_lora(model, tmp_path / "adapter", factors)

@@ -106,7 +106,10 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
     weight = getattr(layer.base, "weight", None)
-    return plain_class(layer.base) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.is_floating_point()
+    if plain_class(layer.base) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor):
+        return False
+    # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
+    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
 
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:
@@ -130,12 +133,17 @@ def _trained_adapters(name: str, module: LoraLayer) -> list[str]:
 def _check(name: str, module: LoraLayer, adapter: str) -> None:
     base = type(module.get_base_layer()).__name__
     A, B = module.lora_B[adapter], module.lora_A[adapter]
+    if "Wrapper" in type(module).__name__:  # PEFT's ParamWrapper
+        raise ScaloraError(
+            f"layer {name} adapts a bare parameter: train without it (LoraConfig(target_parameters=None)); only linear "
+            "layers can be rescaled"
+        )
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
         variant = type(module.lora_variant.get(adapter)).__name__
         raise ScaloraError(
             f"layer {name} uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
         )
-    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)) or "Wrapper" in type(module).__name__:
+    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
         raise ScaloraError(
             f"layer {name} adapts a {base}: only linear layers can be rescaled; leave it out of target_modules"
         )

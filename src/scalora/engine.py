@@ -20,11 +20,12 @@ from .config import ScaLoraConfig
 from .errors import ScaloraError
 from .fingerprint import base_fingerprint
 from .moments import carry_state, state_powers
-from .scaling import Gram, calibrate, gram_products, product_norm, solve_scaling
+from .scaling import Gram, calibrate, exact_matmul, gram_products, product_norm, solve_scaling
 from .sharded import differing, local, part, refuse_flattened_optimizer, settle, whole
 from .stats import Collector, Event, History
 from .stores import AdapterStore, BaseStore, Store
 from .stores.adapter import ensure_adapter
+from .watch import Watch
 
 
 class _Group(NamedTuple):
@@ -48,7 +49,7 @@ class ScaLora:
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig) -> None:
         self.config = config
         self.optimizer = innermost(optimizer)
-        state_powers(self.optimizer)  # refuses what it cannot carry along, before anything is changed
+        state_powers(self.optimizer)
         if any(
             isinstance(getattr(hook, "__self__", None), ScaLora)
             for hook in self.optimizer._optimizer_step_pre_hooks.values()
@@ -57,14 +58,14 @@ class ScaLora:
         self.model = model
         self.layers = find_layers(model)
         settle(model)
-        _check_optimized(self.optimizer, self.layers)
+        self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
+        self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)
             if config.accumulate == "adapter"
             else BaseStore(model, self.layers)
         )
-        self.groups = _grouped(self.layers)
         self.step = 0  # optimizer steps seen
         self.history = History()
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
@@ -162,14 +163,16 @@ class ScaLora:
             raise ScaloraError(
                 "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
             )
+        self.watch.check()
         if self.step % self.config.interval == 0:
-            self._event()
+            with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+                self._event()
         self.step += 1
 
     @torch.no_grad()
     def _event(self) -> None:
-        _check_optimized(self.optimizer, self.layers)  # whoever wraps the model after attach() may replace parameters
-        stacks = [_stack(group.layers) for group in self.groups]
+        groups = _grouped(self.layers)
+        stacks = [_stack(group.layers) for group in groups]
         self.constants = self.constants.to(stacks[0].A.device)
         sound = self._sound(stacks)
         # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
@@ -178,20 +181,21 @@ class ScaLora:
             self.store.make_room()
         params, factors, carried = [], [], []
         event = Collector()
-        for group, (A, B, gram) in zip(self.groups, stacks, strict=True):
+        for group, (A, B, gram) in zip(groups, stacks, strict=True):
+            live = sound & _live(group.layers)
             c = self.constants[group.members]
-            c = torch.where(c.isnan() & sound, calibrate(gram), c)
+            c = torch.where(c.isnan() & live, calibrate(gram), c)
             self.constants[group.members] = c
             alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
-            alpha, beta = (_representable(torch.where(sound, f, 1.0), A.dtype) for f in (alpha, beta))
+            alpha, beta = (_representable(torch.where(live[:, None], f, 1.0), A.dtype) for f in (alpha, beta))
             difference = 1 - alpha * beta
             scale = torch.tensor([layer.scale for layer in group.layers], dtype=torch.float64).to(A.device)
             if taken:  # adapters that are no longer finite must not reach the store: 0·NaN is NaN
                 A_sound, B_sound = torch.where(sound, A, 0.0), torch.where(sound, B, 0.0)
                 self.store.add(group.layers, A_sound, difference * scale[:, None], B_sound)
-            whole = product_norm(gram, torch.ones_like(difference))
-            moved = torch.where(whole > 0, product_norm(gram, difference) / whole, 0.0)
-            event.collect(group.members, alpha, beta, torch.where(sound, kind, 0), moved)
+            size = product_norm(gram, torch.ones_like(difference))
+            moved = torch.where(size > 0, product_norm(gram, difference) / size, 0.0)
+            event.collect(group.members, alpha, beta, torch.where(live, kind, 0), moved)
             for layer, a, b in zip(group.layers, alpha.to(A.dtype), beta.to(A.dtype)[..., None], strict=True):
                 params += [layer.A, layer.Bt]
                 factors += [a, part(b, layer.Bt)]
@@ -261,20 +265,6 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _check_optimized(optimizer: Optimizer, layers: list[AdapterLayer]) -> None:
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers:
-        if id(layer.A) not in known or id(layer.Bt) not in known:
-            raise ScaloraError(
-                f"layer {layer.name} is trainable, but its adapter is not in the optimizer: create the optimizer after "
-                "the adapters, and after fully_shard, which replaces them, with all trainable parameters; then attach"
-            )
-        if layer.A.ndim != 2 or layer.Bt.ndim != 2:
-            raise ScaloraError(
-                f"the adapter of layer {layer.name} was flattened after attach(), as FSDP1 does: use FSDP2 or DDP"
-            )
-
-
 def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLoraConfig) -> Tensor:
     """c/s² per layer, float64: 1/(L·lr·s²), or NaN where it is still to be calibrated."""
     device = layers[0].A.device
@@ -305,6 +295,12 @@ def _stack(layers: list[AdapterLayer]) -> _Stacked:
     full, count = whole([*params, *gradients]), len(layers)
     A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
     return _Stacked(A, Bt.mT, gram_products(A, Bt.mT, grad_A, grad_Bt.mT))
+
+
+def _live(layers: list[AdapterLayer]) -> Tensor:
+    """Layers of which both matrices have a gradient: an unused layer, or one that is frozen again, stays as it is."""
+    live = [layer.A.grad is not None and layer.Bt.grad is not None for layer in layers]
+    return torch.tensor(live).to(layers[0].A.device)
 
 
 def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:

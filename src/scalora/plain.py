@@ -18,7 +18,7 @@ from .errors import ScaloraError
 from .files import replace_folder
 from .lowrank import singular_values, truncate
 from .sharded import is_writer, whole
-from .stores.adapter import find_peft_model
+from .stores.tuner import find_peft_model
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
@@ -103,7 +103,7 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         The folder. ``PeftModel.from_pretrained(base, path)`` loads it without scalora.
 
     Raises:
-        ScaloraError: the model holds no trained LoRA adapter.
+        ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation changed the base weights.
     """
     state, config = plain_lora(model, factors)
     folder, temporary = Path(path), Path(f"{path}.tmp")
@@ -121,6 +121,15 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     layers = find_layers(model)
     peft_model = find_peft_model(model)
     adapter = layers[0].adapter
+    config = peft_model.peft_config[adapter]
+    assert isinstance(config, LoraConfig)
+    untruncated = factors.factors if isinstance(factors, Truncation) else factors
+    if untruncated is joined_factors and changes_base(config.init_lora_weights):
+        raise ScaloraError(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA "
+            "adapter would not fit the original base: save the whole model (model.merge_and_unload() and "
+            "save_pretrained), or train from another initialisation"
+        )
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     ranks: dict[str, int] = {}
     for layer in layers:
@@ -128,15 +137,20 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
         name = "base_model.model." + layer.name.split("base_model.model.", 1)[-1]
         state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"] = P, Q.mT
         ranks[name.removeprefix("base_model.model.")] = P.shape[1]
-    config = peft_model.peft_config[adapter]
-    assert isinstance(config, LoraConfig)
     return dict(zip(state, whole(list(state.values())), strict=True)), _plain(config, ranks)
 
 
 def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig) -> None:
     """The two files of an adapter, into a folder that exists."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    # clone: with bias="all" PEFT lists the bias of a module that is saved as a whole under two names.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
     config.save_pretrained(str(folder))
+
+
+def changes_base(init: bool | str) -> bool:
+    """Whether PEFT has taken the initial adapter out of the base weights."""
+    return isinstance(init, str) and init.lower().split("_niter_")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _plain(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:

@@ -25,7 +25,7 @@ from .methods.peft_any import merged_update
 from .methods.targets import find_heads
 from .methods.wrappers import TENSORS, Wrapper, load_wrapped, merge
 from .models import Head
-from .plain import joined_factors
+from .plain import changes_base, joined_factors
 
 _WRAPPERS: dict[str, type[Wrapper]] = {"mora": MoraLinear, "alpha-lora": AlphaLoraLinear}
 
@@ -66,7 +66,7 @@ class _Peft(Restored):
 
     def __init__(self, artefact: Artefact, base: Base) -> None:
         initial = artefact.config.get("init_lora_weights")
-        if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
+        if initial is not None and changes_base(initial):
             raise ScaloraError(
                 f"{artefact.folder}: init_lora_weights={initial!r} has rewritten the base weights, so this adapter "
                 "alone is not the model: export the finished run, whose adapter/ is on the original ones"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def gram_products(
     """Form the five products in float32 (float64 for float64 input), whatever autocast or TF32 are set to."""
     working = torch.promote_types(A.dtype, torch.float32)
     A, B, grad_A, grad_B = (t.to(working) for t in (A, B, grad_A, grad_B))
-    with _exact_matmul(A.device):
+    with exact_matmul(A.device):
         products = A.mT @ A, B.mT @ B, grad_A.mT @ grad_A, grad_B.mT @ grad_B, A.mT @ grad_A
     return Gram(*(p.double() for p in products), epsilon=torch.finfo(working).eps)
 
@@ -244,14 +244,28 @@ def _diagonal(S: Float[Tensor, "*batch k k"]) -> Float[Tensor, "*batch k"]:
 
 
 @contextmanager
-def _exact_matmul(device: torch.device) -> Generator[None]:
-    """Full float32 products: neither autocast nor a lowered matmul precision may blur the r×r products."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+def exact_matmul(device: torch.device) -> Generator[None]:
+    """Full float32 products: neither autocast nor lowered precision, where a user allows them, may blur an event."""
+    with torch.autocast(device.type, enabled=False), _full_precision():
+        yield
+
+
+@contextmanager
+def _full_precision() -> Generator[None]:
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the older functions fail where the user has set this
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
-    finally:
-        if precision != "highest":
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
             torch.set_float32_matmul_precision(precision)

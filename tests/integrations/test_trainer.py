@@ -1,9 +1,8 @@
-"""One callback, nothing else changes: Trainer, TRL's SFTTrainer, resume, best model."""
+"""One callback, nothing else changes: Trainer, resume, best model."""
 
-import datasets
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import zoo
 from scalora import ScaLoraCallback, ScaLoraConfig, ScaloraError, create_scalora_optimizer
@@ -116,36 +115,3 @@ def test_the_optimizer_factory_works_in_trainer(tmp_path):
     Trainer(model, _arguments(tmp_path), train_dataset=_dataset(), optimizers=(optimizer, None)).train()
     assert not torch.equal(zoo.logits(model, "llama"), before)
     assert any("accumulated" in name and param.any() for name, param in model.named_parameters())
-
-
-def test_trl_sft_trainer_with_one_more_line(tmp_path):
-    trl = pytest.importorskip("trl")
-    from peft import LoraConfig
-
-    callback = ScaLoraCallback(ScaLoraConfig(interval=2))
-    texts = datasets.Dataset.from_dict({"text": [f"{i} {i + 1} {i + 2} {i + 3}" for i in range(40)]})
-    trainer = trl.SFTTrainer(
-        zoo.base("llama"),
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to="none",
-            use_cpu=True, logging_steps=2, bf16=False, max_length=16, learning_rate=1e-3, disable_tqdm=True,
-        ),
-        train_dataset=texts,
-        processing_class=_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        callbacks=[callback],
-    )  # fmt: skip
-    trainer.train()
-    assert [event.step for event in callback.handle.stats] == [0, 2, 4]
-    assert any("scalora/alpha" in entry for entry in trainer.state.log_history)
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    words = {"<pad>": 0, "<eos>": 1, **{str(i): i + 2 for i in range(60)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")

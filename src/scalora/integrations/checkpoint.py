@@ -18,7 +18,7 @@ from ..engine import ScaLora
 from ..errors import ScaloraError
 from ..sharded import is_sharded, settle, whole
 from ..sharded import write as copy_whole
-from ..stores.adapter import activate, find_peft_model
+from ..stores.tuner import activate, find_peft_model
 
 STATE_FILE = "scalora.safetensors"
 BASE_FILE = "scalora_base.safetensors"

@@ -19,6 +19,7 @@ from ..errors import ScaloraError
 from ..lowrank import truncate
 from ..sharded import whole, write
 from .store import Store
+from .tuner import activate, find_peft_model, pair
 
 SLOTS = 4  # events from one recompression to the next
 
@@ -85,44 +86,16 @@ class AdapterStore(Store):
         self.total.copy_(state["total"])
 
 
-def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PeftModel inside compile's, DDP's and other wrappers.
-
-    Raises:
-        ScaloraError: there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, PeftModel):
-            return module
-    raise ScaloraError(
-        f"model is a {type(model).__name__} without a PeftModel in it, which accumulate='adapter' needs: wrap it with "
-        "peft.get_peft_model(model, LoraConfig(...)), or choose accumulate='base'"
-    )
-
-
-def activate(model: nn.Module) -> None:
-    """Make the accumulated adapter active, and frozen, beside whatever is active now."""
-    peft_model = find_peft_model(model)
-    active = list(peft_model.active_adapters)
-    if ACCUMULATED not in active:
-        trainable = {name for name, p in peft_model.named_parameters() if p.requires_grad}
-        peft_model.base_model.set_adapter([*active, ACCUMULATED])  # pyright: ignore[reportCallIssue]
-        for name, param in peft_model.named_parameters():  # set_adapter made every active adapter trainable
-            param.requires_grad_(name in trainable)
-    for name, param in peft_model.named_parameters():
-        if f".{ACCUMULATED}." in name:
-            param.requires_grad_(False)
-
-
 def ensure_adapter(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:
     """Add the accumulated adapter, all zero, unless the model has one already; make it active and frozen.
 
     It has ``capacity`` columns and ``slots`` times r more; without slots it holds one constant update.
 
     Raises:
-        ScaloraError: the model has one of another rank.
+        ScaloraError: the model has one of another rank, or of another trained adapter.
     """
     peft_model = find_peft_model(model)
+    pair(peft_model, layers[0].adapter)
     widths = [k + slots * layer.rank for k, layer in zip(_capacities(layers, capacity), layers, strict=True)]
     if ACCUMULATED not in peft_model.peft_config:
         trained = peft_model.peft_config[layers[0].adapter]

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import AdapterLayer, is_dense, tied_weights
 from ..errors import ScaloraError
 from ..sharded import held, local, whole, write
 from .store import Store
+from .tuner import take_over
 
 
 class BaseStore(Store):
@@ -37,18 +39,28 @@ class BaseStore(Store):
             raise ScaloraError(
                 f"accumulate='base' would change what shares the weight of layer {tied[0].name}: {way_out}"
             )
-        self.lost = {
-            layer.name: torch.zeros_like(layer.base_weight)
-            for layer in layers
-            if layer.base_weight.dtype in (torch.bfloat16, torch.float16)
-        }
+        self.lost: dict[str, Tensor] = {}
+        for layer in layers:
+            self._compensates(layer)
+        self.tuner = next((take_over(m) for m in model.modules() if isinstance(m, PeftModel)), None)
+
+    def end_event(self) -> None:
+        if self.tuner is not None:
+            self.tuner.base_written = True
+
+    def _compensates(self, layer: AdapterLayer) -> bool:
+        """Whether rounding is kept for this layer; asked anew each time, since a model may be cast in mid-run."""
+        half = layer.base_weight.dtype in (torch.bfloat16, torch.float16)
+        if half and layer.name not in self.lost:
+            self.lost[layer.name] = torch.zeros_like(layer.base_weight)
+        return half
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         working = torch.promote_types(A.dtype, torch.float32)
         for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
             spread = layer.base_weight.data
             weight, P, Q = local(spread), P[held(spread, 0)], Q[held(spread, 1)]
-            if layer.name in self.lost:
+            if self._compensates(layer):
                 lost = local(self.lost[layer.name])
                 if lost.shape != weight.shape:
                     raise ScaloraError(
@@ -66,3 +78,4 @@ class BaseStore(Store):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         write(list(self.lost.values()), [state["lost"][name] for name in self.lost])
+        self.end_event()  # the base that comes with it was written to

@@ -1,0 +1,26 @@
+"""docs/compatibility.md says what goes with what: each row is a test, and each test has its row."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent.parent / "docs" / "compatibility.md"
+
+
+def _tests(path):
+    """``file::test`` or, where a test runs over cases, ``file::test[case]``."""
+    for name, function in vars(importlib.import_module(path.stem)).items():
+        if name.startswith("test_"):
+            marks = [m for m in getattr(function, "pytestmark", ()) if m.name == "parametrize" and m.args[0] == "case"]
+            yield from (f"{path.name}::{name}[{case}]" for mark in marks for case in mark.args[1])
+            if not marks:
+                yield f"{path.name}::{name}"
+
+
+@pytest.mark.parametrize("path", sorted(set(HERE.glob("test_*.py")) - {Path(__file__)}), ids=lambda path: path.stem)
+def test_each_row_is_a_test_and_each_test_has_a_row(path):
+    rows = re.findall(rf"`({path.name}::[^`]+)`", DOCUMENT.read_text(encoding="utf-8"))
+    assert sorted(rows) == sorted(_tests(path))
