@@ -17,6 +17,7 @@ LAYERS = [
     ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
     ["methods"],
     ["recipes", "provenance", "run_folder", "callbacks", "plots", "training"],
+    ["artefact", "energies", "base_model", "restored", "probe", "export"],
     ["arena"],
     ["experiments"],
     ["cli", "__main__"],

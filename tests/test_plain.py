@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import scalora
 import zoo
-from scalora.plain import joined_factors
+from scalora.plain import Truncation, joined_factors
 
 CODE = """
 import sys, torch
@@ -70,3 +70,46 @@ def test_plain_lora_is_saved_as_it_is(tmp_path):
     scalora.save_plain_lora(model, tmp_path / "adapter")
     again = PeftModel.from_pretrained(zoo.base("llama"), tmp_path / "adapter")
     torch.testing.assert_close(zoo.logits(again, "llama"), zoo.logits(model, "llama"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_truncated_adapter_loads_in_plain_peft(tmp_path, kind):
+    model = zoo.lora(kind)
+    optimizer = torch.optim.AdamW(zoo.trainable(model), lr=1e-2)
+    handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+    zoo.train(model, optimizer, kind, 4)
+    truncation = Truncation(rank=5)
+    scalora.save_plain_lora(model, tmp_path / "adapter", truncation)
+    for layer in handle.layers:  # what the loaded adapter must compute: the dense best approximation
+        P, Q = joined_factors(layer)
+        U, sigma, Vt = torch.linalg.svd(P @ Q.mT)
+        best = U[:, :5] * sigma[:5] @ Vt[:5] - P @ Q.mT
+        with torch.no_grad():
+            layer.base_weight.add_(best)
+        share = 1 - sigma[5:].square().sum() / sigma.square().sum()
+        assert truncation.kept[layer.name].energy == pytest.approx(float(share), abs=1e-5)
+    again = PeftModel.from_pretrained(zoo.base(kind), tmp_path / "adapter")
+    torch.testing.assert_close(zoo.logits(again, kind), zoo.logits(model, kind), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.0}, {"energy": float("nan")}]
+)
+def test_a_truncation_needs_one_sensible_aim(options):
+    with pytest.raises(scalora.ScaloraError, match=r"^(rank|energy) is"):
+        Truncation(**options)
+
+
+def test_an_update_of_nothing_is_truncated_to_nothing(tmp_path):
+    model = zoo.lora("llama")
+    for aim in ({"rank": 2}, {"energy": 0.9}):
+        scalora.save_plain_lora(model, tmp_path / "adapter", Truncation(**aim))
+        again = PeftModel.from_pretrained(zoo.base("llama"), tmp_path / "adapter")
+        assert torch.equal(zoo.logits(again, "llama"), zoo.logits(zoo.base("llama"), "llama"))
+
+
+def test_a_truncation_does_not_hide_that_the_base_was_rewritten(tmp_path):
+    model = zoo.lora("llama", init_lora_weights="pissa")
+    for factors in (joined_factors, Truncation(rank=2)):
+        with pytest.raises(scalora.ScaloraError, match="has changed the base weights"):
+            scalora.save_plain_lora(model, tmp_path / "adapter", factors)

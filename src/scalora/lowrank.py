@@ -47,6 +47,12 @@ def numerical_rank(sigma: Float[Tensor, "*batch l"], m: int, n: int) -> Int[Tens
     return (sigma > max(m, n) * torch.finfo(torch.float32).eps * sigma[..., :1]).sum(-1)
 
 
+def effective_rank(sigma: Float[Tensor, "*batch l"]) -> Float[Tensor, "*batch"]:
+    """exp of the entropy of σ/Σσ (Roy and Vetterli, 2007): how many directions count; 0 where all σ are 0."""
+    share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
+    return torch.where(sigma.sum(-1) > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+
 def _svd(
     P: Float[Tensor, "*batch m k"], Q: Float[Tensor, "*batch n k"]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from .files import digest
 from .fingerprint import fingerprint
 
 Head = Literal["causal-lm", "sequence-classification"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _DIGITS = "digits-mlp"  # made on the spot by scalora.dense
 
 
@@ -38,7 +38,7 @@ def load_model(
         source: a packaged alias (`scalora.assets.ASSETS`), a folder with config.json, a .gguf file, or a hub id.
         head: what the model shall compute.
         num_labels: outputs of a classification head (1 for regression); only there, and needed there.
-        dtype: 'float32', 'bfloat16' or 'float16'.
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for that of the source.
         config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
 

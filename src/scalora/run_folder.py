@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from filelock import FileLock, Timeout
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 
 from .errors import ScaloraError
 from .files import damage, is_sealed, write_text
-from .recipes import Recipe
+
+if TYPE_CHECKING:
+    from .recipes import Recipe  # itself slow to import
 
 RECIPE, METRICS, CHECKPOINTS, ADAPTER = "recipe.yaml", "metrics.json", "checkpoints", "adapter"
 _LOCK = ".lock"

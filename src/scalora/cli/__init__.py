@@ -44,6 +44,54 @@ def train(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
+    to: Annotated[
+        str,
+        typer.Option(help="lora: one plain PEFT LoRA; merged: the whole model; delta: the dense difference."),
+    ] = "lora",
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Truncate the LoRA to this rank; without it, it is exact."),
+    ] = None,
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Truncate each layer to the least rank that keeps this share of its squared norm."),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Folder to write; RUN-FORM beside RUN by default."),
+    ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODEL", help="The base model, if it is not where the run found it."),
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Held-out examples to measure the loss on; 0 for none.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Turn a run into what others load: a plain LoRA, a whole model, or a dense difference.
+
+    The result is loaded back and its logits are compared; with a recipe's data, its loss too.
+    """
+    from .export import run as run_export
+
+    run_export(
+        run, to=to, rank=rank, energy=energy, output=output, base=base, overwrite=overwrite, examples=examples
+    )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, an adapter or an export.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every layer.")] = False,
+) -> None:
+    """Show ranks, norms, sizes and origin of what lies in a folder, without loading a model."""
+    from .inspect import run
+
+    run(path, as_json=as_json)
+
+
+@app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Model, data and budget that all share.")],
     methods: Annotated[

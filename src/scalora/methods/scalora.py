@@ -17,6 +17,7 @@ from ..adapters import find_layers
 from ..config import ScaLoraConfig
 from ..integrations.trainer import ScaLoraCallback
 from ..models import Head
+from ..plain import joined_factors
 from .base import Adapted, Method, MethodSpec, Spectrum
 from .lora import lora_model, lora_spectra, save_plain
 
@@ -97,10 +98,13 @@ def _moved_spectra(model: PeftModel, start: dict[str, Tensor]) -> Iterator[tuple
         yield layer.name, Spectrum(torch.linalg.svdvals(update), *update.shape)
 
 
+@torch.no_grad()
 def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     """accumulate='base' has changed the base itself, so the whole model is what the user takes away."""
-    merged = model.merge_and_unload()
-    merged.save_pretrained(str(path))  # pyright: ignore
+    for layer in find_layers(model):  # PEFT would round the difference to the weight's dtype before it adds it
+        P, Q = joined_factors(layer)
+        layer.base_weight.copy_(layer.base_weight.float() + P.float() @ Q.float().mT)
+    model.base_model.unload().save_pretrained(str(path))  # pyright: ignore
     auto = "AutoModelForCausalLM" if head == "causal-lm" else "AutoModelForSequenceClassification"
     return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
 
