@@ -19,6 +19,7 @@ from .adapters import AdapterLayer, find_layers
 from .config import ScaLoraConfig
 from .errors import ScaloraError
 from .fingerprint import base_fingerprint
+from .fused import fuse
 from .moments import carry_state, state_powers
 from .scaling import Gram, calibrate, exact_matmul, gram_products, product_norm, solve_scaling
 from .sharded import differing, local, part, refuse_flattened_optimizer, settle, whole
@@ -60,6 +61,8 @@ class ScaLora:
         settle(model)
         self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
         self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
+        for layer in self.layers:
+            fuse(layer)
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)

@@ -8,7 +8,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from typer.testing import CliRunner
 
 import ground
@@ -135,6 +135,12 @@ PATHS = (
 )
 
 
+# Each example is a run, too slow to shrink what fails.
+QUICK = settings(
+    deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate], derandomize=True
+)
+
+
 @pytest.fixture(scope="module")
 def laid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ground")
@@ -152,7 +158,7 @@ def _put(recipe: dict, path: str, value: object) -> None:
     recipe[last] = value
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(QUICK, max_examples=80)
 @given(changes=st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(VALUES)), min_size=1, max_size=2))
 def test_any_value_anywhere_works_or_is_refused_in_one_line(laid, changes):
     folder, valid = laid
@@ -189,7 +195,7 @@ METHODS = (
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(QUICK, max_examples=20)
 @given(
     method=st.sampled_from(METHODS),
     rank=st.integers(1, 6),
@@ -211,6 +217,7 @@ METHODS = (
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_valid_recipes_run(laid, method, rank, dropout, targets, training, dtype):
+    assume(method != "full" or dtype == "float32")  # whose small steps bf16 weights would lose: refused
     folder, valid = laid
     recipe = copy.deepcopy(valid)
     recipe |= {"output": str(folder / "valid"), "dtype": dtype}

@@ -1,0 +1,71 @@
+"""LoRA's forward pass without PEFT's detours: no copy of the input per adapter, no product and no sum of their own.
+
+PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
+there and back each time. Here each adapter is two matrix products, the second of which adds to the result in place of
+writing a product, a scaled product and a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from .adapters import AdapterLayer
+from .sharded import is_sharded
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer with a shorter forward pass where nothing but plain adapters is asked for."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
+        adapters = None if args or kwargs else self._plain_adapters(x)
+        if adapters is None:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x)
+        flat = result.flatten(0, -2)
+        for Bt, A, scale in adapters:
+            flat = torch.addmm(flat, functional.linear(x, Bt).flatten(0, -2), A.mT, alpha=scale)
+        return flat.view(result.shape)
+
+    def _plain_adapters(self, x: Tensor) -> list[tuple[Tensor, Tensor, float]] | None:
+        """(Bᵀ, A, s) of each active adapter; None where the short way would not do the same."""
+        if self.disable_adapters or self.merged or type(self.base_layer) not in (nn.Linear, Conv1D):
+            return None
+        found = []
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            if name in self.lora_variant or _hooked(lora_A) or _hooked(lora_B):
+                return None
+            if not isinstance(dropout, nn.Identity) and self.training:
+                return None
+            Bt, A = lora_A.weight, lora_B.weight
+            assert isinstance(Bt, Tensor)
+            assert isinstance(A, Tensor)
+            # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
+            if is_sharded(Bt) or not (Bt.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+                return None
+            found.append((Bt, A, float(self.scaling[name])))
+        return found
+
+
+def fuse(layer: AdapterLayer) -> None:
+    """Exchange the class of a layer's module, if it is PEFT's own for linear layers."""
+    if type(layer.module) is Linear:
+        layer.module.__class__ = FusedLinear
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether someone listens to a module's calls, or replaced it by more than a matrix."""
+    return (
+        type(module) is not nn.Linear
+        or module.bias is not None
+        or bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
