@@ -3,6 +3,7 @@ import torch
 
 import tiny
 from scalora.errors import ScaloraError
+from scalora.files import digest, seal
 from scalora.models import backbone_fingerprint, load_model
 
 
@@ -104,6 +105,30 @@ def test_a_broken_gguf(tmp_path, monkeypatch):
     with pytest.raises(ScaloraError, match="cannot load"):
         load_model(str(file), head="causal-lm")
     assert not list((tmp_path / "cache" / "converted").iterdir())
+
+
+def test_a_cut_conversion_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALORA_CACHE", str(tmp_path))
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    place = tmp_path / "converted" / digest(file)[:16]
+    tiny.llama().save_pretrained(place)
+    tiny.tokenizer().save_pretrained(place)
+    seal(place)
+    load_model(str(file), head="causal-lm")
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ScaloraError, match=r"some\.gguf, is damaged \(model\.safetensors has .* bytes.*delete"):
+        load_model(str(file), head="causal-lm")
+
+
+def test_a_cut_model_is_one_message(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ScaloraError, match="cannot load"):
+        load_model(str(tmp_path), head="causal-lm")
 
 
 def test_arguments():

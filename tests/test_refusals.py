@@ -18,6 +18,18 @@ def test_state_of_another_configuration_is_refused():
         other.load_state_dict(handle.state_dict())
 
 
+def test_state_of_another_rank_or_base_model_is_refused():
+    model, _, handle = attached()
+    _, _, smaller = attached(lora={"r": 2})
+    with pytest.raises(ScaloraError, match=r"layer .* has rank 2, but had 4"):
+        smaller.load_state_dict(handle.state_dict())
+    state = handle.state_dict()
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.add_(1)
+    with pytest.raises(ScaloraError, match="base model is another"):
+        handle.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from . import assets
 from .errors import ScaloraError
-from .files import digest
+from .files import damage, digest, is_sealed, seal
 from .fingerprint import fingerprint
 
 Head = Literal["causal-lm", "sequence-classification"]
@@ -184,8 +185,11 @@ def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
 def _convert_gguf(file: Path) -> Path:
     """A folder in the cache with the dequantised float32 weights of `file`, written at the first call."""
     place = assets.cache_dir() / "converted" / digest(file)[:16]
-    if place.exists():
+    if is_sealed(place):
+        if reason := damage(place, content=False):
+            raise ScaloraError(f"model: {place}, converted from {file.name}, is damaged ({reason}): delete that folder")
         return place
+    shutil.rmtree(place, ignore_errors=True)  # of a version that did not seal what it converted
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +206,7 @@ def _convert_gguf(file: Path) -> Path:
         model.is_quantized = False
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
+        seal(folder)
         try:
             folder.rename(place)
         except OSError:
