@@ -116,7 +116,10 @@ def test_inspect_refuses_the_same_folders(broken, case):
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_half_written(laid, tmp_path, signal_):
-    command = [sys.executable, "-m", "scalora", "export", str(laid / "run"), "--output", str(tmp_path / "out")]
+    # Sleeps in the middle of writing, so that the signal comes before the end.
+    code = "import time, scalora.export as e; e.write_plain_lora = lambda *_, **__: time.sleep(60)\n"
+    code += "from scalora.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "export", str(laid / "run"), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()):
