@@ -81,14 +81,6 @@ torch.save(logits, sys.argv[3])
 """
 
 
-def overrides_of(folder, name):
-    for given in RUNS[name][0]:
-        if given == "bert":
-            yield from ground.classification(folder)
-        else:
-            yield f"model={folder / given}" if given in ("gpt2", "tied") else given
-
-
 def test_a_fresh_process_without_scalora_computes_the_same(tmp_path, monkeypatch):
     """Within 1e-5 of the largest logit, computed in float32; where the base is bf16, weights are rounded once.
 

@@ -90,3 +90,10 @@ def test_disabled_and_merged_models_compute_what_peft_computes():
                 outputs.append(zoo.logits(model, "llama"))
                 model.unmerge_adapter()
         assert torch.equal(*outputs)
+
+
+def test_a_single_vector_is_an_input_too():
+    _, fused = _pair("llama")
+    layer = next(m for m in fused.modules() if isinstance(m, FusedLinear))
+    x = torch.randn(2, layer.in_features)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "src" / "scalora"
 LAYERS = [
     ["errors", "_shapes", "quiet", "files", "sharded"],
     ["nnls", "scaling", "lowrank", "reference"],
-    ["config", "fingerprint", "moments", "adapters", "fused", "stats", "stores", "watch", "engine", "plain"],
+    ["config", "fingerprint", "moments", "adapters", "fused", "stats", "stores", "watch", "groups", "engine", "plain"],
     ["integrations"],
     ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
     ["methods"],

@@ -102,3 +102,8 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ScaloraError, match="WORLD_SIZE is 2"):
         train(load_recipe(ground.lay(tmp_path)))
+
+
+def test_what_scalora_refuses_keeps_its_own_words(tmp_path):
+    with pytest.raises(ScaloraError, match=r"^optimizer is .*Adafactor"):
+        train(load_recipe(ground.lay(tmp_path), ["training.optim=adafactor"]))

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ScaloraError
+from .files import ACCUMULATED  # name of the frozen adapter that holds what has been moved
 from .sharded import plain_class, refuse_flattened
-
-ACCUMULATED = "accumulated"  # name of the frozen adapter that holds what has been moved
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
 

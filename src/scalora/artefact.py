@@ -15,13 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ScaloraError
-from .files import damage, is_sealed
+from .files import ACCUMULATED, BASE_FILE, STATE_FILE, WEIGHTS, damage, is_sealed
 from .run_folder import ADAPTER, CHECKPOINTS, METRICS, RECIPE, last_checkpoint
 
 EXPORT = "export.json"  # beside every export: what it was made from, and how good it is
 DELTA, REPLACED = "delta.safetensors", "replaced.safetensors"
-WEIGHTS, ACCUMULATED = "adapter_model.safetensors", "accumulated"  # PEFT's, and our second adapter's folder
-STATE, MOVED = "scalora.safetensors", "scalora_base.safetensors"  # of a checkpoint
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
 Kind = Literal["lora", "peft", "wrapped", "model", "delta"]
@@ -62,7 +60,7 @@ class Artefact:
     @property
     def moved(self) -> bool:
         """Whether accumulate='base' has written to base weights that lie here too."""
-        return (self.folder / MOVED).is_file()
+        return (self.folder / BASE_FILE).is_file()
 
     @property
     def pair(self) -> bool:
@@ -140,7 +138,7 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
         recipe=_read_recipe(run / RECIPE) if run else None,
         metrics=read_json(run / METRICS) if run and (run / METRICS).is_file() else None,
         export=export,
-        state=_state(folder / STATE) if (folder / STATE).is_file() else None,
+        state=_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None,
         trainer=read_json(trainer) if trainer.is_file() else {},
     )  # fmt: skip
     if is_sealed(folder) and (reason := damage(folder, content=thorough)):
@@ -206,7 +204,7 @@ def _check_complete(artefact: Artefact) -> None:
     if artefact.state is None:
         return
     accumulate = artefact.state["config"]["accumulate"]
-    whole, lacking = (artefact.pair, f"{ACCUMULATED}/") if accumulate == "adapter" else (artefact.moved, MOVED)
+    whole, lacking = (artefact.pair, f"{ACCUMULATED}/") if accumulate == "adapter" else (artefact.moved, BASE_FILE)
     if not whole:
         raise ScaloraError(
             f"checkpoint {artefact.folder} lacks {lacking}, where a part of the update lies: take a whole checkpoint"

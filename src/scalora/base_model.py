@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .artefact import WEIGHTS, Artefact, read_tensors
+from .artefact import Artefact, read_tensors
 from .errors import ScaloraError
+from .files import WEIGHTS
 from .methods.wrappers import TENSORS
 from .models import Head, backbone_fingerprint, load_model
 from .recipes import parse_recipe

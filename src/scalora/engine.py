@@ -8,8 +8,7 @@ gradients and the optimizer's state. Layers of one shape are handled together; n
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +19,14 @@ from .config import ScaLoraConfig
 from .errors import ScaloraError
 from .fingerprint import base_fingerprint
 from .fused import fuse
+from .groups import Stacked, grouped, live_layers, stacked
 from .moments import carry_state, state_powers
-from .scaling import Gram, calibrate, exact_matmul, gram_products, product_norm, solve_scaling
+from .scaling import calibrate, exact_matmul, product_norm, solve_scaling
 from .sharded import differing, local, part, refuse_flattened_optimizer, settle, whole
 from .stats import Collector, Event, History
 from .stores import AdapterStore, BaseStore, Store
 from .stores.adapter import ensure_adapter
 from .watch import Watch
-
-
-class _Group(NamedTuple):
-    """Layers of one shape, dtype and device, with their positions among all layers."""
-
-    members: list[int]
-    layers: list[AdapterLayer]
-
-
-class _Stacked(NamedTuple):
-    """Adapters of one group before the event, (L, m, r) and (L, n, r), and their Gram products."""
-
-    A: Tensor
-    B: Tensor
-    gram: Gram
 
 
 class ScaLora:
@@ -174,8 +159,8 @@ class ScaLora:
 
     @torch.no_grad()
     def _event(self) -> None:
-        groups = _grouped(self.layers)
-        stacks = [_stack(group.layers) for group in groups]
+        groups = grouped(self.layers)
+        stacks = [stacked(group.layers) for group in groups]
         self.constants = self.constants.to(stacks[0].A.device)
         sound = self._sound(stacks)
         # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
@@ -185,7 +170,7 @@ class ScaLora:
         params, factors, carried = [], [], []
         event = Collector()
         for group, (A, B, gram) in zip(groups, stacks, strict=True):
-            live = sound & _live(group.layers)
+            live = live_layers(group.layers, sound)
             c = self.constants[group.members]
             c = torch.where(c.isnan() & live, calibrate(gram), c)
             self.constants[group.members] = c
@@ -210,7 +195,7 @@ class ScaLora:
         carry_state(self.optimizer, params, carried)
         self.history.append(self.step, event, self.store.discarded_share(self.constants[0]))
 
-    def _sound(self, stacks: list[_Stacked]) -> Tensor:
+    def _sound(self, stacks: list[Stacked]) -> Tensor:
         """Whether this step's gradients are finite and the step will be taken; a tensor, so that nothing waits."""
         device = stacks[0].A.device
         traces = [t.sum().to(device) for s in stacks for t in (s.gram.gAgA, s.gram.gBgB)]
@@ -283,27 +268,6 @@ def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLora
             )
     values = [1 / (config.lipschitz * rates[id(layer.A)] * layer.scale**2) for layer in layers]
     return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _grouped(layers: list[AdapterLayer]) -> list[_Group]:
-    members: dict[Any, list[int]] = defaultdict(list)
-    for i, layer in enumerate(layers):
-        members[layer.A.shape, layer.Bt.shape, layer.A.dtype, layer.A.device].append(i)
-    return [_Group(index, [layers[i] for i in index]) for index in members.values()]
-
-
-def _stack(layers: list[AdapterLayer]) -> _Stacked:
-    params = [layer.A for layer in layers] + [layer.Bt for layer in layers]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    full, count = whole([*params, *gradients]), len(layers)
-    A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
-    return _Stacked(A, Bt.mT, gram_products(A, Bt.mT, grad_A, grad_Bt.mT))
-
-
-def _live(layers: list[AdapterLayer]) -> Tensor:
-    """Layers of which both matrices have a gradient: an unused layer, or one that is frozen again, stays as it is."""
-    live = [layer.A.grad is not None and layer.Bt.grad is not None for layer in layers]
-    return torch.tensor(live).to(layers[0].A.device)
 
 
 def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:

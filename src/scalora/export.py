@@ -19,7 +19,7 @@ from .adapters import find_layers
 from .artefact import DELTA, EXPORT, PREFIX, REPLACED, Artefact, find_artefact, read_factors
 from .base_model import AUTO, Base
 from .errors import ScaloraError
-from .files import write_json
+from .files import replace_folder, write_json
 from .plain import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
 from .probe import HeldOutLoss, probe
 from .provenance import environment
@@ -143,7 +143,7 @@ def fresh_folder(folder: Path, artefact: Artefact, overwrite: bool) -> Iterator[
             temporary.mkdir(parents=True)
         yield temporary
         with _writing(folder):
-            _swap(temporary, folder)
+            replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
@@ -247,21 +247,6 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ScaloraError(
             f"output is {str(folder)!r}, which cannot be written: {reason}; choose another, or make room"
         ) from error
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Give ``temporary`` the name ``folder``; what was there goes only when it is replaced."""
-    if not folder.exists():
-        os.replace(temporary, folder)
-        return
-    aside = temporary.with_name(f"{temporary.name}.old")
-    os.replace(folder, aside)
-    try:
-        os.replace(temporary, folder)
-    except BaseException:
-        os.replace(aside, folder)
-        raise
-    shutil.rmtree(aside)
 
 
 def _record(

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "seal.json"
+# What lies in a checkpoint: PEFT's weights, the folder of the accumulated adapter (and its name), and our own files.
+WEIGHTS, ACCUMULATED = "adapter_model.safetensors", "accumulated"
+STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,12 +27,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_folder(finished: Path, place: Path) -> None:
-    """Put a finished folder in its place. What was there goes last, so that at any moment one of the two is whole."""
+    """Put a finished folder in its place. What was there goes last, and comes back where that cannot be done."""
+    if not place.exists():
+        os.replace(finished, place)
+        return
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(finished, place)
+    os.replace(place, old)
+    try:
+        os.replace(finished, place)
+    except BaseException:
+        os.replace(old, place)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

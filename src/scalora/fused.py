@@ -35,7 +35,7 @@ class FusedLinear(Linear):
 
     def _plain_adapters(self, x: Tensor) -> list[tuple[Tensor, Tensor, float]] | None:
         """(Bᵀ, A, s) of each active adapter; None where the short way would not do the same."""
-        if self.disable_adapters or self.merged or type(self.base_layer) not in (nn.Linear, Conv1D):
+        if self.disable_adapters or self.merged or x.ndim < 2 or type(self.base_layer) not in (nn.Linear, Conv1D):
             return None
         found = []
         for name in self.active_adapters:

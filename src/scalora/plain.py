@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers
 from .errors import ScaloraError
-from .files import replace_folder
+from .files import WEIGHTS, replace_folder
 from .lowrank import singular_values, truncate
 from .sharded import is_writer, whole
 from .stores.tuner import find_peft_model
@@ -144,7 +144,7 @@ def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig)
     """The two files of an adapter, into a folder that exists."""
     # clone: with bias="all" PEFT lists the bias of a module that is saved as a whole under two names.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / WEIGHTS)
     config.save_pretrained(str(folder))
 
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer, find_layers, is_dense
-from .artefact import MOVED, PREFIX, WEIGHTS, Artefact, read_factors, read_tensors
+from .artefact import PREFIX, Artefact, read_factors, read_tensors
 from .base_model import AUTO, Base
 from .errors import ScaloraError
+from .files import BASE_FILE, WEIGHTS
 from .integrations.checkpoint import load_accumulated
 from .methods.alpha_lora import AlphaLoraLinear
 from .methods.mora import MoraLinear
@@ -146,7 +147,7 @@ class _Lora(_Peft):
 
     @torch.no_grad()
     def _put_back(self, artefact: Artefact) -> None:
-        weights = {_plain_name(name): w for name, w in read_tensors(artefact.folder / MOVED).items()}
+        weights = {_plain_name(name): w for name, w in read_tensors(artefact.folder / BASE_FILE).items()}
         for layer in find_layers(self.model):
             name = _plain_name(layer.name)
             self.start[name] = layer.base_weight.clone()

@@ -199,6 +199,8 @@ def _setting_up(timer: StepTimer | None = None) -> Iterator[None]:
     """Until the first step begins, whatever fails does so because of the training arguments."""
     try:
         yield
+    except ScaloraError:
+        raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
         if timer is not None and timer.began:
             raise

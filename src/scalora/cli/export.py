@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import defaultdict
 from statistics import median
 from typing import Any
@@ -20,7 +19,6 @@ def run(
 ) -> None:  # fmt: skip
     """Export and print what was kept and how it compares; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays behind
         quiet()
         from ..export import export
 

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from ..adapters import ACCUMULATED
 from ..engine import ScaLora
 from ..errors import ScaloraError
+from ..files import BASE_FILE, STATE_FILE, WEIGHTS
 from ..sharded import is_sharded, settle, whole
 from ..sharded import write as copy_whole
 from ..stores.tuner import activate, find_peft_model
-
-STATE_FILE = "scalora.safetensors"
-BASE_FILE = "scalora_base.safetensors"
-_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 
 
 def save_state(handle: ScaLora, folder: Path, write: bool = True) -> None:
@@ -56,7 +53,7 @@ def save_moved(handle: ScaLora, model: nn.Module, folder: Path, write: bool = Tr
         tensors = whole([layer.base_weight.detach() for layer in handle.layers])
     elif _any_sharded(model):
         state = get_peft_model_state_dict(find_peft_model(model), adapter_name=ACCUMULATED)
-        names, tensors, path = list(state), whole(list(state.values())), folder / ACCUMULATED / _WEIGHTS
+        names, tensors, path = list(state), whole(list(state.values())), folder / ACCUMULATED / WEIGHTS
     else:
         return
     if write:
@@ -88,7 +85,7 @@ def load_accumulated(model: nn.Module, folder: Path) -> None:
     peft_model = find_peft_model(model)
     if _any_sharded(model):  # PEFT would copy whole tensors into sharded ones
         settle(model)
-        weights = _load(path / _WEIGHTS)
+        weights = _load(path / WEIGHTS)
         state = get_peft_model_state_dict(peft_model, adapter_name=ACCUMULATED)
         with torch.no_grad():
             copy_whole(list(state.values()), [weights[name] for name in state])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import ACCUMULATED, find_layers
+from ..adapters import ACCUMULATED
 from ..config import ScaLoraConfig
 from ..engine import ScaLora, attach, prepare
 from ..errors import ScaloraError
-from ..stores.tuner import find_peft_model
 from .checkpoint import load_moved, load_state, save_moved, save_state
 
 
@@ -49,8 +49,8 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
         if model is not None:
-            find_layers(model)  # has the first word: without a trainable LoRA layer nothing else matters
-            if self.config.accumulate == "adapter" and {"ref", ACCUMULATED} <= set(find_peft_model(model).peft_config):
+            adapters = {name for m in model.modules() if isinstance(m, PeftModel) for name in m.peft_config}
+            if self.config.accumulate == "adapter" and {"ref", ACCUMULATED} <= adapters:
                 raise ScaloraError(
                     "TRL has made adapter 'ref', the reference, of the trained adapter without what the accumulated "
                     "adapter holds: join the two with scalora.save_plain_lora and train the result, loaded anew"
