@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import zoo
-from scalora import ScaLoraConfig, ScaloraError, adapters, attach
-from scalora.artefact import ACCUMULATED, MOVED, STATE, find_artefact, read_factors
+from scalora import ScaLoraConfig, ScaloraError, attach
+from scalora.artefact import find_artefact, read_factors
 from scalora.energies import by_kind, layer_figures
-from scalora.integrations import checkpoint
 from scalora.plain import joined_factors
 
 
@@ -63,10 +62,6 @@ def test_figures_equal_dense_ones(pair):
         "q_proj": 2, "v_proj": 2, "up_proj": 2, "down_proj": 2
     }  # fmt: skip
     assert kinds["v_proj"]["columns"] == 8
-
-
-def test_the_names_are_those_of_the_files_we_write():
-    assert (adapters.ACCUMULATED, checkpoint.STATE_FILE, checkpoint.BASE_FILE) == (ACCUMULATED, STATE, MOVED)
 
 
 @pytest.mark.parametrize(
