@@ -55,6 +55,19 @@ def test_own_sources_are_kept_in_order(numbers):
     assert len(splits.validation) == 4
 
 
+def test_long_rows_are_left_out_of_every_split(tmp_path):
+    rows = [{"text": "x" * (i % 10), "label": "1", "unused": "y" * 100} for i in range(40)]
+    path = tiny.write_jsonl(tmp_path / "long.jsonl", rows)
+    splits = load(train=path, test=path, train_size=20, max_characters=6)
+    assert {len(row["text"]) for row in splits.test} == set(range(6))  # the label is the sixth character
+    assert len(splits.train) == 20
+    with pytest.raises(ScaloraError, match=r"train_size is 25, but there are only 24 rows"):
+        load(train=path, test=path, train_size=25, max_characters=6)
+    empty = tiny.write_jsonl(tmp_path / "empty.jsonl", [{"text": "long", "label": 1}])
+    with pytest.raises(ScaloraError, match=r"max_characters is 2, but the shortest row of .* has 5"):
+        load(train=empty, test_size=1, max_characters=2)
+
+
 def test_only_required_columns_under_our_names(numbers):
     splits = load(("headline", "label"), train=numbers, test_size=1, columns={"headline": "text"})
     assert set(splits.train[0]) == {"headline", "label"}

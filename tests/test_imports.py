@@ -14,7 +14,7 @@ LAYERS = [
     ["nnls", "scaling", "lowrank", "reference"],
     ["config", "fingerprint", "moments", "adapters", "fused", "stats", "stores", "watch", "groups", "engine", "plain"],
     ["integrations"],
-    ["assets", "dense", "models", "data_forms", "data", "suites", "tasks"],
+    ["assets", "dense", "models", "data_files", "data_forms", "data", "suites", "tasks"],
     ["methods"],
     ["recipes", "provenance", "run_folder", "callbacks", "plots", "training"],
     ["artefact", "energies", "base_model", "restored", "probe", "export"],

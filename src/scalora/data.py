@@ -5,17 +5,17 @@ Data sets here are small, so rows are plain dicts held in lists.
 
 from __future__ import annotations
 
-import csv
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import assets
+from .data_files import READERS, Table, read_jsonl, read_tsv
 from .data_forms import Row, adapt
 from .errors import ScaloraError
 
@@ -42,6 +42,8 @@ class DataSpec(BaseModel):
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
     test_size: int | None = Field(default=None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+    """Rows whose columns hold more than this together are left out, of every split."""
     columns: dict[str, str] = {}
     """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
     values: dict[str, list[str | int]] = {}
@@ -102,16 +104,6 @@ def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
     return rows[:size]
 
 
-class _Table(NamedTuple):
-    """Rows as they were read, and the line that each starts on if their file has lines."""
-
-    rows: list[Row]
-    lines: list[int]
-
-    def line(self, number: int) -> str:
-        return f", line {self.lines[number - 1]}" if self.lines else ""
-
-
 def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> list[Row]:
     table = _read(name, source, spec, headerless=_are_positions(spec.columns))
     if not table.rows:
@@ -131,7 +123,15 @@ def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> li
                 raise ScaloraError(f"task.data.{name}: column {theirs!r} is null in {where}; fill or drop it")
             where += " (the label is hidden: this split has no labels)" if str(value) in ("", "-1") else ""
             raise ScaloraError(f"task.data.{name}: column {theirs!r} is {value!r} in {where}; use {allowed[ours]}")
-    return [{ours: row[theirs] for ours, theirs in wanted.items()} for row in rows]
+    kept = [{ours: row[theirs] for ours, theirs in wanted.items()} for row in rows]
+    if spec.max_characters is None:
+        return kept
+    lengths = [sum(len(str(value)) for value in row.values()) for row in kept]
+    if min(lengths) > spec.max_characters:
+        raise ScaloraError(
+            f"task.data.max_characters is {spec.max_characters}, but the shortest row of {source} has {min(lengths)}"
+        )
+    return [row for row, length in zip(kept, lengths, strict=True) if length <= spec.max_characters]
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
@@ -144,33 +144,32 @@ def _are_positions(columns: dict[str, str]) -> bool:
     return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
 
 
-def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> _Table:
+def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> Table:
     if source in DIGITS:
         from .dense import digit_rows
 
-        return _Table(digit_rows(source), [])
+        return Table(digit_rows(source), [])
     if source in assets.ASSETS:
         if assets.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
-        return _read_jsonl(assets.fetch(source))
+        return read_jsonl(assets.fetch(source))
     path = Path(spec.folder).expanduser() / Path(source).expanduser()
-    read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet}
-    if path.suffix in read:
+    if path.suffix in READERS:
         if not path.is_file():
             raise ScaloraError(
                 f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
                 f"{Path(spec.folder).expanduser().resolve()})"
             )
         try:
-            return _read_tsv(path, headerless) if path.suffix == ".tsv" else read[path.suffix](path)
+            return read_tsv(path, headerless) if path.suffix == ".tsv" else READERS[path.suffix](path)
         except UnicodeDecodeError as error:
             raise ScaloraError(f"task.data.{name}: {source} is not UTF-8 text ({error}); convert it") from error
     if path.exists() or source.startswith(("/", ".", "~")):
-        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(read)}")
+        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(READERS)}")
     near = get_close_matches(source, [*assets.ASSETS, *DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
-    return _Table(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
+    return Table(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
 
 
 def _packaged() -> str:
@@ -189,110 +188,3 @@ def _read_hub(name: str, source: str, split: str) -> list[Row]:
             f"task.data.{name}: cannot load {source!r}, split {split!r}, from the hub ({reason}); check its spelling, "
             f"{name}_split and the network, or give a file or packaged data ({_packaged()})"
         ) from error
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ScaloraError(f"{where}: expected an object with named columns, got {type(value).__name__}")
-    return value
-
-
-def _read_json(path: Path) -> _Table:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        hint = "the file seems cut off; get it again" if cut else "mend the file"
-        hint = "rename it to .jsonl if it holds one object a line" if error.msg == "Extra data" else hint
-        raise ScaloraError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); {hint}") from error
-    if not isinstance(rows, list):
-        raise ScaloraError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    table = _Table(rows, _item_lines(text, len(rows)))
-    for number, row in enumerate(rows, 1):
-        _object(row, f"{path}{table.line(number)}, row {number}")
-    return table
-
-
-def _item_lines(text: str, count: int) -> list[int]:
-    """The line that each item of a JSON list starts on."""
-    decoder, lines, line, start, end = json.JSONDecoder(), [], 1, 0, text.find("[") + 1
-    for _ in range(count):
-        while text[end].isspace() or text[end] == ",":
-            end += 1
-        line += text.count("\n", start, end)
-        lines.append(line)
-        start, end = end, decoder.raw_decode(text, end)[1]
-    return lines
-
-
-def _read_jsonl(path: Path) -> _Table:
-    table = _Table([], [])
-    for number, line in _lines(path):
-        try:
-            table.rows.append(_object(json.loads(line), f"{path}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise ScaloraError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove it") from error
-        table.lines.append(number)
-    return table
-
-
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
-    # Split at line feeds only: str.splitlines would also cut at the odd separators that web text contains.
-    text = path.read_text(encoding="utf-8-sig")
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read_tsv(path: Path, headerless: bool = False) -> _Table:
-    """Tab-separated text as GLUE has it: quotes are ordinary characters."""
-    return _table(path, _unbroken(list(_lines(path))), headerless)
-
-
-def _unbroken(lines: list[tuple[int, str]]) -> Iterable[tuple[int, list[str]]]:
-    """The fields of every line. Some of QQP's questions go on in the next line: a quote opens them and closes there."""
-    rest = iter(lines)
-    for number, line in rest:
-        cells = line.split("\t")
-        width = lines[0][1].count("\t") + 1
-        while len(cells) < width and cells[-1][:1] == '"' and cells[-1].count('"') % 2 and (more := next(rest, None)):
-            first, *others = more[1].split("\t")
-            cells = [*cells[:-1], f"{cells[-1]}\n{first}", *others]
-        yield number, cells
-
-
-def _read_csv(path: Path) -> _Table:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
-        return _table(path, ((reader.line_num, cells) for cells in reader if cells), headerless=False)
-
-
-def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool) -> _Table:
-    names: list[str] = []
-    table = _Table([], [])
-    for number, cells in lines:
-        if not names:
-            names = [str(i) for i in range(len(cells))] if headerless else cells
-            if "" in names or len(set(names)) < len(names):
-                raise ScaloraError(
-                    f"{path}, line {number}: a header needs distinct names, this has {names}; for a .tsv without a "
-                    'header, give positions in task.data.columns, e.g. {text: "3", label: "1"}'
-                )
-            if not headerless:
-                continue
-        if len(cells) != len(names):
-            raise ScaloraError(
-                f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"
-            )
-        table.rows.append(dict(zip(names, cells, strict=True)))
-        table.lines.append(number)
-    return table
-
-
-def _read_parquet(path: Path) -> _Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return _Table(pyarrow.parquet.read_table(path).to_pylist(), [])
-    except pyarrow.ArrowException as error:
-        raise ScaloraError(f"{path}: not a readable parquet file ({error})") from error

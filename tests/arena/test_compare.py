@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -47,7 +48,7 @@ def _fake(comparison, trial, *, calls=None, broken=None):
 
 def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(comparison, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(run, "run_trial", lambda c, t: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
     content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 3 * 2 + 3 * 2
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
@@ -68,7 +69,7 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     def is_broken(t):
         return broken["now"] and t.contender.method == "scalora"
 
-    monkeypatch.setattr(run, "run_trial", lambda c, t: _fake(c, t, calls=calls, broken=is_broken))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls, broken=is_broken))
     lines = []
     content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert any("failed: out of memory" in line for line in lines)
@@ -87,7 +88,7 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
 def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, monkeypatch, pageless):
     calls = []
 
-    def dies_at_the_fourth(c, t):
+    def dies_at_the_fourth(c, t, *_):
         if len(calls) == 3:
             raise KeyboardInterrupt
         return _fake(c, t, calls=calls)
@@ -97,9 +98,27 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
         run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     # The trial that was running belongs to a process that is gone.
     monkeypatch.setattr("scalora.arena.store._worker_lives", lambda frozen: False)
-    monkeypatch.setattr(run, "run_trial", lambda c, t: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 12
+
+
+def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_path, monkeypatch):
+    """A machine restarts, its name stays, and the number of the worker that died is another process's now."""
+    sleeper, other = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
+    wanted = comparison.tuning()[:1]
+    sleeper.enqueue(wanted)
+    assert sleeper.take(wanted) == wanted[0]
+    other.enqueue(wanted)
+    assert other.take(wanted) is None  # it lives: this process
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    other.enqueue(wanted)
+    assert other.take(wanted) == wanted[0]
+    # The first one slept only; when it wakes, its result comes too late and harms nothing.
+    sleeper.beat(wanted[0])
+    sleeper.finish(wanted[0], {"error": "late"})
+    other.finish(wanted[0], _fake(comparison, wanted[0]))
+    assert [list(result) for result in other.results().values()] == [list(_fake(comparison, wanted[0]))]
 
 
 def test_two_workers_share_the_trials(comparison, tmp_path):
@@ -180,11 +199,15 @@ def test_trial_recipes_differ_in_method_rate_and_seed_only(comparison):
 
 
 def test_a_real_trial_in_its_own_process(comparison):
-    result = trial.run_trial(comparison, Trial("tune", Contender("scalora", 2), 1e-2, 0))
+    beats = []
+    result = trial.run_trial(
+        comparison, Trial("tune", Contender("scalora", 2), 1e-2, 0), lambda: beats.append(1), every=0.05
+    )
+    assert len(beats) > 2
     assert result["split"] == "validation"
     assert result["peak_memory_bytes"] > 0
     assert result["losses"][-1][0] == 4
-    failed = trial.run_trial(comparison, Trial("tune", Contender("lora", 1000), 1e-2, 0))
+    failed = trial.run_trial(comparison, Trial("tune", Contender("lora", 1000), 1e-2, 0), list, every=60)
     assert "method.rank is 1000" in failed["error"]
 
 
@@ -214,7 +237,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
 
 def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, pageless):
     calls = []
-    monkeypatch.setattr(run, "run_trial", lambda c, t: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
     lora, scalora, _ = comparison.contenders
     fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
     content = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
@@ -225,7 +248,7 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
 
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):
-    monkeypatch.setattr(run, "run_trial", _fake)
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t))
     run.run_comparison(comparison, tmp_path / "out", command="scalora compare x", tell=lambda line: None)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["command"] == "scalora compare x"

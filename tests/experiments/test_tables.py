@@ -23,7 +23,7 @@ def trials(monkeypatch):
     """Trials that take no time: ScaLoRA is better than LoRA by 2 points, HiRA fails at its highest rate."""
     seen = []
 
-    def fake(comparison, trial):
+    def fake(comparison, trial, *_):
         seen.append((comparison, trial))
         if trial.contender.method == "hira" and trial.lr == max(comparison.rates):
             return {"error": "out of memory"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..provenance import environment, git_revision
 from .plan import Comparison, Trial
 from .report import write_report
 from .statistics import chosen_rates
-from .store import Store
+from .store import BEAT, Store
 from .trial import run_trial
 
 Tell = Callable[[str], None]
@@ -92,7 +93,7 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, tria
         done = sum(t in results for t in trials)
         label = f"[{done + 1}/{len(trials)}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
-        result = run_trial(comparison, trial) | {"git_revision": revision}
+        result = run_trial(comparison, trial, partial(store.beat, trial), BEAT) | {"git_revision": revision}
         store.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
         tell(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ScaloraError
@@ -16,6 +19,8 @@ from ..recipes import parse_recipe
 from .plan import Comparison, Trial, parse_contender, shared_parts
 
 FILE = "trials.sqlite3"
+BEAT = 60.0  # seconds between signs of life of a running trial
+_SILENCE = 10 * BEAT  # after which a worker counts as dead
 
 
 class Store:
@@ -67,20 +72,26 @@ class Store:
             if "trial" in asked.user_attrs:  # else another worker took the last one meanwhile
                 trial = _decode(asked.user_attrs["trial"])
                 if trial in wanted:
-                    asked.set_user_attr("worker", [socket.gethostname(), os.getpid()])
                     self.running[trial] = asked
+                    self.beat(trial)
                     return trial
             self.study.tell(asked, state=TrialState.PRUNED)
         return None
 
+    def beat(self, trial: Trial) -> None:
+        """A sign of life of a trial this process has taken."""
+        with suppress(UpdateFinishedTrialError):  # this process slept so long that another has taken over
+            self.running[trial].set_user_attr("worker", [socket.gethostname(), os.getpid(), time.time()])
+
     def finish(self, trial: Trial, result: dict[str, Any]) -> None:
         """Keep the result of a trial this process has taken; one with an ``error`` counts as failed."""
         asked = self.running.pop(trial)
-        asked.set_user_attr("result", result)
-        if "error" in result:
-            self.study.tell(asked, state=TrialState.FAIL)
-        else:
-            self.study.tell(asked, result["after"][result["primary"]])
+        with suppress(UpdateFinishedTrialError):
+            asked.set_user_attr("result", result)
+            if "error" in result:
+                self.study.tell(asked, state=TrialState.FAIL)
+            else:
+                self.study.tell(asked, result["after"][result["primary"]])
 
     def results(self) -> dict[Trial, dict[str, Any]]:
         """All results so far, failures included; of a trial that was retried the latest."""
@@ -91,8 +102,13 @@ class Store:
 
 
 def _worker_lives(frozen: FrozenTrial) -> bool:
-    """Whether the process that took a trial still runs; of one on another machine that is assumed."""
-    host, pid = frozen.user_attrs.get("worker", (socket.gethostname(), -1))
+    """Whether the process that took a trial still runs: it was heard of lately and, if it is of this machine, exists.
+
+    Its existence alone proves nothing: after a restart its number may be another's, and machines share names.
+    """
+    host, pid, seen = (*frozen.user_attrs.get("worker", (socket.gethostname(), -1)), 0.0)[:3]
+    if time.time() > seen + _SILENCE:
+        return False
     if host != socket.gethostname():
         return True
     try:

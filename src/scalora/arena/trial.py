@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ KEPT = (
 )  # fmt: skip
 
 
-def run_trial(comparison: Comparison, trial: Trial) -> dict[str, Any]:
-    """Train and score one trial in a process of its own; its result, or ``{"error": reason}``."""
+def run_trial(comparison: Comparison, trial: Trial, beat: Callable[[], None], every: float) -> dict[str, Any]:
+    """Train and score one trial in a process of its own; its result, or ``{"error": reason}``.
+
+    `beat` is called `every` so many seconds while it runs.
+    """
     with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
         recipe = comparison.trial_recipe(trial, str(Path(place) / "run"))
         order = {"recipe": recipe.model_dump(mode="json"), "split": "validation" if trial.stage == "tune" else "test"}
@@ -31,7 +35,9 @@ def run_trial(comparison: Comparison, trial: Trial) -> dict[str, Any]:
         process = _processes().Process(target=_main, args=(Path(place),))
         process.start()
         try:
-            process.join()
+            while process.exitcode is None:
+                process.join(every)
+                beat()
         except BaseException:  # Ctrl-C: do not leave it running
             process.kill()
             process.join()
