@@ -81,7 +81,7 @@ class Store:
     def beat(self, trial: Trial) -> None:
         """A sign of life of a trial this process has taken."""
         with suppress(UpdateFinishedTrialError):  # this process slept so long that another has taken over
-            self.running[trial].set_user_attr("worker", [socket.gethostname(), os.getpid(), time.time()])
+            self.running[trial].set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
 
     def finish(self, trial: Trial, result: dict[str, Any]) -> None:
         """Keep the result of a trial this process has taken; one with an ``error`` counts as failed."""
@@ -106,7 +106,7 @@ def _worker_lives(frozen: FrozenTrial) -> bool:
 
     Its existence alone proves nothing: after a restart its number may be another's, and machines share names.
     """
-    host, pid, seen = (*frozen.user_attrs.get("worker", (socket.gethostname(), -1)), 0.0)[:3]
+    host, pid, seen = frozen.user_attrs.get("alive", ("", -1, 0.0))
     if time.time() > seen + _SILENCE:
         return False
     if host != socket.gethostname():
@@ -115,7 +115,7 @@ def _worker_lives(frozen: FrozenTrial) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    return pid > 0
+    return True
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
