@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent / "src" / "scalora"
 # Each layer may import itself and the ones before it.
 LAYERS = [
     ["errors", "_shapes", "quiet", "files", "sharded"],
-    ["nnls", "scaling", "lowrank", "reference"],
-    ["config", "fingerprint", "moments", "adapters", "fused", "stats", "stores", "watch", "groups", "engine", "plain"],
+    ["nnls", "scaling", "lowrank", "directions", "reference"],
+    ["config", "fingerprint", "moments", "adapters", "probes", "fused", "stats", "stores", "watch", "groups"],
+    ["refresh", "engine", "plain"],
     ["integrations"],
     ["assets", "dense", "models", "data_files", "data_forms", "data", "suites", "tasks"],
     ["methods"],

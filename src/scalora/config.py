@@ -24,8 +24,15 @@ class ScaLoraConfig:
         ScaloraError: a value is out of range; the message names field, value and range.
     """
 
-    interval: int = _help(
-        10, "Optimizer steps from one rescaling to the next; 1 is the paper's ScaLoRA, 10 its ScaLoRA-I."
+    interval: int | None = _help(
+        10,
+        "Optimizer steps from one rescaling to the next; 1 is the paper's ScaLoRA, 10 its ScaLoRA-I. None: no column "
+        "is rescaled (with refresh).",
+    )
+    refresh: int | None = _help(
+        None,
+        "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
+        "(Theorem 1), the old ones' update kept. None: never.",
     )
     scaling: Method = _help(
         "paper",
@@ -49,7 +56,12 @@ class ScaLoraConfig:
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
 
     def __post_init__(self) -> None:
-        _require_int("interval", self.interval, 1)
+        if self.interval is not None:
+            _require_int("interval", self.interval, 1)
+        if self.refresh is not None:
+            _require_int("refresh", self.refresh, 2)
+        if self.interval is None and self.refresh is None:
+            raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
         _require_choice("scaling", self.scaling, get_args(Method))
         _require_choice("accumulate", self.accumulate, get_args(Accumulate))
         if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):

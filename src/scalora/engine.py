@@ -21,6 +21,7 @@ from .fingerprint import base_fingerprint
 from .fused import fuse
 from .groups import Stacked, grouped, live_layers, stacked
 from .moments import carry_state, state_powers
+from .refresh import Refresh
 from .scaling import calibrate, exact_matmul, product_norm, solve_scaling
 from .sharded import differing, local, part, refuse_flattened_optimizer, settle, whole
 from .stats import Collector, Event, History
@@ -56,6 +57,9 @@ class ScaLora:
         )
         self.step = 0  # optimizer steps seen
         self.history = History()
+        self.refresh = None
+        if config.refresh is not None:
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, self.constants)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
 
     @property
@@ -71,6 +75,8 @@ class ScaLora:
     def detach(self) -> None:
         """Stop rescaling. The model keeps its function, the store its content."""
         self._hook.remove()
+        if self.refresh:
+            self.refresh.detach()
 
     def check_ranks(self, group: Any = None) -> None:
         """Make sure that all processes hold bitwise the same adapters, factors and accumulated update. A collective.
@@ -111,6 +117,7 @@ class ScaLora:
             "constants": self.constants.clone(),
             "history": self.history.state(),
             "store": self.store.state_dict(),
+            "refresh": self.refresh.state_dict() if self.refresh else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,6 +147,8 @@ class ScaLora:
         self.constants.copy_(state["constants"])
         self.history.load(state["history"])
         self.store.load_state_dict(state["store"])
+        if self.refresh:
+            self.refresh.load_state_dict(state["refresh"])
 
     def _base(self) -> str:
         """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
@@ -152,8 +161,9 @@ class ScaLora:
                 "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
             )
         self.watch.check()
-        if self.step % self.config.interval == 0:
-            with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+        with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+            refreshed = self.refresh is not None and self.refresh.before_step(self.step)
+            if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
                 self._event()
         self.step += 1
 

@@ -16,17 +16,25 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import AdapterLayer
+from .probes import Probe
 from .sharded import is_sharded
 
 
 class FusedLinear(Linear):
     """PEFT's LoRA layer with a shorter forward pass where nothing but plain adapters is asked for."""
 
+    probe: Probe | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
         adapters = None if args or kwargs else self._plain_adapters(x)
-        if adapters is None:
-            return super().forward(x, *args, **kwargs)
+        probe = self.probe if torch.is_grad_enabled() else None
+        if not adapters or not adapters[0][2]:
+            result = super().forward(x, *args, **kwargs)
+            return result if probe is None else probe.added_to(result, x)
+        if probe is not None:  # in one product with an adapter: the input is cast and kept once
+            (Bt, A, scale), *others = adapters
+            adapters = [(torch.cat([Bt, probe.Bt]), torch.cat([A, probe.A / scale], 1), scale), *others]
         result = self.base_layer(x)
         flat = result.flatten(0, -2)
         for Bt, A, scale in adapters:

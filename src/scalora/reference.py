@@ -88,6 +88,12 @@ def optimal_scaling(
     return _pack(v, r, kind)
 
 
+def optimal_adapters(G: Float[Tensor, "m n"], r: int, c: float) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
+    """Ã, B̃ of :func:`scalora.directions.optimal_adapters`, from a dense SVD of G (arXiv 2510.23818, Theorem 1)."""
+    U, _, Vt = np.linalg.svd(G.double().numpy())
+    return torch.from_numpy(np.sqrt(c) * U[:, 0 : 2 * r : 2]), torch.from_numpy(np.sqrt(c) * Vt[1 : 2 * r : 2].T)
+
+
 def _scalar(M: np.ndarray, target: np.ndarray, r: int) -> np.ndarray:
     """Theorem 3: the non-negative solution with one unknown for A and one for B, by its three cases."""
     pair = np.stack([M[:, :r].sum(1), M[:, r:].sum(1)], 1)

@@ -6,7 +6,7 @@ part and the optimizer's state of the adapters is thrown away.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters import find_layers
+from ..directions import SVD, Directions, Halves, optimal_adapters
 from ..engine import innermost
 from ..errors import ScaloraError
 from ..models import Head
@@ -26,8 +27,6 @@ from .base import Adapted, Method
 from .gradients import FullGradients
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
-
-Halves = Literal["odd-even", "first-second"]
 
 
 class OracleOptions(BaseModel):
@@ -119,16 +118,15 @@ class OracleCallback(AccumulatedCallback):
         for layer, c in zip(self.layers, self.constants, strict=True):
             G = gradients.get(layer.name)
             usable = G is not None and bool(torch.isfinite(G).all()) and bool(G.any())
-            pairs.append(optimal_adapters(G, layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
+            pairs.append(_optimal(G, layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
         self._move(1.0)
         for layer, pair in zip(self.layers, pairs, strict=True):
             if pair is None:
                 continue
-            layer.A.copy_(pair[0])
-            layer.Bt.copy_(pair[1])
-            G = gradients[layer.name]
-            layer.A.grad = (layer.scale * G @ layer.Bt.mT).to(layer.A.dtype)
-            layer.Bt.grad = (layer.scale * layer.A.mT @ G).to(layer.Bt.dtype)
+            layer.A.copy_(pair.A)
+            layer.Bt.copy_(pair.B.mT)
+            layer.A.grad = (layer.scale * pair.grad_A).to(layer.A.dtype)
+            layer.Bt.grad = (layer.scale * pair.grad_B.mT).to(layer.Bt.dtype)
             for param in (layer.A, layer.Bt):
                 optimizer.state.pop(param, None)
         self._move(-1.0)
@@ -143,14 +141,9 @@ class OracleCallback(AccumulatedCallback):
         self.store.end_event()
 
 
-def optimal_adapters(G: Tensor, rank: int, c: float, halves: Halves) -> tuple[Tensor, Tensor]:
-    """Ã (m×r) and B̃ᵀ (r×n) of Theorem 1 from G (m×n), with squared column norms c."""
-    U, _, Vt = torch.linalg.svd(G, full_matrices=False)
-    if halves == "odd-even":
-        of_A, of_B = slice(0, 2 * rank, 2), slice(1, 2 * rank, 2)
-    else:
-        of_A, of_B = slice(0, rank), slice(rank, 2 * rank)
-    return c**0.5 * U[:, of_A], c**0.5 * Vt[of_B]
+def _optimal(G: Tensor, rank: int, c: float, halves: Halves) -> Directions:
+    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
+    return optimal_adapters(SVD(U, sigma, Vt.mT), rank, c, halves)
 
 
 METHODS = (Oracle,)

@@ -90,6 +90,14 @@ class ScaLoraNormalize(ScaLoraI):
     Options = _options(scaling="normalize")
 
 
+class ScaLoraRefresh(ScaLoraI):
+    """New adapters by Theorem 1, from sketches of the gradient; no column is rescaled."""
+
+    name = "scalora-refresh"
+    summary = "Theorem 1 of 2510.23818 at LoRA's cost: every 25 steps new adapters, from sketches of the gradient"
+    Options = _options(interval=None, refresh=25)
+
+
 def _moved_spectra(model: PeftModel, start: dict[str, Tensor]) -> Iterator[tuple[str, Spectrum]]:
     """Singular values of what the base has gained plus the adapter's product, dense."""
     for layer in find_layers(model):
@@ -109,4 +117,4 @@ def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
 
 
-METHODS = (ScaLora, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize)
+METHODS = (ScaLora, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh)

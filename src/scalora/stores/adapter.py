@@ -39,18 +39,16 @@ class AdapterStore(Store):
         self.discarded = torch.zeros(len(layers), device=device)  # squared norm lost so far, per layer
         self.total = torch.zeros(len(layers), device=device)  # squared norm at the last recompression
 
-    @property
-    def full(self) -> bool:
-        return self.free == 0
+    def lacks(self, slots: int) -> bool:
+        return self.free < slots
 
-    def end_event(self) -> None:
-        self.free -= 1
+    def end_event(self, slots: int = 1) -> None:
+        self.free -= slots
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        r = A.shape[-1]
         targets = [layer.frozen() for layer in layers]
         scaled, transposed = A.to(targets[0].A.dtype) * d[:, None, :].to(targets[0].A.dtype), B.mT
-        start = targets[0].rank - self.free * r
+        start = targets[0].rank - self.free * layers[0].rank
         write([t.A for t in targets], list(scaled), [(0, start)] * len(targets))
         write([t.Bt for t in targets], list(transposed), [(start, 0)] * len(targets))
 

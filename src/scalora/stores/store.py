@@ -15,16 +15,20 @@ from ..adapters import AdapterLayer
 class Store(ABC):
     """Takes s·A diag(1 − α∘β) Bᵀ of each layer, so that the model's function does not change when A, B are rescaled."""
 
-    @property
-    def full(self) -> bool:
-        """Whether :meth:`make_room` must come before the next additions."""
+    def lacks(self, slots: int) -> bool:
+        """Whether :meth:`make_room` must come before additions of `slots` times r columns."""
         return False
 
-    def make_room(self) -> None:
-        """Called when full, before an event that is sure to take place."""
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for an addition of r columns."""
+        return self.lacks(1)
 
-    def end_event(self) -> None:
-        """Called after one addition per layer."""
+    def make_room(self) -> None:
+        """Called when room is lacking, before an event that is sure to take place."""
+
+    def end_event(self, slots: int = 1) -> None:
+        """Called after one addition, of `slots` times r columns, per layer."""
 
     def discarded_share(self, like: Tensor) -> Tensor:
         """Norm of all that was discarded so far, relative to what was kept at that time; mean over layers, 0-d."""
@@ -32,7 +36,7 @@ class Store(ABC):
 
     @abstractmethod
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        """Add A_l diag(d_l) B_lᵀ to layer l. A: (L, m, r), d: (L, r), B: (L, n, r); layers of one shape."""
+        """Add A_l diag(d_l) B_lᵀ to layer l; of one shape, k = slots·r. A: (L, m, k), d: (L, k), B: (L, n, k)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Every N optimizer steps: new adapters along the gradient's top singular directions (Theorem 1 of arXiv 2510.23818).
+
+The 2·WINDOW steps before a refresh gather two sketches of the gradient (:mod:`scalora.probes`): the first half GΩ, the
+second, on other batches, GᵀQ. At the refresh, before the optimizer's update, the adapters become singular directions of
+QZᵀ, s(AB^T − ÃB̃ᵀ) goes to the store so that the model's function stays, Ã and B̃ get the gradients that the sketches
+hold, and the optimizer's state of these two matrices starts anew. The steps after it are shortened, the first to
+1/(WARMUP + 1): Adam's first steps from an empty state are all of full length, whatever the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .adapters import AdapterLayer
+from .directions import Directions, optimal_adapters, range_basis, sketched_svd
+from .errors import ScaloraError
+from .groups import Group, grouped
+from .probes import Sketch
+from .sharded import local, whole, write
+from .stores import Store
+
+WINDOW = 5  # optimizer steps that each of the two sketches sees, at most
+WARMUP = 4  # steps after a refresh that are shortened
+OVERSAMPLING = 4  # columns of the sketches beyond the 2r that are needed
+
+
+class _Part(NamedTuple):
+    """Layers of one shape: adapters, gradients (of A and of Bᵀ), and what they become."""
+
+    layers: list[AdapterLayer]
+    A: Tensor
+    B: Tensor
+    gradients: tuple[Tensor, Tensor]
+    new: Directions
+
+
+class Refresh:
+    """What :class:`scalora.engine.ScaLora` does every ``every`` steps, and before and after.
+
+    Raises:
+        ScaloraError: a layer has no 2r singular directions.
+    """
+
+    def __init__(
+        self, layers: Sequence[AdapterLayer], optimizer: Optimizer, store: Store, every: int, constants: Tensor
+    ) -> None:
+        for layer in layers:
+            m, n = layer.A.shape[0], layer.Bt.shape[1]
+            if 2 * layer.rank > min(m, n):
+                raise ScaloraError(
+                    f"refresh={every} needs two times rank {layer.rank} singular directions, but layer {layer.name} is "
+                    f"{m}×{n}: lower the rank, or leave the layer out of target_modules"
+                )
+        self.layers = list(layers)
+        self.optimizer = optimizer
+        self.store = store
+        self.every = every
+        self.window = min(WINDOW, every // 2)
+        # c/s²: where it is not given the columns keep the greater of the two mean squares they start with.
+        full = whole([p for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach().mT)])
+        sizes = torch.stack([p.double().square().sum(0).mean() for p in full]).view(-1, 2).amax(1)
+        self.constants = torch.where(constants.isnan(), sizes, constants)
+        self.sketch = Sketch(self.layers)
+        self.since = WARMUP  # steps since the last refresh, as far as it matters
+        self.steps: list[int] = []  # at which adapters were refreshed
+        self._before: list[Tensor] = []
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def detach(self) -> None:
+        self._hook.remove()
+        self.sketch.close()
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> bool:
+        """To be called before every update, with the step's gradients in place; whether adapters were refreshed."""
+        self.sketch.gather()
+        self.since += 1
+        refreshed = step > 0 and step % self.every == 0 and self.sketch.side == "right"
+        if refreshed:
+            self._refresh(self.sketch.fixed(), self.sketch.close())
+            self.steps.append(step)
+            self.since = 0
+        left = self.every - step % self.every
+        if left == 2 * self.window:
+            self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
+        elif left == self.window and self.sketch.side == "left":
+            self.sketch.open("right", [range_basis(Y) for Y in self.sketch.close()])
+        if self.since < WARMUP:
+            self._before = [local(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+        return refreshed
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._before:
+            params = [local(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+            share = (self.since + 1) / (WARMUP + 1)
+            torch._foreach_copy_(params, [torch.lerp(b, p, share) for b, p in zip(self._before, params, strict=True)])
+            self._before = []
+
+    def _random(self, step: int, index: int) -> Tensor:
+        """Ω of one layer, the same on every process and in a resumed run."""
+        layer = self.layers[index]
+        m, n = layer.A.shape[0], layer.Bt.shape[1]
+        generator = torch.Generator().manual_seed(1_000_003 * step + index)
+        return torch.randn(n, min(2 * layer.rank + OVERSAMPLING, m, n), generator=generator).to(layer.A.device)
+
+    def _refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
+        if self.store.lacks(2):
+            self.store.make_room()
+        parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
+        # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
+        before = torch.stack([g.double().square().sum() for part in parts for g in part.gradients]).sum()
+        after = torch.stack([g.double().square().sum() for part in parts for g in (part.new.grad_A, part.new.grad_B)])
+        share = (before / after.sum()).sqrt() if parts else torch.tensor(0.0)
+        for part in parts:
+            self._replace(part, share.to(part.A.dtype))
+        self.store.end_event(2)
+
+    def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
+        """The layers of one shape that took part in the last steps, and what they become."""
+        params = [layer.A for layer in group.layers] + [layer.Bt for layer in group.layers]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        full, count = whole([*params, *gradients]), len(group.layers)
+        A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
+        Q, Z = (torch.stack([basis[i].float() for i in group.members]) for basis in (left, right))
+        new = optimal_adapters(sketched_svd(Q, Z), A.shape[-1], self.constants[group.members].to(Z.device))
+        sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(A.sum((1, 2)) + Bt.sum((1, 2)))
+        live = [i for i, fit in enumerate(sound.tolist()) if fit]
+        s = torch.tensor([group.layers[i].scale for i in live], device=A.device)[:, None, None]
+        new = Directions(*(x[live].to(A.dtype) for x in new))
+        new = new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
+        layers = [group.layers[i] for i in live]
+        return _Part(layers, A[live], Bt.mT[live], (grad_A[live], grad_Bt[live]), new)
+
+    def _replace(self, part: _Part, share: Tensor) -> None:
+        layers, A, B, _, new = part
+        s = torch.tensor([[layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
+        self.store.add(layers, torch.cat([A, new.A], -1), torch.cat([s, -s], -1), torch.cat([B, new.B], -1))
+        write([layer.A for layer in layers], list(new.A))
+        write([layer.Bt for layer in layers], list(new.B.mT))
+        for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):
+            for p, gradient in ((layer.A, grad_A), (layer.Bt, grad_B.mT)):
+                if p.grad is not None:
+                    write([p.grad], [gradient * share])
+                self.optimizer.state.pop(p, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "constants": self.constants.clone(),
+            "since": self.since,
+            "steps": list(self.steps),
+            "sketch": self.sketch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.constants.copy_(state["constants"])
+        self.since, self.steps = int(state["since"]), list(state["steps"])
+        self.sketch.load_state_dict(state["sketch"])

@@ -1,0 +1,243 @@
+"""A refresh changes the adapters to the gradient's best directions, never the function."""
+
+import pytest
+import torch
+
+import scalora
+import zoo
+from scalora import ScaLoraConfig, ScaloraError
+from scalora.directions import range_basis
+from scalora.probes import Sketch
+from scalora.refresh import WARMUP
+
+KINDS, STORES = ("llama", "bert", "gpt2"), ("adapter", "base")
+
+
+def attached(kind="llama", every=4, lr=3e-3, optimizer_cls=torch.optim.AdamW, lora=None, **config):
+    model = zoo.lora(kind, **{"r": 2, **(lora or {})})
+    optimizer = optimizer_cls(zoo.trainable(model), lr=lr)
+    return model, optimizer, scalora.attach(model, optimizer, ScaLoraConfig(interval=None, refresh=every, **config))
+
+
+def watched(handle, act):
+    """Call `act` before and after every refresh."""
+    inner, seen = handle.refresh._refresh, []
+
+    def refresh(*sketches):
+        before = act()
+        inner(*sketches)
+        seen.append((before, act()))
+
+    handle.refresh._refresh = refresh
+    return seen
+
+
+def dense_gradients(model, layers, batches, kind, backward):
+    """G of each layer's frozen weight, summed over batches, from autograd itself."""
+    for layer in layers:
+        layer.base.weight.requires_grad_(True)
+    for seed in batches:
+        backward(model(**zoo.batch(kind, seed)).loss)
+    found = []
+    for layer in layers:
+        G = layer.base.weight.grad
+        found.append((G.mT if layer.base_weight.shape != layer.base.weight.shape or kind == "gpt2" else G).clone())
+        layer.base.weight.grad = None
+        layer.base.weight.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.3}], ids=["fused", "PEFT's own forward"])
+def test_probes_gather_the_products_with_the_full_gradient(kind, lora):
+    model, optimizer, handle = attached(kind, lora=lora)
+    handle.detach()
+    for layer in handle.layers:  # dropout would make every pass another function
+        torch.nn.init.zeros_(layer.A)
+    G = dense_gradients(model, handle.layers, (0, 1, 2), kind, lambda loss: loss.backward())
+    optimizer.zero_grad()
+    sketch = Sketch(handle.layers)
+    before = zoo.logits(model, kind)
+    for side, at in (("left", 1), ("right", 0)):
+        fixed = [torch.randn(g.shape[at], 5) for g in G]
+        sketch.open(side, fixed)
+        assert torch.equal(zoo.logits(model, kind), before)
+        for seed in (0, 1, 2):  # two micro-batches of one step, and a step of its own
+            model(**zoo.batch(kind, seed)).loss.backward()
+            if seed:
+                sketch.gather()
+        for g, basis, total in zip(G, fixed, sketch.close(), strict=True):
+            torch.testing.assert_close(total, (g if side == "left" else g.mT) @ basis, rtol=1e-3, atol=1e-6)
+        optimizer.zero_grad()
+    names = {name for name, _ in model.named_parameters()} | set(model.state_dict())
+    assert not [name for name in names if "probe" in name]
+
+
+@pytest.mark.parametrize("way", ["autocast", "checkpointing", "compile"])
+def test_probes_in_other_company(way):
+    model, _, handle = attached()
+    handle.detach()
+    G = dense_gradients(model, handle.layers, (0,), "llama", lambda loss: loss.backward())
+    sketch = Sketch(handle.layers)
+    run = torch.compile(model, backend="eager") if way == "compile" else model
+    if way == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    run(**zoo.batch("llama")).loss.backward()  # compiled without probes
+    fixed = [torch.randn(g.shape[1], 5) for g in G]
+    sketch.open("left", fixed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        loss = run(**zoo.batch("llama")).loss
+    loss.backward()
+    sketch.gather()
+    for g, Omega, total in zip(G, fixed, sketch.close(), strict=True):
+        wanted = g @ Omega
+        assert (total - wanted).norm() < (0.1 if way == "autocast" else 1e-4) * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", STORES)
+def test_a_refresh_leaves_the_function_unchanged(kind, accumulate):
+    model, optimizer, handle = attached(kind, accumulate=accumulate)
+    changes = watched(handle, lambda: zoo.logits(model, kind))
+    zoo.train(model, optimizer, kind, 9)
+    assert handle.refresh.steps == [4, 8]
+    assert max((after - before).abs().max().item() for before, after in changes) < 1e-5
+    rank = torch.linalg.matrix_rank(handle.layers[0].A @ handle.layers[0].Bt)
+    assert rank == 2
+
+
+def test_many_refreshes_do_not_drift():
+    """With room for every direction nothing is lost, only rounded."""
+    model, optimizer, handle = attached(capacity=32, every=2, lr=1e-3)
+    changes = watched(handle, lambda: zoo.logits(model, "llama"))
+    zoo.train(model, optimizer, "llama", 101)
+    assert len(changes) == 50
+    assert sum((after - before).abs().max().item() for before, after in changes) < 1e-3
+
+
+def test_the_new_adapters_are_those_of_theorem_1(monkeypatch):
+    """On one batch again and again, without moving, wide sketches hold the gradient: all can be computed from it."""
+    monkeypatch.setattr("scalora.refresh.OVERSAMPLING", 28)
+    model, optimizer, handle = attached(lr=0.0, lora={"target_modules": ["q_proj"], "r": 2})
+    sizes = handle.refresh.constants.clone()
+    clipped, found = 0.0, []
+    for _ in range(5):
+        G = dense_gradients(model, handle.layers, (0,), "llama", lambda loss: loss.backward())
+        optimizer.zero_grad()
+        model(**zoo.batch("llama", 0)).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(zoo.trainable(model), 1e-3)
+        clipped = min(float(norm), 1e-3)
+        optimizer.step()
+        found = [(layer.A.grad.clone(), layer.Bt.grad.mT.clone()) for layer in handle.layers]
+        optimizer.zero_grad()
+    assert handle.refresh.steps == [4]
+    norm = torch.stack([g.square().sum() for pair in found for g in pair]).sum().sqrt()
+    assert norm == pytest.approx(clipped, rel=1e-2)  # as the loop had clipped it
+    for layer, g, c, (grad_A, grad_B) in zip(handle.layers, G, sizes, found, strict=True):
+        U, _, Vt = torch.linalg.svd(g)
+        for columns, basis in ((layer.A, U[:, [0, 2]]), (layer.Bt.mT, Vt[[1, 3]].mT)):
+            torch.testing.assert_close(columns.square().sum(0), c.float().expand(2), rtol=1e-4, atol=0)
+            overlap = torch.linalg.svdvals(basis.mT @ columns / c.sqrt())
+            assert overlap.min() > 0.999
+        for gradient, exact in ((grad_A, layer.scale * g @ layer.Bt.mT), (grad_B, layer.scale * g.mT @ layer.A)):
+            cosine = torch.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0)
+            assert cosine > 0.999
+
+
+def test_the_optimizers_state_starts_anew_and_the_first_steps_are_short():
+    model, optimizer, handle = attached(every=WARMUP + 2)
+    zoo.train(model, optimizer, "llama", WARMUP + 2)
+    layer = handle.layers[0]
+    for count in range(1, WARMUP + 2):
+        model(**zoo.batch("llama", 7)).loss.backward()
+        seen = {}
+        hook = optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.update(A=layer.A.clone()))  # after ours
+        optimizer.step()
+        hook.remove()
+        state, share = optimizer.state[layer.A], min(1.0, count / (WARMUP + 1))
+        assert state["step"] == count
+        m, v = state["exp_avg"] / (1 - 0.9**count), state["exp_avg_sq"] / (1 - 0.999**count)
+        full = 3e-3 * (m / (v.sqrt() + 1e-8) + 1e-2 * seen["A"])  # AdamW's decay is shortened too
+        torch.testing.assert_close(seen["A"] - layer.A, share * full, rtol=1e-3, atol=1e-7)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", STORES)
+@pytest.mark.parametrize("stop", range(3, 10))
+def test_a_run_resumes_bitwise_at_any_step(accumulate, stop):
+    def run():
+        return attached(accumulate=accumulate, every=4)
+
+    whole, optimizer, _ = run()
+    zoo.train(whole, optimizer, "llama", 14)
+    first, optimizer, handle = run()
+    zoo.train(first, optimizer, "llama", stop)
+    saved = first.state_dict(), optimizer.state_dict(), handle.state_dict()
+    second, optimizer, handle = run()
+    second.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    handle.load_state_dict(saved[2])
+    zoo.train(second, optimizer, "llama", 14 - stop, start=stop)
+    for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_columns_are_rescaled_between_refreshes_where_wanted():
+    model = zoo.lora("llama", r=2)
+    optimizer = torch.optim.AdamW(zoo.trainable(model), lr=3e-3)
+    handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=2, refresh=6))
+    zoo.train(model, optimizer, "llama", 13)
+    assert handle.refresh.steps == [6, 12]
+    assert [event.step for event in handle.stats] == [0, 2, 4, 8, 10]
+
+
+def test_a_layer_that_took_no_part_keeps_its_adapters():
+    model, optimizer, handle = attached()
+    idle = handle.layers[0]
+    before = idle.A.detach().clone(), idle.Bt.detach().clone()
+    inner = handle.refresh._refresh
+
+    def refresh(left, right):
+        right[0].zero_()
+        inner(left, right)
+
+    handle.refresh._refresh = refresh
+    idle.module.lora_A[idle.adapter].requires_grad_(False)
+    idle.module.lora_B[idle.adapter].requires_grad_(False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    zoo.train(model, optimizer, "llama", 6)
+    assert handle.refresh.steps == [4]
+    torch.testing.assert_close((idle.A.detach(), idle.Bt.detach()), before)
+
+
+def test_overflow_in_one_step_does_not_spoil_the_sketches():
+    model, _, handle = attached()
+    handle.detach()
+    sketch = Sketch(handle.layers)
+    sketch.open("left", [torch.randn(layer.Bt.shape[1], 5) for layer in handle.layers])
+    (model(**zoo.batch("llama", 0)).loss * torch.inf).backward()
+    sketch.gather()
+    model(**zoo.batch("llama", 1)).loss.backward()
+    sketch.gather()
+    for Y in sketch.close():
+        assert torch.isfinite(range_basis(Y)).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"refresh": 1}, "refresh is 1: it must be a whole number of at least 2"),
+        ({"refresh": 2.5}, "refresh is 2.5"),
+        ({"interval": None}, "interval and refresh are both None"),
+    ],
+)
+def test_refusals(config, message):
+    with pytest.raises(ScaloraError, match=message):
+        ScaLoraConfig(**config)
+
+
+def test_a_layer_without_2r_directions_is_refused():
+    with pytest.raises(ScaloraError, match=r"refresh=4 needs two times rank 17 .* 32×32: lower the rank"):
+        attached(lora={"r": 17})
