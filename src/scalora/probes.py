@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .adapters import AdapterLayer
+from .sharded import local
 
 Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
 
@@ -28,11 +29,16 @@ class Probe(NamedTuple):
     A: Tensor  # (m, k)
     Bt: Tensor  # (k, n)
 
+    def on(self, device: torch.device) -> Probe:
+        """Where the layer computes; adapters may be kept elsewhere (CPU offloading)."""
+        return Probe(self.A.to(device), self.Bt.to(device))
+
     def added_to(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` plus the probe's output, which is zero."""
+        A, Bt = self.on(x.device)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.Bt.dtype)
-        return result + functional.linear(functional.linear(x, self.Bt), self.A).to(result.dtype)
+            x = x.to(Bt.dtype)
+        return result + functional.linear(functional.linear(x, Bt), A).to(result.dtype)
 
 
 class Probed(LoraLayer):
@@ -58,7 +64,7 @@ class Sketch:
     def __init__(self, layers: Sequence[AdapterLayer]) -> None:
         self.layers = layers
         self.side: Side | None = None
-        self.sums: list[Tensor] = []  # float32, (m, k) or (n, k)
+        self.sums: list[Tensor] = []  # float32 at least; (m, k) or (n, k)
         for layer in layers:
             make_probed(layer)
 
@@ -67,14 +73,14 @@ class Sketch:
         self.side = side
         self.sums = []
         for layer, basis in zip(self.layers, fixed, strict=True):
-            like = layer.A
-            m, n, k = like.shape[0], layer.Bt.shape[1], basis.shape[1]
+            like, k = local(layer.A.detach()), basis.shape[1]
+            m, n = layer.A.shape[0], layer.Bt.shape[1]
             basis = basis.to(like.dtype)
             if side == "left":
                 probe = Probe(like.new_zeros(m, k, requires_grad=True), basis.mT.contiguous())
             else:
                 probe = Probe(basis, like.new_zeros(k, n, requires_grad=True))
-            self.sums.append(torch.zeros(m if side == "left" else n, k, device=like.device))
+            self.sums.append(like.new_zeros(m if side == "left" else n, k, dtype=_wide(like)))
             layer.module.probe = probe  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
@@ -96,7 +102,7 @@ class Sketch:
         probe: Probe = layer.module.probe  # pyright: ignore
         leaf = probe.A if self.side == "left" else probe.Bt
         grad, leaf.grad = leaf.grad, None
-        gain = torch.zeros_like(leaf, dtype=torch.float32) if grad is None else grad.float()
+        gain = torch.zeros_like(leaf, dtype=_wide(leaf)) if grad is None else grad.to(_wide(leaf))
         gain = gain if self.side == "left" else gain.mT.contiguous()
         return torch.where(torch.isfinite(gain).all(), gain, 0.0)
 
@@ -115,12 +121,21 @@ class Sketch:
         return [p.Bt.mT if self.side == "left" else p.A for p in probes]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"side": self.side, "fixed": [t.clone() for t in self.fixed()], "sums": [t.clone() for t in self.sums]}
+        names = [layer.name for layer in self.layers]
+        parts = {"fixed": self.fixed(), "sums": self.sums}
+        return {"side": self.side} | {
+            part: {name: t.detach().clone() for name, t in zip(names, tensors, strict=False)}
+            for part, tensors in parts.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["side"] is None:
             self.close()
             return
-        self.open(state["side"], [t.to(layer.A.device) for t, layer in zip(state["fixed"], self.layers, strict=True)])
-        for mine, saved in zip(self.sums, state["sums"], strict=True):
-            mine.copy_(saved)
+        self.open(state["side"], [state["fixed"][layer.name].to(layer.A.device) for layer in self.layers])
+        for layer, total in zip(self.layers, self.sums, strict=True):
+            total.copy_(state["sums"][layer.name])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

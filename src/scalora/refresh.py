@@ -127,7 +127,8 @@ class Refresh:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         full, count = whole([*params, *gradients]), len(group.layers)
         A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
-        Q, Z = (torch.stack([basis[i].float() for i in group.members]) for basis in (left, right))
+        wide = right[group.members[0]].dtype  # the basis was kept in the adapters' own
+        Q, Z = (torch.stack([basis[i].to(wide) for i in group.members]) for basis in (left, right))
         new = optimal_adapters(sketched_svd(Q, Z), A.shape[-1], self.constants[group.members].to(Z.device))
         sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(A.sum((1, 2)) + Bt.sum((1, 2)))
         live = [i for i, fit in enumerate(sound.tolist()) if fit]

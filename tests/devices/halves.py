@@ -14,10 +14,13 @@ from scalora.sharded import whole
 
 MICRO = 2  # micro-batches per optimizer step
 STEPS = 7  # with rank and capacity 3 the accumulated adapter is recompressed before the sixth
+REFRESH = 4  # and refreshed before the fifth
 
 
-def config(accumulate):
-    return ScaLoraConfig(interval=1, accumulate=accumulate, capacity=3 if accumulate == "adapter" else None)
+def config(accumulate, refresh=None):
+    return ScaLoraConfig(
+        interval=1, refresh=refresh, accumulate=accumulate, capacity=3 if accumulate == "adapter" else None
+    )
 
 
 def model(kind, dtype=torch.float64):
@@ -36,7 +39,7 @@ def shard(model, **options):
     return fully_shard(model, **options)
 
 
-def sharded(kind, accumulate, *, prepare=True, dtype=torch.float64, opt=None, **options):
+def sharded(kind, accumulate, *, refresh=None, prepare=True, dtype=torch.float64, opt=None, **options):
     """A model sharded by FSDP2, its optimizer and ScaLoRA on it."""
     made = model(kind, dtype)
     if prepare:
@@ -44,7 +47,7 @@ def sharded(kind, accumulate, *, prepare=True, dtype=torch.float64, opt=None, **
     shard(made, **options)
     zoo.logits(made, kind)  # an evaluation leaves full parameters in place of the sharded ones of the root
     steps = optimizer(made, **(opt or {}))
-    return made, steps, scalora.attach(made, steps, config(accumulate))
+    return made, steps, scalora.attach(made, steps, config(accumulate, refresh))
 
 
 def train(model, optimizer, kind, rank=None, steps=STEPS):
@@ -65,11 +68,11 @@ def train(model, optimizer, kind, rank=None, steps=STEPS):
         optimizer.zero_grad()
 
 
-def alone(kind, accumulate):
+def alone(kind, accumulate, refresh=None):
     """The run of one process: its model and handle."""
     one = model(kind)
     steps = optimizer(one)
-    handle = scalora.attach(one, steps, config(accumulate))
+    handle = scalora.attach(one, steps, config(accumulate, refresh))
     train(one, steps, kind)
     return one, handle
 

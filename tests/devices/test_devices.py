@@ -64,6 +64,25 @@ def _fsdp2(rank, folder):
             torch.testing.assert_close(zoo.logits(plain, kind), zoo.logits(alone, kind), rtol=0, atol=1e-6)
 
 
+def test_a_refresh_equals_that_of_one_process():
+    spawn(_refresh)
+
+
+def _refresh(rank):
+    for kind, accumulate in CASES:
+        reference = halves.alone(kind, accumulate, halves.REFRESH)[1]
+        model = halves.model(kind)
+        optimizer = halves.optimizer(model)
+        handle = scalora.attach(model, optimizer, halves.config(accumulate, halves.REFRESH))
+        halves.train(DistributedDataParallel(model), optimizer, kind, rank)
+        sharded, optimizer, other = halves.sharded(kind, accumulate, refresh=halves.REFRESH)
+        halves.train(sharded, optimizer, kind, rank)
+        for each in (handle, other):
+            assert each.refresh.steps == [halves.REFRESH]
+            assert halves.difference(each, reference) < 1e-6
+            each.check_ranks()
+
+
 def test_what_an_event_sends():
     spawn(_bytes)
 

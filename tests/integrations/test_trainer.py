@@ -48,8 +48,9 @@ def test_trainer_with_one_more_line(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("accumulate", ["adapter", "base"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, accumulate):
-    config = ScaLoraConfig(interval=2, accumulate=accumulate)
+@pytest.mark.parametrize("refresh", [None, 4], ids=["events", "refresh"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, accumulate, refresh):
+    config = ScaLoraConfig(interval=None if refresh else 2, refresh=refresh, accumulate=accumulate)
     _, whole = _trainer(tmp_path / "whole", kind, config)
     whole.train()
     _, resumed = _trainer(tmp_path / "whole", kind, config)
