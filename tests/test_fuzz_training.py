@@ -51,17 +51,22 @@ class Life(RuleBasedStateMachine):
         scaling=st.sampled_from(get_args(Method)),
         accumulate=st.sampled_from(["adapter", "base"]),
         interval=st.integers(1, 3),
+        refresh=st.sampled_from([None, 2, 3, 5]),
+        alone=st.booleans(),
         extra=st.integers(0, 6),
     )
-    def begin(self, rank, optimizer, scaling, accumulate, interval, extra):
+    def begin(self, rank, optimizer, scaling, accumulate, interval, refresh, alone, extra):
         self.make_optimizer = OPTIMIZERS[optimizer]
         capacity = rank + extra if accumulate == "adapter" else None  # small: recompressions discard something
-        self.config = ScaLoraConfig(interval=interval, scaling=scaling, accumulate=accumulate, capacity=capacity)
+        self.config = ScaLoraConfig(
+            interval=None if refresh and alone else interval, refresh=refresh, scaling=scaling, accumulate=accumulate,
+            capacity=capacity,
+        )  # fmt: skip
         self._start(_base(), rank)
         self.expected = self._outputs()
 
     def _start(self, base: nn.Module, rank: int) -> None:
-        self.rank = rank
+        rank = min(rank, 2) if self.config.refresh else rank  # the last layer has four directions
         if self.config.capacity is not None:
             self.config = dataclasses.replace(self.config, capacity=max(rank, self.config.capacity))
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["first", "second", "last"])
@@ -85,7 +90,7 @@ class Life(RuleBasedStateMachine):
         targets = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
         (size * (self.model(INPUTS) - targets).square().mean()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        recompressed = self.handle.store.full
+        recompressed = self.handle.store.lacks(2)
         between = []
         watch = self.optimizer.register_step_pre_hook(lambda *_: between.append(self._outputs()))  # after ours
         self.optimizer.step()
@@ -99,7 +104,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def step_without_gradients(self):
         self.optimizer.zero_grad(set_to_none=True)
-        recompressed = self.handle.store.full
+        recompressed = self.handle.store.lacks(2)
         self.optimizer.step()
         if recompressed:
             self.expected = self._outputs()

@@ -110,13 +110,15 @@ class Refresh:
         return torch.randn(n, min(2 * layer.rank + OVERSAMPLING, m, n), generator=generator).to(layer.A.device)
 
     def _refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
+        parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
+        if not parts:
+            return
         if self.store.lacks(2):
             self.store.make_room()
-        parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
         before = torch.stack([g.double().square().sum() for part in parts for g in part.gradients]).sum()
         after = torch.stack([g.double().square().sum() for part in parts for g in (part.new.grad_A, part.new.grad_B)])
-        share = (before / after.sum()).sqrt() if parts else torch.tensor(0.0)
+        share = (before / after.sum()).sqrt()
         for part in parts:
             self._replace(part, share.to(part.A.dtype))
         self.store.end_event(2)
