@@ -59,7 +59,8 @@ class ScaLora:
         self.history = History()
         self.refresh = None
         if config.refresh is not None:
-            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, self.constants)
+            sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
 
     @property

@@ -34,7 +34,7 @@ class FusedLinear(Linear):
             return result if probe is None else probe.added_to(result, x)
         if probe is not None:  # in one product with an adapter: the input is cast and kept once
             (Bt, A, scale), *others = adapters
-            probe = probe.on(Bt.device)
+            probe = probe.like(Bt.device, Bt.dtype)
             adapters = [(torch.cat([Bt, probe.Bt]), torch.cat([A, probe.A / scale], 1), scale), *others]
         result = self.base_layer(x)
         flat = result.flatten(0, -2)

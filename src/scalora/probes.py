@@ -29,15 +29,13 @@ class Probe(NamedTuple):
     A: Tensor  # (m, k)
     Bt: Tensor  # (k, n)
 
-    def on(self, device: torch.device) -> Probe:
-        """Where the layer computes; adapters may be kept elsewhere (CPU offloading)."""
-        return Probe(self.A.to(device), self.Bt.to(device))
+    def like(self, device: torch.device, dtype: torch.dtype) -> Probe:
+        """As the layer computes: adapters may be kept elsewhere (CPU offloading), and in less than float32."""
+        return Probe(self.A.to(device, dtype), self.Bt.to(device, dtype))
 
     def added_to(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` plus the probe's output, which is zero."""
-        A, Bt = self.on(x.device)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(Bt.dtype)
+        A, Bt = self.like(x.device, x.dtype)
         return result + functional.linear(functional.linear(x, Bt), A).to(result.dtype)
 
 
@@ -64,65 +62,53 @@ class Sketch:
     def __init__(self, layers: Sequence[AdapterLayer]) -> None:
         self.layers = layers
         self.side: Side | None = None
-        self.sums: list[Tensor] = []  # float32 at least; (m, k) or (n, k)
+        self.sums: list[Tensor] = []  # over steps and processes; where there is one process, its leaves hold them
         for layer in layers:
             make_probed(layer)
 
     def open(self, side: Side, fixed: Sequence[Tensor]) -> None:
         """Begin to gather GΩ (``"left"``, `fixed` holds Ω, n×k, of each layer) or GᵀQ (``"right"``, Q, m×k)."""
         self.side = side
-        self.sums = []
         for layer, basis in zip(self.layers, fixed, strict=True):
             like, k = local(layer.A.detach()), basis.shape[1]
-            m, n = layer.A.shape[0], layer.Bt.shape[1]
-            basis = basis.to(like.dtype)
+            basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
             if side == "left":
-                probe = Probe(like.new_zeros(m, k, requires_grad=True), basis.mT.contiguous())
+                probe = Probe(basis.new_zeros(layer.A.shape[0], k, requires_grad=True), basis.mT.contiguous())
             else:
-                probe = Probe(basis, like.new_zeros(k, n, requires_grad=True))
-            self.sums.append(like.new_zeros(m if side == "left" else n, k, dtype=_wide(like)))
+                probe = Probe(basis, basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True))
             layer.module.probe = probe  # pyright: ignore[reportAttributeAccessIssue]
+        self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in self._leaves()] if _several() else []
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Add what the backward passes since the last call have left, on all processes: each then holds the same sums.
-
-        Where a gradient overflowed the layer's share of this call is left out.
-        """
-        if self.side is None:
+        """To be called once a step: with several processes, each then holds the sum over all. A collective there."""
+        if self.side is None or not _several():
             return
-        gains = [self._taken(layer) for layer in self.layers]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([gain.flatten() for gain in gains])
-            dist.all_reduce(flat)
-            gains = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gains]), gains, strict=True)]
-        torch._foreach_add_(self.sums, gains)
-
-    def _taken(self, layer: AdapterLayer) -> Tensor:
-        probe: Probe = layer.module.probe  # pyright: ignore
-        leaf = probe.A if self.side == "left" else probe.Bt
-        grad, leaf.grad = leaf.grad, None
-        gain = torch.zeros_like(leaf, dtype=_wide(leaf)) if grad is None else grad.to(_wide(leaf))
-        gain = gain if self.side == "left" else gain.mT.contiguous()
-        return torch.where(torch.isfinite(gain).all(), gain, 0.0)
+        gains = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves()]
+        flat = torch.cat([gain.flatten() for gain in gains])
+        dist.all_reduce(flat)
+        torch._foreach_add_(
+            self.sums, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gains]), gains, strict=True)]
+        )
+        for leaf in self._leaves():
+            leaf.grad = None
 
     def close(self) -> list[Tensor]:
-        """The sums; nothing is gathered any more."""
-        sums, self.sums, self.side = self.sums, [], None
+        """The sums (m×k or n×k), zero for a layer without gradient; nothing is gathered any more."""
+        found = self._totals()
+        found = [total if self.side == "left" else total.mT for total in found]
         for layer in self.layers:
             layer.module.probe = None  # pyright: ignore[reportAttributeAccessIssue]
-        return sums
+        self.sums, self.side = [], None
+        return found
 
     def fixed(self) -> list[Tensor]:
         """What :meth:`open` was given, n×k or m×k for each layer; empty while closed."""
-        if self.side is None:
-            return []
-        probes: list[Probe] = [layer.module.probe for layer in self.layers]  # pyright: ignore
-        return [p.Bt.mT if self.side == "left" else p.A for p in probes]
+        return [p.Bt.mT if self.side == "left" else p.A for p in self._probes()]
 
     def state_dict(self) -> dict[str, Any]:
         names = [layer.name for layer in self.layers]
-        parts = {"fixed": self.fixed(), "sums": self.sums}
+        parts = {"fixed": self.fixed(), "sums": self._totals()}
         return {"side": self.side} | {
             part: {name: t.detach().clone() for name, t in zip(names, tensors, strict=False)}
             for part, tensors in parts.items()
@@ -132,10 +118,25 @@ class Sketch:
         if state["side"] is None:
             self.close()
             return
-        self.open(state["side"], [state["fixed"][layer.name].to(layer.A.device) for layer in self.layers])
-        for layer, total in zip(self.layers, self.sums, strict=True):
-            total.copy_(state["sums"][layer.name])
+        self.open(state["side"], [state["fixed"][layer.name] for layer in self.layers])
+        saved = [state["sums"][layer.name].to(leaf) for layer, leaf in zip(self.layers, self._leaves(), strict=True)]
+        if self.sums:
+            self.sums = saved
+        else:
+            for leaf, total in zip(self._leaves(), saved, strict=True):
+                leaf.grad = total
+
+    def _probes(self) -> list[Probe]:
+        return [] if self.side is None else [layer.module.probe for layer in self.layers]  # pyright: ignore
+
+    def _leaves(self) -> list[Tensor]:
+        return [p.A if self.side == "left" else p.Bt for p in self._probes()]
+
+    def _totals(self) -> list[Tensor]:
+        if self.sums:
+            return self.sums
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves()]
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,10 +1,10 @@
 """Every N optimizer steps: new adapters along the gradient's top singular directions (Theorem 1 of arXiv 2510.23818).
 
-The 2·WINDOW steps before a refresh gather two sketches of the gradient (:mod:`scalora.probes`): the first half GΩ, the
-second, on other batches, GᵀQ. At the refresh, before the optimizer's update, the adapters become singular directions of
-QZᵀ, s(AB^T − ÃB̃ᵀ) goes to the store so that the model's function stays, Ã and B̃ get the gradients that the sketches
-hold, and the optimizer's state of these two matrices starts anew. The steps after it are shortened, the first to
-1/(WARMUP + 1): Adam's first steps from an empty state are all of full length, whatever the gradient.
+All steps between two refreshes gather sketches of the gradient (:mod:`scalora.probes`): the first half GΩ, the second,
+on other batches, GᵀQ, each of 2r columns. At the refresh, before the optimizer's update, the adapters become singular
+directions of QZᵀ, s(AB^T − ÃB̃ᵀ) goes to the store so that the model's function stays, Ã and B̃ get the gradients that
+the sketches hold, and the optimizer's state of these two matrices starts anew. The steps after it are shortened, the
+first to 1/(WARMUP + 1): Adam's first steps from an empty state are all of full length, whatever the gradient.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from .probes import Sketch
 from .sharded import local, whole, write
 from .stores import Store
 
-WINDOW = 5  # optimizer steps that each of the two sketches sees, at most
 WARMUP = 4  # steps after a refresh that are shortened
-OVERSAMPLING = 4  # columns of the sketches beyond the 2r that are needed
 
 
 class _Part(NamedTuple):
@@ -60,11 +58,7 @@ class Refresh:
         self.optimizer = optimizer
         self.store = store
         self.every = every
-        self.window = min(WINDOW, every // 2)
-        # c/s²: where it is not given the columns keep the greater of the two mean squares they start with.
-        full = whole([p for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach().mT)])
-        sizes = torch.stack([p.double().square().sum(0).mean() for p in full]).view(-1, 2).amax(1)
-        self.constants = torch.where(constants.isnan(), sizes, constants)
+        self.constants = constants  # c/s² per layer
         self.sketch = Sketch(self.layers)
         self.since = WARMUP  # steps since the last refresh, as far as it matters
         self.steps: list[int] = []  # at which adapters were refreshed
@@ -85,11 +79,11 @@ class Refresh:
             self._refresh(self.sketch.fixed(), self.sketch.close())
             self.steps.append(step)
             self.since = 0
-        left = self.every - step % self.every
-        if left == 2 * self.window:
+        if step % self.every == 0:
             self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
-        elif left == self.window and self.sketch.side == "left":
-            self.sketch.open("right", [range_basis(Y) for Y in self.sketch.close()])
+        elif step % self.every == self.every // 2 and self.sketch.side == "left":
+            # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
+            self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
         if self.since < WARMUP:
             self._before = [local(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
         return refreshed
@@ -105,9 +99,8 @@ class Refresh:
     def _random(self, step: int, index: int) -> Tensor:
         """Ω of one layer, the same on every process and in a resumed run."""
         layer = self.layers[index]
-        m, n = layer.A.shape[0], layer.Bt.shape[1]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
-        return torch.randn(n, min(2 * layer.rank + OVERSAMPLING, m, n), generator=generator).to(layer.A.device)
+        return torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
 
     def _refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
         parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
@@ -129,8 +122,7 @@ class Refresh:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         full, count = whole([*params, *gradients]), len(group.layers)
         A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
-        wide = right[group.members[0]].dtype  # the basis was kept in the adapters' own
-        Q, Z = (torch.stack([basis[i].to(wide) for i in group.members]) for basis in (left, right))
+        Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
         new = optimal_adapters(sketched_svd(Q, Z), A.shape[-1], self.constants[group.members].to(Z.device))
         sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(A.sum((1, 2)) + Bt.sum((1, 2)))
         live = [i for i, fit in enumerate(sound.tolist()) if fit]
@@ -154,13 +146,19 @@ class Refresh:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "constants": self.constants.clone(),
             "since": self.since,
             "steps": list(self.steps),
             "sketch": self.sketch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.constants.copy_(state["constants"])
         self.since, self.steps = int(state["since"]), list(state["steps"])
         self.sketch.load_state_dict(state["sketch"])
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(tensor).all()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.where(_is_finite(tensor), tensor, 0.0)
