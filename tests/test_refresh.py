@@ -241,7 +241,7 @@ def test_refusals(config, message):
 
 
 def test_a_layer_without_2r_directions_is_refused():
-    with pytest.raises(ScaloraError, match=r"refresh=4 needs two times rank 17 .* 32×32: lower the rank"):
+    with pytest.raises(ScaloraError, match=r"refresh=4 needs two times rank 17 .* 32×32: choose 16 or less"):
         attached(lora={"r": 17})
 
 

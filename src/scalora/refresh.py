@@ -52,7 +52,7 @@ class Refresh:
             if 2 * layer.rank > min(m, n):
                 raise ScaloraError(
                     f"refresh={every} needs two times rank {layer.rank} singular directions, but layer {layer.name} is "
-                    f"{m}×{n}: lower the rank, or leave the layer out of target_modules"
+                    f"{m}×{n}: choose {min(m, n) // 2} or less, or leave the layer out of target_modules"
                 )
         self.layers = list(layers)
         self.optimizer = optimizer

@@ -85,6 +85,12 @@ def test_resuming_from_a_foreign_checkpoint_says_so(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+def test_a_refresh_that_would_never_come_is_refused(tmp_path):
+    _, trainer = _trainer(tmp_path, config=ScaLoraConfig(interval=None, refresh=12))
+    with pytest.raises(ScaloraError, match="refresh is 12, but training has 12 steps"):
+        trainer.train()
+
+
 def test_resuming_with_another_configuration_says_so(tmp_path):
     _trainer(tmp_path)[1].train()
     _, trainer = _trainer(tmp_path, config=ScaLoraConfig(interval=3))

@@ -14,13 +14,14 @@ from scalora.methods.peft_any import peft_types
 
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
-    "scalora-normalize", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
+    "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
     "peft:BOFT": {}, "peft:MISS": {}, "peft:OFT": {"oft_block_size": 0}, "peft:ADALORA": {"total_step": 6},
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
 }  # fmt: skip
+OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 
 
@@ -32,7 +33,7 @@ def test_the_names_are_those_of_the_arena():
 @pytest.mark.parametrize("name", [*sorted(NAMED), *FROM_PEFT])
 def test_a_method_from_adapting_to_loading(name, kind, tmp_path):
     before = zoo.logits(runs.base(kind, tmp_path / "base"), kind)
-    adapted = runs.adapt(name, kind, tmp_path / "base", options=FROM_PEFT.get(name, {}))
+    adapted = runs.adapt(name, kind, tmp_path / "base", options=OPTIONS.get(name, {}))
     if name not in LOSSY_START and kind == "llama":  # bert's head, trained too, starts at random elsewhere
         torch.testing.assert_close(zoo.logits(adapted.model, kind), before, rtol=0, atol=1e-5)
 

@@ -68,11 +68,22 @@ class ScaLoraCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         assert optimizer is not None
+        every = self.config.refresh
+        if self.config.interval is None and every is not None and every >= state.max_steps:
+            raise ScaloraError(
+                f"refresh is {every}, but training has {state.max_steps} steps, so that none would take place: lower it"
+            )
         self.handle, self.saved = attach(model, optimizer, self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.handle is not None and self.handle.refresh is not None:
+            self.handle.refresh.detach()  # no gradient is gathered for a refresh that will not come
 
     def on_step_end(
         self,
