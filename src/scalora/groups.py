@@ -20,6 +20,15 @@ class Group(NamedTuple):
     layers: list[AdapterLayer]
 
 
+class Gathered(NamedTuple):
+    """Adapters and gradients of one group, whole: (L, m, r) and (L, n, r); zeros where there is no gradient."""
+
+    A: Tensor
+    B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+
+
 class Stacked(NamedTuple):
     """Adapters of one group before the event, (L, m, r) and (L, n, r), and their Gram products."""
 
@@ -36,13 +45,19 @@ def grouped(layers: list[AdapterLayer]) -> list[Group]:
     return [Group(index, [layers[i] for i in index]) for index in members.values()]
 
 
-def stacked(layers: list[AdapterLayer]) -> Stacked:
-    """Adapters of one group and the products of adapters and gradients; what is sharded is gathered (a collective)."""
+def gathered(layers: list[AdapterLayer]) -> Gathered:
+    """Adapters and gradients of one group; what is sharded is gathered (a collective)."""
     params = [layer.A for layer in layers] + [layer.Bt for layer in layers]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     full, count = whole([*params, *gradients]), len(layers)
     A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
-    return Stacked(A, Bt.mT, gram_products(A, Bt.mT, grad_A, grad_Bt.mT))
+    return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
+
+
+def stacked(layers: list[AdapterLayer]) -> Stacked:
+    """Adapters of one group and the products of adapters and gradients (a collective where they are sharded)."""
+    now = gathered(layers)
+    return Stacked(now.A, now.B, gram_products(*now))
 
 
 def live_layers(layers: list[AdapterLayer], sound: Tensor) -> Tensor:

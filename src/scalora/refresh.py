@@ -19,21 +19,19 @@ from torch.optim import Optimizer
 from .adapters import AdapterLayer
 from .directions import Directions, optimal_adapters, range_basis, sketched_svd
 from .errors import ScaloraError
-from .groups import Group, grouped
+from .groups import Gathered, Group, gathered, grouped
 from .probes import Sketch
-from .sharded import local, whole, write
+from .sharded import local, write
 from .stores import Store
 
 WARMUP = 4  # steps after a refresh that are shortened
 
 
 class _Part(NamedTuple):
-    """Layers of one shape: adapters, gradients (of A and of Bᵀ), and what they become."""
+    """Layers of one shape: what they are, and what they become."""
 
     layers: list[AdapterLayer]
-    A: Tensor
-    B: Tensor
-    gradients: tuple[Tensor, Tensor]
+    now: Gathered
     new: Directions
 
 
@@ -109,33 +107,32 @@ class Refresh:
         if self.store.lacks(2):
             self.store.make_room()
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
-        before = torch.stack([g.double().square().sum() for part in parts for g in part.gradients]).sum()
-        after = torch.stack([g.double().square().sum() for part in parts for g in (part.new.grad_A, part.new.grad_B)])
-        share = (before / after.sum()).sqrt()
+        before, after = (
+            torch.stack([g.double().square().sum() for x in some for g in (x.grad_A, x.grad_B)]).sum()
+            for some in ([part.now for part in parts], [part.new for part in parts])
+        )
         for part in parts:
-            self._replace(part, share.to(part.A.dtype))
+            self._replace(part, (before / after).sqrt().to(part.now.A.dtype))
         self.store.end_event(2)
 
     def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
         """The layers of one shape that took part in the last steps, and what they become."""
-        params = [layer.A for layer in group.layers] + [layer.Bt for layer in group.layers]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        full, count = whole([*params, *gradients]), len(group.layers)
-        A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
+        now = gathered(group.layers)
         Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
-        new = optimal_adapters(sketched_svd(Q, Z), A.shape[-1], self.constants[group.members].to(Z.device))
-        sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(A.sum((1, 2)) + Bt.sum((1, 2)))
+        new = optimal_adapters(sketched_svd(Q, Z), now.A.shape[-1], self.constants[group.members].to(Z.device))
+        sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
         live = [i for i, fit in enumerate(sound.tolist()) if fit]
-        s = torch.tensor([group.layers[i].scale for i in live], device=A.device)[:, None, None]
-        new = Directions(*(x[live].to(A.dtype) for x in new))
-        new = new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
         layers = [group.layers[i] for i in live]
-        return _Part(layers, A[live], Bt.mT[live], (grad_A[live], grad_Bt[live]), new)
+        s = torch.tensor([layer.scale for layer in layers], device=Z.device)[:, None, None]
+        new = Directions(*(x[live].to(now.A.dtype) for x in new))
+        return _Part(
+            layers, Gathered(*(x[live] for x in now)), new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
+        )
 
     def _replace(self, part: _Part, share: Tensor) -> None:
-        layers, A, B, _, new = part
-        s = torch.tensor([[layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
-        self.store.add(layers, torch.cat([A, new.A], -1), torch.cat([s, -s], -1), torch.cat([B, new.B], -1))
+        layers, now, new = part
+        s = torch.tensor([[layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=now.A.device)
+        self.store.add(layers, torch.cat([now.A, new.A], -1), torch.cat([s, -s], -1), torch.cat([now.B, new.B], -1))
         write([layer.A for layer in layers], list(new.A))
         write([layer.Bt for layer in layers], list(new.B.mT))
         for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):

@@ -79,12 +79,6 @@ class ScaLoraCallback(TrainerCallback):
             load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.handle is not None and self.handle.refresh is not None:
-            self.handle.refresh.detach()  # no gradient is gathered for a refresh that will not come
-
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -144,10 +138,11 @@ class ScaLoraCallback(TrainerCallback):
 
 
 def log_figures(handle: ScaLora) -> dict[str, float]:
-    """Figures of the latest event under their names in the logs; none before the first event."""
+    """Figures of the latest event, and the number of refreshes so far, under their names in the logs."""
+    refreshes = {} if handle.refresh is None else {"scalora/refreshes": float(len(handle.refresh.steps))}
     if not (event := handle.history.latest()):
-        return {}
-    return {
+        return refreshes
+    return refreshes | {
         "scalora/alpha": event.alpha[1],
         "scalora/beta": event.beta[1],
         "scalora/moved": event.moved,
