@@ -1,6 +1,7 @@
-"""The tables of docs/results.md from results files: ``python -m benchmarks.tables benchmarks/results/NAME``.
+"""The tables of docs/results.md: ``python -m benchmarks.tables benchmarks/results/NAME [CONTENDER]``.
 
 Test metric of every contender, paired difference to LoRA, and validation metric over the learning rates of the grid.
+With a contender: its paired difference to every other.
 """
 
 from __future__ import annotations
@@ -51,5 +52,29 @@ def markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def against(folder: Path, ours: str) -> str:
+    """What one contender gains over each other on the test split, in pairs of one seed."""
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    finals: dict[str, dict[int, float]] = defaultdict(dict)
+    for trial in content["trials"]:
+        if (
+            trial["stage"] == "final"
+            and "error" not in trial
+            and trial["lr"] == content["chosen"].get(trial["contender"])
+        ):
+            finals[trial["contender"]][trial["seed"]] = trial["after"][trial["primary"]]
+    higher = content["trials"][0]["higher_is_better"]
+    lines = [f"| {ours} against | difference (95 %) | standard errors | seeds won | verdict |", "|---|---|---|---|---|"]
+    for name in sorted(finals, key=lambda name: mean(finals[name].values()), reverse=higher):
+        if name == ours:
+            continue
+        d = compare(finals[ours], finals[name], higher_is_better=higher)
+        pairs = [finals[ours][seed] - finals[name][seed] for seed in finals[ours] if seed in finals[name]]
+        errors = abs(d.value) / (stdev(pairs) / len(pairs) ** 0.5)
+        gain = f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+        lines.append(f"| {name} | {gain} | {errors:.1f} | {d.wins} of {d.n} | {d.verdict} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(markdown(Path(sys.argv[1])))
+    print(against(Path(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 2 else markdown(Path(sys.argv[1])))
