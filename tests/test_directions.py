@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora import reference
-from scalora.directions import SVD, optimal_adapters, range_basis, sketched_svd
+from scalora.directions import dense_svd, optimal_adapters, range_basis, sketched_svd
 
 SIZES = st.integers(4, 12)
 
@@ -17,11 +17,6 @@ def decaying(m, n, seed, power=1.0):
     U, V = (torch.linalg.qr(torch.randn(size, k, generator=generator, dtype=torch.float64))[0] for size in (m, n))
     sigma = torch.arange(1, k + 1, dtype=torch.float64) ** -power
     return U * sigma @ V.mT
-
-
-def dense(G):
-    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
-    return SVD(U, sigma, Vt.mT)
 
 
 def sketched(G, k, seed=0):
@@ -38,7 +33,7 @@ def angle(one, other):
 @given(m=SIZES, n=SIZES, r=st.integers(1, 2), seed=st.integers(0, 999), c=st.floats(0.01, 100))
 def test_equals_the_dense_twin(m, n, r, seed, c):
     G = decaying(m, n, seed)
-    new, (A, B) = optimal_adapters(dense(G), r, c), reference.optimal_adapters(G, r, c)
+    new, (A, B) = optimal_adapters(dense_svd(G), r, c), reference.optimal_adapters(G, r, c)
     torch.testing.assert_close(new.A @ new.A.mT, A @ A.mT)  # signs are free
     torch.testing.assert_close(new.B @ new.B.mT, B @ B.mT)
     torch.testing.assert_close(new.grad_A, G @ new.B)
@@ -49,7 +44,7 @@ def test_equals_the_dense_twin(m, n, r, seed, c):
 def test_no_other_adapters_come_closer_to_full_fine_tuning(m, n, r, seed):
     G, c, one = decaying(m, n, seed), 0.7, torch.ones(r)
     for halves in ("odd-even", "first-second"):
-        new = optimal_adapters(dense(G), r, c, halves)
+        new = optimal_adapters(dense_svd(G), r, c, halves)
         least = reference.objective(G, new.A, new.B, one, one, c)
         assert least == pytest.approx(float((c * torch.linalg.svdvals(G)[2 * r :]).square().sum()), abs=1e-12)
         generator = torch.Generator().manual_seed(seed)
@@ -73,7 +68,7 @@ def test_a_thin_sketch_finds_the_top_subspace_the_better_the_faster_the_spectrum
     r = 2
     for seed in range(10):
         G = decaying(96, 64, seed, power)
-        exact, thin = optimal_adapters(dense(G), r, 1.0), sketched(G, 2 * r + 4, seed)
+        exact, thin = optimal_adapters(dense_svd(G), r, 1.0), sketched(G, 2 * r + 4, seed)
         both = torch.cat([exact.A, G @ exact.B / (G @ exact.B).norm(dim=0)], 1)  # the 2r top left directions
         assert angle(thin.U, both) < largest
 
@@ -81,8 +76,8 @@ def test_a_thin_sketch_finds_the_top_subspace_the_better_the_faster_the_spectrum
 def test_a_batch_is_solved_as_one_by_one():
     G = torch.stack([decaying(10, 8, seed) for seed in range(5)])
     c = torch.tensor([0.1, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    together = optimal_adapters(dense(G), 2, c)
+    together = optimal_adapters(dense_svd(G), 2, c)
     for i in range(5):
-        alone = optimal_adapters(dense(G[i]), 2, float(c[i]))
+        alone = optimal_adapters(dense_svd(G[i]), 2, float(c[i]))
         for one, other in zip(together, alone, strict=True):
             torch.testing.assert_close(one[i], other)

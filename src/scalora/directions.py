@@ -38,6 +38,12 @@ class Directions(NamedTuple):
     grad_B: Float[Tensor, "*batch n r"]
 
 
+def dense_svd(G: Float[Tensor, "*batch m n"]) -> SVD:
+    """The SVD of a gradient that is there in full."""
+    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
+    return SVD(U, sigma, Vt.mT)
+
+
 def range_basis(Y: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
     """An orthonormal basis of the columns of Y = GΩ; k ≤ m."""
     return torch.linalg.qr(Y)[0]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters import find_layers
-from ..directions import SVD, Directions, Halves, optimal_adapters
+from ..directions import Halves, dense_svd, optimal_adapters
 from ..engine import innermost
 from ..errors import ScaloraError
 from ..models import Head
@@ -118,7 +118,7 @@ class OracleCallback(AccumulatedCallback):
         for layer, c in zip(self.layers, self.constants, strict=True):
             G = gradients.get(layer.name)
             usable = G is not None and bool(torch.isfinite(G).all()) and bool(G.any())
-            pairs.append(_optimal(G, layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
+            pairs.append(optimal_adapters(dense_svd(G), layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
         self._move(1.0)
         for layer, pair in zip(self.layers, pairs, strict=True):
             if pair is None:
@@ -139,11 +139,6 @@ class OracleCallback(AccumulatedCallback):
             d = layer.A.new_full((1, layer.rank), sign * layer.scale)
             self.store.add([layer], layer.A[None], d, layer.Bt.mT[None])
         self.store.end_event()
-
-
-def _optimal(G: Tensor, rank: int, c: float, halves: Halves) -> Directions:
-    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
-    return optimal_adapters(SVD(U, sigma, Vt.mT), rank, c, halves)
 
 
 METHODS = (Oracle,)
