@@ -1,5 +1,8 @@
 """The dense network and its digits: made on the spot, the same every time, and a model like any other."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,6 +45,14 @@ def test_the_network_knows_upright_digits_and_no_turned_ones(cache):
         logits = model(torch.tensor([row["pixels"] for row in rows])).logits
         accuracy = (logits.argmax(-1) == torch.tensor([row["label"] for row in rows])).float().mean()
         assert low <= accuracy <= high
+
+
+def test_the_network_is_the_one_that_the_results_were_obtained_on(cache):
+    """Anything else under this name needs new results (and another name in the cache)."""
+    model = dense.DenseClassifier.from_pretrained(dense.digits_mlp())
+    committed = json.loads((Path(__file__).parent.parent / "benchmarks/results/digits/results.json").read_text())
+    full = next(t for t in committed["trials"] if t["contender"] == "full@2" and "parameters" in t)
+    assert sum(p.numel() for p in model.parameters()) == full["parameters"] == 26_122
 
 
 def test_it_is_made_once_and_the_same_every_time(cache, tmp_path, monkeypatch):

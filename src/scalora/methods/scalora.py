@@ -94,7 +94,7 @@ class ScaLoraRefresh(ScaLoraI):
     """New adapters by Theorem 1, from sketches of the gradient; no column is rescaled."""
 
     name = "scalora-refresh"
-    summary = "Theorem 1 of 2510.23818 at LoRA's cost: every 25 steps new adapters, from sketches of the gradient"
+    summary = "Theorem 1 of 2510.23818, from sketches of the gradient: new adapters every 25 steps"
     Options = _options(interval=None, refresh=25)
 
 
