@@ -64,9 +64,12 @@ def train(
     overwrite: bool = False,
     split: Split = "test",
     baseline: bool = True,
+    ranks: bool = True,
     watcher: Watcher | None = None,
 ) -> RunResult:
     """Run a recipe and score it on ``split``, with ``baseline`` before training too (and on any validation data after).
+
+    Without ``ranks`` the rank of the update is not measured: dense updates need an SVD of every layer, ten times a run.
 
     Leaves in ``recipe.output``: recipe.yaml (resolved), adapter/, checkpoints/, metrics.json, curves.png, rank.png; or
     nothing at all where the run fails before its first checkpoint.
@@ -82,14 +85,14 @@ def train(
         )
     place = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
-        return _train(recipe, place, split, baseline, watcher or Watcher())
+        return _train(recipe, place, split, baseline, ranks, watcher or Watcher())
     except KeyboardInterrupt:
         raise Interrupted(last_checkpoint(place.path)) from None
     finally:
         place.release()
 
 
-def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watcher: Watcher) -> RunResult:
+def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher) -> RunResult:
     folder = place.path
     task, method = build_task(recipe.task), build_method(recipe.method)
     arguments = _arguments(recipe)
@@ -128,10 +131,11 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watch
         before = score(split)
 
     watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
-    timer, ranks, stop = StepTimer(), RankTracker(adapted.spectra), StopOnSignal()
+    timer, stop = StepTimer(), StopOnSignal()
+    tracker = [RankTracker(adapted.spectra)] if ranks else []
     sealed = Sealed(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
-    watching = [timer, ranks, stop, *watcher.callbacks, Health(), sealed]
+    watching = [timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
     started = time.perf_counter()
     try:
         with writing(folder), _setting_up(timer):
@@ -148,7 +152,7 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watch
     validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
     watcher.phase("saving")
     trainable, total = _count(adapted.model)
-    rank = rank_by_kind(adapted.spectra())
+    rank = rank_by_kind(adapted.spectra()) if ranks else None
     with writing(folder):
         loading = ([] if task.tokens else ["import scalora.dense"]) + adapted.save(folder / ADAPTER)
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
@@ -167,7 +171,7 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, watch
         "parameters": total,
         "adapter_bytes": sum(p.stat().st_size for p in (folder / ADAPTER).rglob("*") if p.is_file()),
         "rank": rank,
-        "ranks": ranks.history(trainer.state),
+        "ranks": RankTracker.history(trainer.state),
         "truncated": {"train": dataset.truncated, split: after.truncated},
         "events": _events(adapted),
         "log": log,

@@ -30,7 +30,12 @@ def run_trial(comparison: Comparison, trial: Trial, beat: Callable[[], None], ev
     """
     with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
         recipe = comparison.trial_recipe(trial, str(Path(place) / "run"))
-        order = {"recipe": recipe.model_dump(mode="json"), "split": "validation" if trial.stage == "tune" else "test"}
+        final = trial.stage == "final"
+        order = {
+            "recipe": recipe.model_dump(mode="json"),
+            "split": "test" if final else "validation",
+            "ranks": final,  # the report shows them at the chosen rates only
+        }
         (Path(place) / "order.json").write_text(json.dumps(order), encoding="utf-8")
         process = _processes().Process(target=_main, args=(Path(place),))
         process.start()
@@ -72,7 +77,9 @@ def _main(place: Path) -> None:
     quiet()
     order = json.loads((place / "order.json").read_text(encoding="utf-8"))
     try:
-        metrics = train(parse_recipe(order["recipe"]), split=order["split"], baseline=False).metrics
+        metrics = train(
+            parse_recipe(order["recipe"]), split=order["split"], baseline=False, ranks=order["ranks"]
+        ).metrics
     except ScaloraError as error:
         answer: dict[str, Any] = {"error": str(error)}
     else:
