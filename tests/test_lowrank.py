@@ -27,3 +27,40 @@ def test_truncation_equals_the_dense_svd(seed, m, n, k, rank):
 def test_effective_rank_counts_equal_directions_and_little_of_small_ones():
     sigma = torch.tensor([[2.0, 2, 2, 0], [1, 0, 0, 0], [1, 1e-6, 0, 0], [0, 0, 0, 0]])
     torch.testing.assert_close(effective_rank(sigma), torch.tensor([3.0, 1, 1, 0]), rtol=0, atol=1e-4)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), st.integers(2, 12), st.integers(1, 8), st.integers(1, 8))
+def test_truncation_after_truncation_equals_the_dense_svd(seed, m, n, kept, added):
+    """Columns that an earlier truncation settled need no factorisation; dead ones and full spaces included."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(0, -3, kept + added)
+    P, Q = (torch.randn(2, d, kept + added, generator=generator) for d in (m, n))
+    first = truncate(P * sizes, Q, kept)
+    P, Q = (
+        torch.cat([old, torch.randn(2, d, added, generator=generator)], -1) for d, old in ((m, first.P), (n, first.Q))
+    )
+    dense = P.double() @ Q.double().mT
+    sigma = torch.linalg.svdvals(dense)
+    best = truncate(P, Q, kept, settled=kept)
+    error = (dense - best.P.double() @ best.Q.double().mT).square().sum((-2, -1)).sqrt()
+    optimum = sigma[..., kept:].square().sum(-1).sqrt()
+    assert (error <= optimum * (1 + 1e-3) + 1e-5 * sigma[..., 0]).all()
+
+
+def test_a_thousand_truncations_keep_what_one_in_float64_keeps():
+    generator = torch.Generator().manual_seed(0)
+    P, Q = torch.zeros(1, 40, 8), torch.zeros(1, 30, 8)
+    dense, lost = torch.zeros(40, 30, dtype=torch.float64), 0.0
+    for _ in range(1000):
+        new_P, new_Q = (torch.randn(1, d, 2, generator=generator) * 0.1 for d in (40, 30))
+        wide_P, wide_Q = torch.cat([P, new_P], -1), torch.cat([Q, new_Q], -1)
+        dense = (P.double() @ Q.double().mT + new_P.double() @ new_Q.double().mT)[0]
+        best = truncate(wide_P, wide_Q, 8, settled=8)
+        P, Q = best.P, best.Q
+        optimum = torch.linalg.svdvals(dense)[8:].square().sum()
+        error = (dense - (P.double() @ Q.double().mT)[0]).square().sum()
+        lost = max(lost, float(error / optimum.clamp(min=1e-12)))
+    assert lost < 1 + 1e-4
+    for factor in (P, Q):  # still orthogonal columns
+        cosines = torch.nn.functional.normalize(factor[0], dim=0)
+        assert (cosines.T @ cosines - torch.eye(8)).abs().max() < 1e-4

@@ -19,7 +19,7 @@ from .config import ScaLoraConfig
 from .errors import ScaloraError
 from .fingerprint import base_fingerprint
 from .fused import fuse
-from .groups import Stacked, grouped, live_layers, stacked
+from .groups import Stacked, grouped, live_layers, on_device, stacked
 from .moments import carry_state, state_powers
 from .refresh import Refresh
 from .scaling import calibrate, exact_matmul, product_norm, solve_scaling
@@ -171,7 +171,7 @@ class ScaLora:
     @torch.no_grad()
     def _event(self) -> None:
         groups = grouped(self.layers)
-        stacks = [stacked(group.layers) for group in groups]
+        stacks = [stacked(group) for group in groups]
         self.constants = self.constants.to(stacks[0].A.device)
         sound = self._sound(stacks)
         # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
@@ -181,25 +181,30 @@ class ScaLora:
         params, factors, carried = [], [], []
         event = Collector()
         for group, (A, B, gram) in zip(groups, stacks, strict=True):
-            live = live_layers(group.layers, sound)
-            c = self.constants[group.members]
+            live = live_layers(group, sound)
+            index = on_device(tuple(group.members), torch.long, self.constants.device)
+            c = self.constants[index]
             c = torch.where(c.isnan() & live, calibrate(gram), c)
-            self.constants[group.members] = c
+            self.constants[index] = c
             alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
             alpha, beta = (_representable(torch.where(live[:, None], f, 1.0), A.dtype) for f in (alpha, beta))
             difference = 1 - alpha * beta
-            scale = torch.tensor([layer.scale for layer in group.layers], dtype=torch.float64).to(A.device)
+            scale = on_device(tuple(layer.scale for layer in group.layers), torch.float64, A.device)
             if taken:  # adapters that are no longer finite must not reach the store: 0·NaN is NaN
                 A_sound, B_sound = torch.where(sound, A, 0.0), torch.where(sound, B, 0.0)
                 self.store.add(group.layers, A_sound, difference * scale[:, None], B_sound)
             size = product_norm(gram, torch.ones_like(difference))
             moved = torch.where(size > 0, product_norm(gram, difference) / size, 0.0)
             event.collect(group.members, alpha, beta, torch.where(live, kind, 0), moved)
-            for layer, a, b in zip(group.layers, alpha.to(A.dtype), beta.to(A.dtype)[..., None], strict=True):
-                params += [layer.A, layer.Bt]
-                factors += [a, part(b, layer.Bt)]
+            rows, columns = (
+                (alpha.to(A.dtype), beta.to(A.dtype)),
+                (alpha.to(A.dtype)[..., None], beta.to(A.dtype)[..., None]),
+            )
+            for p_A, p_Bt, a, b, a_column, b_column in zip(group.A, group.Bt, *rows, *columns, strict=True):
+                params += [p_A, p_Bt]
+                factors += [a, part(b_column, p_Bt)]
                 # The gradient of A diag(α) is g_A diag(β), and the other way round.
-                carried += [b[:, 0], part(a[:, None], layer.Bt)]
+                carried += [b, part(a_column, p_Bt)]
         if taken:
             self.store.end_event()
         torch._foreach_mul_([local(p) for p in params], factors)

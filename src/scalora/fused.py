@@ -2,12 +2,12 @@
 
 PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
 there and back each time. Here each adapter is two matrix products, the second of which adds to the result in place of
-writing a product, a scaled product and a sum.
+writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use are multiplied.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
@@ -15,15 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import AdapterLayer
+from .adapters import ACCUMULATED, AdapterLayer
 from .probes import Probe
 from .sharded import is_sharded
+
+
+class Columns(NamedTuple):
+    """How many columns of the accumulated adapter are not zero, and what its matrices were when that was known."""
+
+    count: int
+    seen: tuple[int, ...]
 
 
 class FusedLinear(Linear):
     """PEFT's LoRA layer with a shorter forward pass where nothing but plain adapters is asked for."""
 
     probe: Probe | None = None
+    columns: Columns | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
@@ -61,6 +69,12 @@ class FusedLinear(Linear):
             # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
             if is_sharded(Bt) or not (Bt.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
                 return None
+            if name == ACCUMULATED and self.columns is not None and not torch.compiler.is_compiling():
+                # Whoever else wrote to it since (a checkpoint was loaded) may have filled more columns.
+                count = self.columns.count if self.columns.seen == _seen(Bt, A) else Bt.shape[0]
+                if count == 0:
+                    continue
+                Bt, A = Bt[:count], A[:, :count]
             found.append((Bt, A, float(self.scaling[name])))
         return found
 
@@ -69,6 +83,16 @@ def fuse(layer: AdapterLayer) -> None:
     """Exchange the class of a layer's module, if it is PEFT's own for linear layers."""
     if type(layer.module) is Linear:
         layer.module.__class__ = FusedLinear
+
+
+def declare_columns(layer: AdapterLayer, count: int) -> None:
+    """All columns of the accumulated adapter from ``count`` on are zero, until it is written to again."""
+    if isinstance(layer.module, FusedLinear):
+        layer.module.columns = Columns(count, _seen(layer.Bt, layer.A))
+
+
+def _seen(Bt: Tensor, A: Tensor) -> tuple[int, ...]:
+    return Bt._version, A._version, Bt.data_ptr(), A.data_ptr()
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from .sharded import whole
 
 
 class Group(NamedTuple):
-    """Layers of one shape, dtype and device, with their positions among all layers."""
+    """Layers of one shape, dtype and device, their positions among all layers, and their two parameters."""
 
     members: list[int]
     layers: list[AdapterLayer]
+    A: list[Tensor]
+    Bt: list[Tensor]
 
 
 class Gathered(NamedTuple):
@@ -39,32 +42,41 @@ class Stacked(NamedTuple):
 
 def grouped(layers: list[AdapterLayer]) -> list[Group]:
     """The layers by shape, dtype and device."""
-    members: dict[Any, list[int]] = defaultdict(list)
+    groups: dict[Any, Group] = defaultdict(lambda: Group([], [], [], []))
     for i, layer in enumerate(layers):
-        members[layer.A.shape, layer.Bt.shape, layer.A.dtype, layer.A.device].append(i)
-    return [Group(index, [layers[i] for i in index]) for index in members.values()]
+        A, Bt = layer.A, layer.Bt
+        group = groups[A.shape, Bt.shape, A.dtype, A.device]
+        for values, value in zip(group, (i, layer, A, Bt), strict=True):
+            values.append(value)
+    return list(groups.values())
 
 
-def gathered(layers: list[AdapterLayer]) -> Gathered:
+def gathered(group: Group) -> Gathered:
     """Adapters and gradients of one group; what is sharded is gathered (a collective)."""
-    params = [layer.A for layer in layers] + [layer.Bt for layer in layers]
+    params = [*group.A, *group.Bt]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    full, count = whole([*params, *gradients]), len(layers)
+    full, count = whole([*params, *gradients]), len(group.A)
     A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
     return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
 
 
-def stacked(layers: list[AdapterLayer]) -> Stacked:
+def stacked(group: Group) -> Stacked:
     """Adapters of one group and the products of adapters and gradients (a collective where they are sharded)."""
-    now = gathered(layers)
+    now = gathered(group)
     return Stacked(now.A, now.B, gram_products(*now))
 
 
-def live_layers(layers: list[AdapterLayer], sound: Tensor) -> Tensor:
+def live_layers(group: Group, sound: Tensor) -> Tensor:
     """``sound`` (0-d) for each layer whose two matrices have a gradient, else False; (L), nothing waits for the device.
 
     A layer that was not used, or is frozen again, stays as it is.
     """
     no = torch.zeros_like(sound)
-    used = (layer.A.grad is not None and layer.Bt.grad is not None for layer in layers)
+    used = (A.grad is not None and Bt.grad is not None for A, Bt in zip(group.A, group.Bt, strict=True))
     return torch.stack([sound if each else no for each in used])
+
+
+@lru_cache(maxsize=1024)
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor that nobody writes to, copied to the device once: a copy at each event would wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)

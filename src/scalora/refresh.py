@@ -117,7 +117,7 @@ class Refresh:
 
     def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
         """The layers of one shape that took part in the last steps, and what they become."""
-        now = gathered(group.layers)
+        now = gathered(group)
         Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
         new = optimal_adapters(sketched_svd(Q, Z), now.A.shape[-1], self.constants[group.members].to(Z.device))
         sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))

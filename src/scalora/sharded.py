@@ -190,6 +190,12 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _meet(target: Tensor, value: Tensor, corner: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where a matrix laid into ``target`` at ``corner`` meets this process's part: views of both, of one shape."""
+    if not is_sharded(target):
+        if target.shape == value.shape:
+            return target, value
+        for dim, start in enumerate(corner):
+            target = target.narrow(dim, start, value.shape[dim])
+        return target, value
     mine = local(target)
     for dim, start in enumerate(corner):
         here = held(target, dim)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import ACCUMULATED, AdapterLayer
 from ..errors import ScaloraError
+from ..fused import declare_columns
 from ..lowrank import truncate
 from ..sharded import whole, write
 from .store import Store
@@ -36,14 +37,18 @@ class AdapterStore(Store):
         # All columns are free at first; of an adapter taken over any may be in use.
         self.free = 0 if in_use else min(layer.rank // r for layer, r in zip(self.layers, ranks, strict=True))
         device = layers[0].A.device
+        self.settled = False  # whether the first columns are a recompression's
         self.discarded = torch.zeros(len(layers), device=device)  # squared norm lost so far, per layer
         self.total = torch.zeros(len(layers), device=device)  # squared norm at the last recompression
+        self.ranks = ranks
+        self._declare()
 
     def lacks(self, slots: int) -> bool:
         return self.free < slots
 
     def end_event(self, slots: int = 1) -> None:
         self.free -= slots
+        self._declare()
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         targets = [layer.frozen() for layer in layers]
@@ -64,24 +69,38 @@ class AdapterStore(Store):
             index = list(members)
             factors = whole([self.layers[i].A for i in index] + [self.layers[i].Bt for i in index])
             P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
-            best = truncate(P, Q, self.capacities[index[0]])
+            capacity = self.capacities[index[0]]
+            # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
+            settled = capacity if self.settled and P.dtype == torch.float32 else 0
+            best = truncate(P, Q, capacity, settled=settled)
             pad = (0, P.shape[-1] - best.P.shape[-1])
             write([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
             write([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
             self.discarded[index] += best.discarded.to(self.discarded)
             self.total[index] = best.total.to(self.total)
-        self.free = SLOTS
+        self.free, self.settled = SLOTS, True
+        self._declare()
 
     def _shape(self, i: int) -> tuple[int, ...]:
         return (*self.layers[i].A.shape, *self.layers[i].Bt.shape, self.capacities[i])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"free": self.free, "discarded": self.discarded.clone(), "total": self.total.clone()}
+        return {
+            "free": self.free,
+            "settled": self.settled,
+            "discarded": self.discarded.clone(),
+            "total": self.total.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.free = int(state["free"])
+        self.free, self.settled = int(state["free"]), bool(state["settled"])
         self.discarded.copy_(state["discarded"])
         self.total.copy_(state["total"])
+        self._declare()
+
+    def _declare(self) -> None:
+        for layer, r in zip(self.layers, self.ranks, strict=True):
+            declare_columns(layer, layer.rank - self.free * r)
 
 
 def ensure_adapter(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:
