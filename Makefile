@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick lint bench clean
 demo: .venv/.cli
 	$(BIN)/scalora train recipes/demo.yaml --overwrite
 
@@ -18,6 +18,11 @@ lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+bench: .venv/.cli  ## about an hour on two cores, with nothing else running
+	for model in minilm smollm2; do for precision in fp32 bf16; do \
+	  $(BIN)/python -m benchmarks.overhead --model $$model --precision $$precision || exit; done; done
+	$(BIN)/python -m benchmarks.event
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }

@@ -1,17 +1,22 @@
 """A whole training step of each method beside plain PEFT LoRA: one process, turns in changing order, medians.
 
-    python -m benchmarks.overhead --model smollm2 --precision bf16 --repeats 30 --output benchmarks/results/overhead
+    python -m benchmarks.overhead --model smollm2 --precision bf16 --repeats 12 --output benchmarks/results/overhead
 
-Writes OUTPUT/MODEL-PRECISION.json. A step is forward, backward, clipping, AdamW and, for ScaLoRA, its events; times are
-means over blocks of steps, so that each block holds its share of events, and ratios are taken within a round.
+Writes OUTPUT/MODEL-PRECISION.json. A step is forward, backward, clipping and AdamW; ScaLoRA's events are timed apart,
+as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. Peak
+memory is that of three steps in a process of its own, above what the imports take.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import multiprocessing
 import random
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +27,14 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from scalora import provenance
+from scalora.adapters import ACCUMULATED
+from scalora.engine import ScaLora
 from scalora.files import write_json
 from scalora.methods import MethodSpec, build_method
 from scalora.models import load_model
 from scalora.provenance import environment, git_revision
+from scalora.stores.adapter import SLOTS
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
@@ -37,6 +46,7 @@ METHODS = (
     "scalora-i",
     "scalora:base",
     "scalora-i:base",
+    "scalora-refresh",
     "relora",
     "mora",
     "hira",
@@ -44,6 +54,7 @@ METHODS = (
     "lora@4r",
     "full",
 )
+_MEASURED_EVENTS = 3 * SLOTS
 
 
 class Runner:
@@ -66,22 +77,80 @@ class Runner:
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         self.state, self.control = TrainerState(max_steps=10_000), TrainerControl()
         self._tell("on_train_begin")
+        handles = [getattr(callback, "handle", None) for callback in self.adapted.callbacks]
+        self.handle: ScaLora | None = next(filter(None, handles), None)
+        self.events: list[float] = []  # seconds of each
+        if self.handle is not None:
+            self.handle._event = self._timed(self.handle._event)
+            if self.handle.refresh is not None:
+                self.handle.refresh._refresh = self._timed(self.handle.refresh._refresh)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        with self.autocast:
-            loss = self.model(**batch).loss
-        loss.backward()
+        self.backward(batch)
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.global_step += 1
         self._tell("on_step_end")
 
+    def backward(self, batch: dict[str, torch.Tensor]) -> None:
+        with self.autocast:
+            loss = self.model(**batch).loss
+        loss.backward()
+
+    def seconds(self, batch: dict[str, torch.Tensor]) -> float:
+        """Of one step, without the event in it."""
+        already, started = sum(self.events), time.perf_counter()
+        self.step(batch)
+        _wait()
+        return time.perf_counter() - started - (sum(self.events) - already)
+
+    def settle(self, batch: dict[str, torch.Tensor]) -> None:
+        """Bring the store to where it is on average over a long run."""
+        self.step(batch)
+        if self.handle is None or self.handle.config.interval is None:
+            return
+        layer, slots = self.handle.layers[0], 0
+        if self.handle.config.accumulate == "adapter":
+            slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
+        self.backward(batch)
+        for _ in range(slots):
+            self.handle._event()
+        self.optimizer.zero_grad()
+
+    def event_seconds(self, batch: dict[str, torch.Tensor]) -> float:
+        """Mean seconds of an event per step."""
+        if self.handle is None:
+            return 0.0
+        if self.handle.config.interval is None:
+            return sum(self.events) / len(self.events) / self.handle.refresh.every if self.events else math.nan
+        self.events.clear()
+        self.backward(batch)
+        for _ in range(_MEASURED_EVENTS):
+            self.handle._event()
+        self.optimizer.zero_grad()
+        return sum(self.events) / len(self.events) / self.handle.config.interval
+
+    def _timed(self, function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            _wait()
+            started = time.perf_counter()
+            function(*args)
+            _wait()
+            self.events.append(time.perf_counter() - started)
+
+        return run
+
     def _tell(self, event: str) -> None:
         for callback in self.adapted.callbacks:
             getattr(callback, event)(
                 self.arguments, self.state, self.control, model=self.model, optimizer=self.optimizer
             )
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def make_batch(what: dict[str, Any], device: str, seed: int) -> dict[str, torch.Tensor]:
@@ -92,23 +161,36 @@ def make_batch(what: dict[str, Any], device: str, seed: int) -> dict[str, torch.
 
 
 def measure(
-    runners: dict[str, Runner], what: dict[str, Any], device: str, rounds: int, block: int
-) -> dict[str, list[float]]:
-    """Seconds per step of each method, one number a round."""
+    runners: dict[str, Runner], what: dict[str, Any], device: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of a step of each method, one number a round, and of its events per step."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     order, chance = list(runners), random.Random(0)
-    for turn in range(-1, rounds):  # round -1 warms up
+    for runner in runners.values():
+        runner.settle(make_batch(what, device, 0))
+    for turn in range(rounds):
         chance.shuffle(order)
         batch = make_batch(what, device, turn)
         for name in order:
-            started = time.perf_counter()
-            for _ in range(block):
-                runners[name].step(batch)
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            if turn >= 0:
-                seconds[name].append((time.perf_counter() - started) / block)
-    return seconds
+            seconds[name].append(runners[name].seconds(batch))
+    for runner in runners.values():
+        while runner.handle is not None and runner.handle.refresh is not None and not runner.events:
+            runner.step(make_batch(what, device, 0))  # until a refresh has been seen
+    return seconds, {name: runner.event_seconds(make_batch(what, device, 0)) for name, runner in runners.items()}
+
+
+def peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -> int:
+    """Bytes at the peak of three steps, above what the imports take; on a CPU the process's resident memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_memory, name, what, precision, device).result()
+
+
+def _peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -> int:
+    before = provenance.peak_memory() if device == "cpu" else 0
+    runner, batch = Runner(name, what, precision, device), make_batch(what, device, 0)
+    for _ in range(3):
+        runner.step(batch)
+    return provenance.peak_memory() - before
 
 
 def main() -> None:
@@ -116,22 +198,36 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--repeats", type=int, default=20, help="rounds")
-    parser.add_argument("--block", type=int, default=10, help="steps a method takes in a row")
+    parser.add_argument("--repeats", type=int, default=20, help="steps of each method that are timed")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead"))
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore
     what = MODELS[options.model]
-    runners = {name: Runner(name, what, options.precision, device) for name in options.methods.split(",")}
-    seconds = measure(runners, what, device, options.repeats, options.block)
-    reference = seconds["lora"]
-    table = Table("method", "s a step", "ratio to LoRA", "quartiles of the ratio")
+    names = options.methods.split(",")
+    memory = {name: peak_memory(name, what, options.precision, device) for name in names}
+    runners = {name: Runner(name, what, options.precision, device) for name in names}
+    seconds, events = measure(runners, what, device, options.repeats)
+    reference = median(seconds["lora"])
+    table = Table("method", "s a step", "ratio to LoRA", "quartiles", "of it events", "peak memory", "store's own")
     rows = {}
     for name, values in seconds.items():
-        ratios = sorted(value / base for value, base in zip(values, reference, strict=True))
-        quartiles = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
-        rows[name] = {"seconds": values, "median": median(values), "ratio": median(ratios), "quartiles": quartiles}
-        table.add_row(name, f"{median(values):.4f}", f"{median(ratios):.3f}", "{:.3f} – {:.3f}".format(*quartiles))
+        share = events[name] / reference
+        ratios = sorted(value / base + share for value, base in zip(values, seconds["lora"], strict=True))
+        row = {
+            "seconds": values,
+            "event_seconds_per_step": events[name],
+            "median": median(values) + events[name],
+            "ratio": median(ratios),
+            "quartiles": (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]),
+            "peak_memory_bytes": memory[name],
+            "memory_ratio": memory[name] / memory["lora"],
+            "store_bytes": _store_bytes(runners[name].model),
+        }
+        rows[name] = row
+        table.add_row(
+            name, f"{row['median']:.4f}", f"{row['ratio']:.3f}", "{:.3f} – {:.3f}".format(*row["quartiles"]),
+            f"{share:.3f}", f"{row['memory_ratio']:.3f}", f"{row['store_bytes'] / 2**20:.1f} MiB",
+        )  # fmt: skip
     Console().print(table)
     options.output.mkdir(parents=True, exist_ok=True)
     content = {
@@ -139,10 +235,14 @@ def main() -> None:
         "git_revision": git_revision(),
         "environment": environment(),
         **{key: what[key] for key in ("batch", "tokens", "rank")},
-        "block": options.block,
         "methods": rows,
     }
     write_json(options.output / f"{options.model}-{options.precision}.json", content)
+
+
+def _store_bytes(model: nn.Module) -> int:
+    """Of the accumulated adapter."""
+    return sum(p.nbytes for name, p in model.named_parameters() if f".{ACCUMULATED}." in name)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from .sharded import is_sharded
 class Columns(NamedTuple):
     """How many columns of the accumulated adapter are not zero, and what its matrices were when that was known."""
 
-    count: int
+    width: int
     seen: tuple[int, ...]
 
 
@@ -71,10 +71,10 @@ class FusedLinear(Linear):
                 return None
             if name == ACCUMULATED and self.columns is not None and not torch.compiler.is_compiling():
                 # Whoever else wrote to it since (a checkpoint was loaded) may have filled more columns.
-                count = self.columns.count if self.columns.seen == _seen(Bt, A) else Bt.shape[0]
-                if count == 0:
+                width = self.columns.width if self.columns.seen == _seen(Bt, A) else Bt.shape[0]
+                if width == 0:
                     continue
-                Bt, A = Bt[:count], A[:, :count]
+                Bt, A = Bt[:width], A[:, :width]
             found.append((Bt, A, float(self.scaling[name])))
         return found
 
@@ -85,10 +85,10 @@ def fuse(layer: AdapterLayer) -> None:
         layer.module.__class__ = FusedLinear
 
 
-def declare_columns(layer: AdapterLayer, count: int) -> None:
-    """All columns of the accumulated adapter from ``count`` on are zero, until it is written to again."""
+def declare_columns(layer: AdapterLayer, width: int) -> None:
+    """All columns of the accumulated adapter from ``width`` on are zero, until it is written to again."""
     if isinstance(layer.module, FusedLinear):
-        layer.module.columns = Columns(count, _seen(layer.Bt, layer.A))
+        layer.module.columns = Columns(width, _seen(layer.Bt, layer.A))
 
 
 def _seen(Bt: Tensor, A: Tensor) -> tuple[int, ...]:

@@ -46,8 +46,10 @@ def grouped(layers: list[AdapterLayer]) -> list[Group]:
     for i, layer in enumerate(layers):
         A, Bt = layer.A, layer.Bt
         group = groups[A.shape, Bt.shape, A.dtype, A.device]
-        for values, value in zip(group, (i, layer, A, Bt), strict=True):
-            values.append(value)
+        group.members.append(i)
+        group.layers.append(layer)
+        group.A.append(A)
+        group.Bt.append(Bt)
     return list(groups.values())
 
 

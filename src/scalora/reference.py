@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import lsq_linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._shapes import Float
 from .scaling import Kind, Method
@@ -92,6 +92,44 @@ def optimal_adapters(G: Float[Tensor, "m n"], r: int, c: float) -> tuple[Float[T
     """Ã, B̃ of :func:`scalora.directions.optimal_adapters`, from a dense SVD of G (arXiv 2510.23818, Theorem 1)."""
     U, _, Vt = np.linalg.svd(G.double().numpy())
     return torch.from_numpy(np.sqrt(c) * U[:, 0 : 2 * r : 2]), torch.from_numpy(np.sqrt(c) * Vt[1 : 2 * r : 2].T)
+
+
+@torch.no_grad()
+def rescale_layer(
+    W: Float[Tensor, "m n"], A: nn.Parameter, Bt: nn.Parameter, optimizer: torch.optim.Optimizer, s: float, c: float
+) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"]]:
+    """One layer's event as Algorithm 1 of arXiv 2510.23818 reads, the base weight W written to; returns α, β (r).
+
+    What :mod:`scalora.engine` does for all layers at once, for those with a gradient and columns that are not zero.
+    ``c`` is 1/(Lη)/s², since PEFT's gradients carry s; the optimizer is an Adam.
+    """
+    assert A.grad is not None
+    assert Bt.grad is not None
+    a, b, g_A, g_B = A.double(), Bt.double().T, A.grad.double(), Bt.grad.double().T
+    AA, BB, GA, GB, X = a.T @ a, b.T @ b, g_A.T @ g_A, g_B.T @ g_B, (a.T @ g_A) ** 2
+    S = torch.cat([torch.cat([AA * GB, X], 1), torch.cat([X.T, GA * BB], 1)])
+    v = torch.linalg.solve(S, torch.cat([GB.diagonal(), GA.diagonal()]))  # Theorem 5
+    if (v <= 0).any():  # Theorem 3
+        p_A, p_B, x, n_A, n_B = (AA * GB).sum(), (GA * BB).sum(), X.sum(), GA.trace(), GB.trace()
+        y_A, y_B = p_B * n_B - x * n_A, p_A * n_A - x * n_B
+        if y_A <= 0:
+            y_A, y_B = torch.zeros(()).double(), n_A / p_B
+        elif y_B <= 0:
+            y_A, y_B = n_B / p_A, torch.zeros(()).double()
+        else:
+            y_A, y_B = y_A / (p_A * p_B - x**2), y_B / (p_A * p_B - x**2)
+        v = torch.cat([y_A.expand(len(X)), y_B.expand(len(X))])
+    floor = 1e-4 / torch.cat([AA.diagonal(), BB.diagonal()])  # no column's norm falls under 1e-2·√c
+    alpha, beta = (c * torch.maximum(v, floor)).sqrt().to(A.dtype).chunk(2)
+    W.add_(s * (A * (1 - alpha * beta)) @ Bt)
+    A.mul_(alpha)
+    Bt.mul_(beta[:, None])
+    for parameter, gradient, factor in ((A, A.grad, beta), (Bt, Bt.grad, alpha[:, None])):
+        state = optimizer.state[parameter]
+        gradient.mul_(factor)
+        state["exp_avg"].mul_(factor)
+        state["exp_avg_sq"].mul_(factor**2)
+    return alpha, beta
 
 
 def _scalar(M: np.ndarray, target: np.ndarray, r: int) -> np.ndarray:

@@ -1,0 +1,191 @@
+"""The event alone: beside AdamW's step, beside Algorithm 1 layer by layer, beside its floor, and over size.
+
+    python -m benchmarks.event --output benchmarks/results/event.json
+
+SmolLM2's adapters (every linear layer) and, over size, linear layers made on the spot. An event's seconds are a mean
+over events enough that recompressions take their share; what stands beside it takes turns with it. The floor: bytes
+that an event must move over the machine's measured copy bandwidth, plus its operations over the measured matrix rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import scalora
+from scalora.adapters import AdapterLayer, find_layers
+from scalora.files import write_json
+from scalora.models import load_model
+from scalora.provenance import environment, git_revision
+from scalora.reference import rescale_layer
+from scalora.stores.adapter import SLOTS
+
+STORES = ("adapter", "base")
+SIZES = (256, 512, 1024, 2048, 4096, 8192)
+RANKS = (4, 8, 16, 32, 64)
+COUNTS = (30, 75, 150, 300)
+
+
+class Stack(nn.Module):
+    """Equal linear layers; a forward pass is of no interest here."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(count))
+
+
+class Ground:
+    """Adapters with gradients and an Adam that has taken a step, and ScaLoRA attached to them, its store in use."""
+
+    def __init__(self, model: nn.Module, rank: int, store: str) -> None:
+        torch.manual_seed(0)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
+        self.model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        self.params = [p for layer in find_layers(self.model) for p in (layer.A, layer.Bt)]
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4)
+        self._gradients()
+        self.optimizer.step()
+        self.handle = scalora.attach(self.model, self.optimizer, scalora.ScaLoraConfig(interval=1, accumulate=store))  # pyright: ignore[reportArgumentType]
+        self.handle._hook.remove()  # events are taken by hand
+        columns = self.handle.layers[0].frozen().rank // rank if store == "adapter" else 2
+        for _ in range(columns):
+            self.event()
+
+    def event(self) -> None:
+        self.handle._event()
+
+    def adam(self) -> None:
+        self.optimizer.step()
+
+    def loop(self) -> None:
+        for layer, c in zip(self.handle.layers, self.handle.constants.tolist(), strict=True):
+            rescale_layer(layer.base_weight, layer.A, layer.Bt, self.optimizer, layer.scale, c)
+
+    def _gradients(self) -> None:
+        for p in self.params:
+            p.grad = torch.randn_like(p) * 1e-3
+
+
+def seconds_of(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns; a round of an event is a mean over a whole cycle of its store."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-1, rounds):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            for _ in range(SLOTS):
+                call()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            if turn >= 0:
+                times[name].append((time.perf_counter() - started) / SLOTS)
+    return times
+
+
+def machine() -> dict[str, float]:
+    """Bytes a second of a copy (read and written, both counted) and float32 operations a second of a product."""
+    x, y = torch.randn(2**25), torch.empty(2**25)
+    a = torch.randn(2048, 2048)
+
+    def best(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(7):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x)), "flops": 2 * 2048**3 / best(lambda: a @ a)}
+
+
+def floor(layers: list[AdapterLayer], store: str, rates: dict[str, float]) -> dict[str, float]:
+    """Bytes, operations and their seconds for one event that moves its difference, without any recompression."""
+    moved = flops = 0.0
+    for layer in layers:
+        (m, r), n = layer.A.shape, layer.Bt.shape[1]
+        adapters = 4.0 * (m + n) * r
+        moved += adapters * (2 + 4 * 2 + 2)  # read with gradients; four tensors read and written; the store's slot
+        flops += 2.0 * (2 * m + 2 * n + m) * r * r
+        if store == "base":
+            moved += 2 * 4.0 * m * n
+            flops += 2.0 * m * n * r
+    return {"bytes": moved, "flops": flops, "seconds": moved / rates["bytes"] + flops / rates["flops"]}
+
+
+def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for store in STORES:
+        model, _ = load_model("smollm2-135m-instruct", head="causal-lm")
+        ground = Ground(model, rank, store)
+        calls = {"event": ground.event, "adam": ground.adam}
+        if store == "base":  # where the loop writes too
+            calls["loop"] = ground.loop
+        times = seconds_of(calls, rounds)
+        content[store] = {
+            "layers": len(ground.handle.layers),
+            "seconds": times,
+            "median": {name: median(values) for name, values in times.items()},
+            "floor": floor(ground.handle.layers, store, rates),
+        }
+    return content
+
+
+def over_size(rounds: int) -> list[dict[str, Any]]:
+    """Events over m = n, over r and over the number of layers, each from one middle."""
+    points = [(10, size, 8) for size in SIZES] + [(10, 1024, r) for r in RANKS] + [(n, 256, 8) for n in COUNTS]
+    rows = []
+    for count, size, rank in dict.fromkeys(points):
+        for store in STORES:
+            ground = Ground(Stack(count, size), rank, store)
+            times = seconds_of({"event": ground.event}, rounds)["event"]
+            rows.append({"layers": count, "size": size, "rank": rank, "store": store, "seconds": times})
+            del ground
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/event.json"))
+    options = parser.parse_args()
+    rates = machine()
+    smollm2 = on_smollm2(options.rank, options.rounds, rates)
+    rows = over_size(max(3, options.rounds // 3))
+    table = Table("store", "event, ms", "of AdamW's step", "of the loop", "of its floor")
+    loop = smollm2["base"]["median"]["loop"]
+    for store, found in smollm2.items():
+        event, adam = found["median"]["event"], found["median"]["adam"]
+        ratios = (f"{event / other:.2f}" for other in (adam, loop, found["floor"]["seconds"]))
+        table.add_row(store, f"{1e3 * event:.1f}", *ratios)
+    Console().print(table)
+    sizes = Table("layers", "m = n", "r", *(f"{store}, ms" for store in STORES))
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        values = (f"{1e3 * median(row['seconds']):.2f}" for row in (first, second))
+        sizes.add_row(str(first["layers"]), str(first["size"]), str(first["rank"]), *values)
+    Console().print(sizes)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": " ".join(["python -m benchmarks.event", *sys.argv[1:]]),
+        "git_revision": git_revision(),
+        "environment": environment(),
+        "machine": rates,
+        "rank": options.rank,
+        "smollm2": smollm2,
+        "over_size": rows,
+    }
+    write_json(options.output, content)
+
+
+if __name__ == "__main__":
+    main()
