@@ -34,7 +34,7 @@ from scalora.files import write_json
 from scalora.methods import MethodSpec, build_method
 from scalora.models import load_model
 from scalora.provenance import environment, git_revision
-from scalora.stores.adapter import SLOTS
+from scalora.stores.adapter import SLOTS, AdapterStore
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
@@ -108,11 +108,14 @@ class Runner:
     def settle(self, batch: dict[str, torch.Tensor]) -> None:
         """Bring the store to where it is on average over a long run."""
         self.step(batch)
-        if self.handle is None or self.handle.config.interval is None:
+        if self.handle is None or not isinstance(store := self.handle.store, AdapterStore):
             return
-        layer, slots = self.handle.layers[0], 0
-        if self.handle.config.accumulate == "adapter":
-            slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
+        if self.handle.config.interval is None:  # a refresh cannot be taken at will: zeros cost as much to multiply
+            store.free = SLOTS // 2
+            store.end_event(0)
+            return
+        layer = self.handle.layers[0]
+        slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
         self.backward(batch)
         for _ in range(slots):
             self.handle._event()
