@@ -64,3 +64,17 @@ def test_a_thousand_truncations_keep_what_one_in_float64_keeps():
     for factor in (P, Q):  # still orthogonal columns
         cosines = torch.nn.functional.normalize(factor[0], dim=0)
         assert (cosines.T @ cosines - torch.eye(8)).abs().max() < 1e-4
+
+
+def test_settled_columns_too_small_to_square_are_dropped():
+    generator = torch.Generator().manual_seed(0)
+    P, Q = torch.randn(1, 9, 4, generator=generator), torch.randn(1, 8, 4, generator=generator)
+    P[..., 0] *= 1e-21
+    Q[..., 1] = 0
+    P[..., :2], _ = torch.linalg.qr(P[..., :2])
+    P[..., 0] *= 1e-21
+    best = truncate(P, Q, 2, settled=2)
+    assert best.P.isfinite().all()
+    assert best.Q.isfinite().all()
+    alone = truncate(P[..., 2:], Q[..., 2:], 2)
+    torch.testing.assert_close(best.P @ best.Q.mT, alone.P @ alone.Q.mT, rtol=1e-5, atol=1e-5)

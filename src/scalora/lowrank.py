@@ -84,6 +84,7 @@ class _Basis(NamedTuple):
             rest, R = torch.linalg.qr(P)
             return cls(first, first.sum(-2), rest, R)
         squares = first.square().sum(-2)
+        squares = torch.where(squares > torch.finfo(squares.dtype).tiny, squares, 0.0)  # 1/squares stays finite
         inverse = torch.where(squares > 0, 1 / squares, 0.0)[..., None]
         along = inverse * (first.mT @ rest)
         rest = rest - first @ along
