@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -153,6 +154,25 @@ def over_size(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each store: the power with which an event's time grows with m = n (all, and the upper half), r and layers."""
+    found: dict[str, dict[str, float]] = {}
+    for store in STORES:
+        ours = [row for row in rows if row["store"] == store]
+        over_m = [row for row in ours if (row["layers"], row["rank"]) == (10, 8)]
+        studies = {
+            "size": over_m,
+            "size from 2048": [row for row in over_m if row["size"] >= 2048],
+            "rank": [row for row in ours if (row["layers"], row["size"]) == (10, 1024)],
+            "layers": [row for row in ours if row["size"] == 256],
+        }
+        found[store] = {
+            what: float(np.polyfit(*np.log([(row[what.split()[0]], median(row["seconds"])) for row in some]).T, 1)[0])
+            for what, some in studies.items()
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
@@ -174,6 +194,7 @@ def main() -> None:
         values = (f"{1e3 * median(row['seconds']):.2f}" for row in (first, second))
         sizes.add_row(str(first["layers"]), str(first["size"]), str(first["rank"]), *values)
     Console().print(sizes)
+    Console().print(exponents(rows))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": " ".join(["python -m benchmarks.event", *sys.argv[1:]]),
@@ -183,6 +204,7 @@ def main() -> None:
         "rank": options.rank,
         "smollm2": smollm2,
         "over_size": rows,
+        "exponents": exponents(rows),
     }
     write_json(options.output, content)
 

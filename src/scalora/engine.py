@@ -196,15 +196,11 @@ class ScaLora:
             size = product_norm(gram, torch.ones_like(difference))
             moved = torch.where(size > 0, product_norm(gram, difference) / size, 0.0)
             event.collect(group.members, alpha, beta, torch.where(live, kind, 0), moved)
-            rows, columns = (
-                (alpha.to(A.dtype), beta.to(A.dtype)),
-                (alpha.to(A.dtype)[..., None], beta.to(A.dtype)[..., None]),
-            )
-            for p_A, p_Bt, a, b, a_column, b_column in zip(group.A, group.Bt, *rows, *columns, strict=True):
+            for p_A, p_Bt, a, b in zip(group.A, group.Bt, alpha.to(A.dtype), beta.to(A.dtype), strict=True):
                 params += [p_A, p_Bt]
-                factors += [a, part(b_column, p_Bt)]
+                factors += [a, part(b[:, None], p_Bt)]
                 # The gradient of A diag(α) is g_A diag(β), and the other way round.
-                carried += [b, part(a_column, p_Bt)]
+                carried += [b, part(a[:, None], p_Bt)]
         if taken:
             self.store.end_event()
         torch._foreach_mul_([local(p) for p in params], factors)

@@ -190,7 +190,7 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _meet(target: Tensor, value: Tensor, corner: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where a matrix laid into ``target`` at ``corner`` meets this process's part: views of both, of one shape."""
-    if not is_sharded(target):
+    if not is_sharded(target):  # nothing to meet, hundreds of times in every event
         if target.shape == value.shape:
             return target, value
         for dim, start in enumerate(corner):
