@@ -1,6 +1,7 @@
 """Shared by all tests: shape checks on the mathematics, two threads, reproducible randomness."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +19,9 @@ with install_import_hook(
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell without job control starts background jobs with Ctrl-C ignored, and children inherit that: here it must work.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")

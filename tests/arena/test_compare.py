@@ -170,6 +170,8 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
         ("task.data.seed=1", "another task"),
         ("task.data.folder=elsewhere", None),  # the same data may lie elsewhere today
         ("method.rank=4", None),  # a contender's matter
+        ("training.learning_rate=7", None),  # every trial has its own
+        ("training.seed=7", None),
     ],
 )
 def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, override, words):

@@ -1,18 +1,23 @@
 """The experiments made of comparisons, with trials faked: what is asked for, and what is made of the answers."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from scalora import ScaloraError
 from scalora.arena import run
-from scalora.arena.plan import Contender
+from scalora.arena.plan import Contender, shared_parts
 from scalora.cli import app
 from scalora.experiments import Setting, all_experiments, find_experiment, sensitivity
 from scalora.experiments.commonsense import CONTENDERS, paper_problem
+from scalora.experiments.glue import small_recipe
 from scalora.experiments.published import COMMONSENSE_MEANS, COMMONSENSE_SETS, GLUE, GLUE_SETTINGS
 from scalora.experiments.run import run_experiment
+from scalora.recipes import load_recipe
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 # As printed in the paper's last column.
 GLUE_MEANS = {"full": 88.25, "lora": 88.13, "mora": 88.35, "hira": 88.46, "scalora": 88.98}
@@ -54,6 +59,12 @@ def data(tmp_path):
 
 def _setting(tmp_path, data=None, scale="small"):
     return Setting(scale, tmp_path / "out", data, lambda line: None, "scalora reproduce x")
+
+
+@pytest.mark.parametrize("task", ["MRPC", "RTE"])
+def test_table1_continues_the_arena_s_comparison(task, tmp_path):
+    shipped = load_recipe(RECIPES / f"minilm-{task.lower()}.yaml")
+    assert shared_parts(small_recipe(_setting(tmp_path, tmp_path), task)) == shared_parts(shipped)
 
 
 @pytest.mark.parametrize(

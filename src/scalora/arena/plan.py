@@ -111,6 +111,8 @@ def shared_parts(recipe: Recipe) -> dict[str, Any]:
     """
     content = recipe.model_dump(mode="json")
     del content["task"]["data"]["folder"]
+    for own in ("learning_rate", "seed", "data_seed", "save_strategy"):  # every trial has its own
+        content["training"].pop(own, None)
     method = recipe.method
     return {key: content[key] for key in ("model", "dtype", "config", "attn_implementation", "task", "training")} | {
         "target_modules": method.target_modules,

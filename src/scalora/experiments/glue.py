@@ -68,7 +68,7 @@ def small_recipe(setting: Setting, task: str, **method: Any) -> Recipe:
             "training": {
                 "per_device_train_batch_size": 16, "num_train_epochs": passes,
                 "warmup_steps": passes * train // 16 * 6 // 100,
-                "train_sampling_strategy": "group_by_length", "bf16": True,
+                "lr_scheduler_type": "linear", "train_sampling_strategy": "group_by_length", "bf16": True,
             },
             "score_batch_size": 64,
             "output": str(setting.folder / task / "run"),
