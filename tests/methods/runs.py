@@ -40,7 +40,10 @@ def method(name, kind="llama", **fields):
 def adapt(name, kind, folder, **fields):
     model = base(kind, folder)
     torch.manual_seed(5)
-    return method(name, kind, **fields).adapt(model, head(kind))
+    adapted = method(name, kind, **fields).adapt(model, head(kind))
+    if adapted.remember:
+        adapted.remember()
+    return adapted
 
 
 def rows(kind, n=24, different=4):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from ..arena.plan import Contender
+from ..arena.statistics import primary
 from ..recipes import Recipe, parse_recipe
 from .base import Experiment, Outcome, Setting
 from .glue import paper_problem
 from .published import GLUE_SETTINGS
 from .suite import Measured, Problem, measure, quality, summary
 
-_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16)
 _LIPSCHITZ = (None, 3.0, 30.0, 300.0, 3000.0, 30000.0)  # None: calibrated
 _INTERVALS = (1, 2, 5, 10, 20, 50)
 _CAPACITIES = (2, 4, 8, 16, 32)
@@ -39,7 +40,7 @@ class Sensitivity(Experiment):
         measured = measure(
             setting, [Problem("all", recipe, given)], everyone, rates=rates, seeds=self.seeds, tuning_seeds=2
         )
-        table = quality(f"test {recipe.task.kind} metric, mean ± standard error", measured, {}, percent=False)
+        table = quality("test metric, mean ± standard error over seeds", measured, {}, percent=False)
         return Outcome(summary(measured), [table], {"sensitivity": draw(measured["all"], studies)})
 
 
@@ -73,6 +74,7 @@ def digits_recipe(setting: Setting) -> Recipe:
 
 def draw(measured: Measured, studies: dict[str, list[Contender]]) -> Figure:
     """A panel per setting: test metric over its values, LoRA as a line (in the panel of the rank as a curve)."""
+    metric, higher = primary(measured.results)
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     for axis, (what, group) in zip(figure.subplots(1, len(studies)), studies.items(), strict=True):
         for method, colour in (("lora", "grey"), ("scalora", "#2a6f97")):
@@ -82,9 +84,10 @@ def draw(measured: Measured, studies: dict[str, list[Contender]]) -> Figure:
                 for mean in means:
                     axis.axhline(mean, color=colour, linestyle=":", label="LoRA")
                 continue
-            labels = [str(c.rank if what == "rank" else c.options[0][1] if c.options else "auto") for c in ours]
+            values = [c.rank if what == "rank" else c.options[0][1] if c.options else None for c in ours]
+            labels = ["auto" if value is None else f"{value:g}" for value in values]
             axis.errorbar(labels, means, yerr=errors, marker="o", capsize=3, color=colour, label=method)
-        axis.set(xlabel=what, ylabel="test metric")
+        axis.set(xlabel=what, ylabel=f"test {metric} ({'higher' if higher else 'lower'} is better)")
         axis.legend(fontsize=7)
     return figure
 

@@ -49,8 +49,9 @@ class Adapted:
     """A model ready to be trained by a method.
 
     ``save`` writes what the user takes away into a folder that does not exist yet, and returns the lines of
-    Python that load it. ``spectra`` yields (layer name, :class:`Spectrum`). ``split_train`` is given the training set
-    before training, where the method needs a part for itself, and returns the rest.
+    Python that load it. ``spectra`` yields (layer name, :class:`Spectrum`); whoever wants it calls ``remember`` before
+    training. ``split_train`` is given the training set before training, where the method needs a part for itself, and
+    returns the rest.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Adapted:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     optimizer: Callable[[TrainingArguments], Optimizer] | None = None  # None: Trainer's own
     split_train: Callable[[Any], Any] | None = None
+    remember: Callable[[], None] | None = None
 
 
 class NoOptions(BaseModel):

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ScaloraError
 from ..models import Head
-from .base import Adapted, Method, Spectrum
+from .base import Adapted, Method
+from .start import Start
 from .targets import find_heads, find_targets
 
 
@@ -37,15 +39,13 @@ class Full(Method):
         for _, module in targets:
             if module.bias is not None:
                 module.bias.requires_grad_(False)
-        start = [module.weight.detach().clone() for _, module in targets]
 
-        def spectra() -> Iterator[tuple[str, Spectrum]]:
-            for (name, module), W0 in zip(targets, start, strict=True):
-                update = module.weight.detach() - W0.to(module.weight.device)
-                update = update.T if isinstance(module, Conv1D) else update
-                yield name, Spectrum(torch.linalg.svdvals(update), *update.shape)
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, module in targets:
+                yield name, module.weight.T if isinstance(module, Conv1D) else module.weight
 
-        return Adapted(model, lambda path: save_model(model, head, path), spectra)
+        start = Start(weights)
+        return Adapted(model, lambda path: save_model(model, head, path), start.spectra, remember=start.keep)
 
 
 def save_model(model: PreTrainedModel, head: Head, path: Path) -> list[str]:

@@ -18,8 +18,9 @@ from ..config import ScaLoraConfig
 from ..integrations.trainer import ScaLoraCallback
 from ..models import Head
 from ..plain import joined_factors
-from .base import Adapted, Method, MethodSpec, Spectrum
+from .base import Adapted, Method, MethodSpec
 from .lora import lora_model, lora_spectra, save_plain
+from .start import Start
 
 
 def _options(**preset: Any) -> type[BaseModel]:
@@ -49,12 +50,13 @@ class ScaLoraI(Method):
                 lambda: lora_spectra(peft_model),
                 [callback],
             )
-        start = {layer.name: layer.base_weight.detach().clone() for layer in find_layers(peft_model)}
+        start = Start(lambda: _whole_weights(peft_model))
         return Adapted(
             peft_model,
             lambda path: _save_merged(peft_model, head, path),
-            lambda: _moved_spectra(peft_model, start),
+            start.spectra,
             [callback],
+            remember=start.keep,
         )
 
 
@@ -98,12 +100,12 @@ class ScaLoraRefresh(ScaLoraI):
     Options = _options(interval=None, refresh=25)
 
 
-def _moved_spectra(model: PeftModel, start: dict[str, Tensor]) -> Iterator[tuple[str, Spectrum]]:
-    """Singular values of what the base has gained plus the adapter's product, dense."""
+@torch.no_grad()
+def _whole_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """What the layers multiply by: the base as it is, plus the adapter's product."""
     for layer in find_layers(model):
-        update = layer.base_weight.detach().float() - start[layer.name].float()
-        update = update + layer.scale * layer.A.detach().float() @ layer.Bt.detach().float()
-        yield layer.name, Spectrum(torch.linalg.svdvals(update), *update.shape)
+        product = layer.scale * layer.A.detach().float() @ layer.Bt.detach().float()
+        yield layer.name, layer.base_weight.detach().float() + product
 
 
 @torch.no_grad()
