@@ -70,7 +70,8 @@ def against(folder: Path, ours: str) -> str:
             continue
         d = compare(finals[ours], finals[name], higher_is_better=higher)
         pairs = [finals[ours][seed] - finals[name][seed] for seed in finals[ours] if seed in finals[name]]
-        errors = abs(d.value) / (stdev(pairs) / len(pairs) ** 0.5)
+        error = stdev(pairs) / len(pairs) ** 0.5
+        errors = abs(d.value) / error if error else 0.0  # the same runs under two names
         gain = f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
         lines.append(f"| {name} | {gain} | {errors:.1f} | {d.wins} of {d.n} | {d.verdict} |")
     return "\n".join(lines)
