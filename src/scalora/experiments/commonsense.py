@@ -77,14 +77,14 @@ class Fig3(Experiment):
 
 
 def small_problems(setting: Setting) -> list[Problem]:
-    """A problem for every set of which there are a train and a test file."""
+    """A problem for every set of which there are a train and a test file; 40 steps, so that all take an afternoon."""
     if setting.data is None:
         setting.file("commonsense/ARC-Easy/train.json")  # says what is missing
     assert setting.data is not None
     found = []
     for name in COMMONSENSE_SETS:
         task = commonsense_task(
-            name, setting.data, train_size=640, validation_size=200, test_size=400, max_length=192, harness=True
+            name, setting.data, train_size=320, validation_size=100, test_size=300, max_length=192, harness=True
         )
         place = setting.data / task["data"]["train"]
         if place.is_file():

@@ -41,13 +41,13 @@ class Table3(Experiment):
         setting.file("math/gsm8k/train.jsonl")
         data = {
             "folder": str(setting.data), "train": "math/gsm8k/train.jsonl", "test": "math/gsm8k/test.jsonl",
-            "train_size": 600, "validation_size": 60, "test_size": 100,
+            "train_size": 300, "validation_size": 40, "test_size": 60,
         }  # fmt: skip
         training = {
             "per_device_train_batch_size": 4, "num_train_epochs": 1, "warmup_steps": 8, "bf16": True,
             "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
-        return [Problem("GSM8K", _recipe(setting, "GSM8K", "smollm2-135m-instruct", data, training))]
+        return [Problem("GSM8K", _recipe(setting, "GSM8K", "smollm2-135m-instruct", data, training, new_tokens=256))]
 
 
 def paper_problems(setting: Setting) -> list[Problem]:
@@ -81,7 +81,7 @@ def likelihood(measured: Mapping[str, Measured]) -> Table:
 
 def _recipe(
     setting: Setting, name: str, model: str, data: dict[str, Any], training: dict[str, Any], *,
-    dtype: str = "float32", dropout: float = 0.0, max_length: int = 512,
+    dtype: str = "float32", dropout: float = 0.0, max_length: int = 512, new_tokens: int | None = None,
 ) -> Recipe:  # fmt: skip
     return parse_recipe(
         {
@@ -90,7 +90,7 @@ def _recipe(
             "task": {
                 "kind": "completion", "data": data, "prompt": "Question: {question}\nAnswer:",
                 "completion": " {answer}", "max_length": max_length,
-                "answer": r"(?:####|answer is:?)\s*\$?(.+)", "max_new_tokens": max_length,
+                "answer": r"(?:####|answer is:?)\s*\$?(.+)", "max_new_tokens": new_tokens or max_length,
             },
             "method": {
                 "name": "lora", "rank": RANK, "alpha": 16, "dropout": dropout,
