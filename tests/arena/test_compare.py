@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -211,6 +213,16 @@ def test_a_real_trial_in_its_own_process(comparison):
     assert result["losses"][-1][0] == 4
     failed = trial.run_trial(comparison, Trial("tune", Contender("lora", 1000), 1e-2, 0), list, every=60)
     assert "method.rank is 1000" in failed["error"]
+
+
+def test_a_trial_leaves_no_files_behind(comparison):
+    def kept():
+        return set(Path(tempfile.gettempdir()).glob("scalora-start-*"))
+
+    before = kept()
+    result = trial.run_trial(comparison, Trial("final", Contender("full", 2), 1e-3, 0), list, every=60)
+    assert result["ranks"]  # measured from what lay in files
+    assert kept() <= before
 
 
 @pytest.mark.parametrize(

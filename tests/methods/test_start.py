@@ -7,6 +7,7 @@ import pytest
 import runs
 import torch
 
+from scalora import ScaloraError
 from scalora.adapters import find_layers
 from scalora.methods.start import Start
 
@@ -29,6 +30,15 @@ def test_the_spectrum_is_that_of_the_difference():
 def test_without_a_start_there_is_no_update_to_measure():
     with pytest.raises(RuntimeError, match="remember"):
         list(Start(lambda: [("w", torch.zeros(2, 2))]).spectra())
+
+
+def test_a_full_disk_is_one_message(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ScaloraError, match=r"TMPDIR is .*No space left"):
+        Start(lambda: [("w", torch.zeros(2, 2))]).keep()
 
 
 def test_the_base_store_s_update_is_what_base_and_adapter_gained(tmp_path):

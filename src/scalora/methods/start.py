@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import ScaloraError
 from .base import Spectrum
 
 Named = Callable[[], Iterable[tuple[str, Tensor]]]  # the weights m×n by name, as they are now
@@ -22,10 +23,21 @@ class Start:
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def keep(self) -> None:
-        """Write the weights as they are now; takes their size on disk, where TMPDIR says."""
-        self.folder = tempfile.TemporaryDirectory(prefix="scalora-start-")
-        for index, (_, weight) in enumerate(self.weights()):
-            torch.save(weight.detach().cpu().clone(), self._file(index))
+        """Write the weights as they are now; takes their size on disk, where TMPDIR says.
+
+        Raises:
+            ScaloraError: they cannot be written there.
+        """
+        try:
+            self.folder = tempfile.TemporaryDirectory(prefix="scalora-start-")
+            for index, (_, weight) in enumerate(self.weights()):
+                torch.save(weight.detach().cpu().clone(), self._file(index))
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ScaloraError(
+                f"TMPDIR is {tempfile.gettempdir()!r}, where the adapted weights could not be written, from which the "
+                f"rank of their update is measured ({reason}): make room there, or set TMPDIR to another folder"
+            ) from error
 
     @torch.no_grad()
     def spectra(self) -> Iterator[tuple[str, Spectrum]]:
