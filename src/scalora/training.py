@@ -131,10 +131,10 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
         before = score(split)
 
     watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
-    timer, stop = StepTimer(), StopOnSignal()
-    tracker = [RankTracker(adapted.spectra)] if ranks else []
     if ranks and adapted.remember:
         adapted.remember()
+    timer, stop = StepTimer(), StopOnSignal()
+    tracker = [RankTracker(adapted.spectra)] if ranks else []
     sealed = Sealed(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
     watching = [timer, *tracker, stop, *watcher.callbacks, Health(), sealed]

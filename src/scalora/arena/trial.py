@@ -67,9 +67,7 @@ def _processes() -> Any:
 def _main(place: Path) -> None:
     """Inside the process: run ``order.json``, leave ``answer.json``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    tempfile.tempdir = str(
-        place
-    )  # whatever is left there goes with the trial: a forked process clears up nothing itself
+    tempfile.tempdir = str(place)  # what a trial that is killed leaves there goes with its folder
     with (place / "stderr").open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
