@@ -1,8 +1,8 @@
 """LoRA's forward pass without PEFT's detours: no copy of the input per adapter, no product and no sum of their own.
 
 PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
-there and back each time. Here each adapter is two matrix products, the second of which adds to the result in place of
-writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use are multiplied.
+there and back each time. Here all adapters together are two matrix products, the second of which adds to the result
+instead of writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use take part.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer
 from .probes import Probe
 from .sharded import is_sharded
+from .thin_sum import Adapter, add_adapters
 
 
 class Columns(NamedTuple):
@@ -37,24 +37,20 @@ class FusedLinear(Linear):
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
         adapters = None if args or kwargs else self._plain_adapters(x)
         probe = self.probe if torch.is_grad_enabled() else None
-        if not adapters or not adapters[0][2]:
+        if not adapters:
             result = super().forward(x, *args, **kwargs)
             return result if probe is None else probe.added_to(result, x)
-        if probe is not None:  # in one product with an adapter: the input is cast and kept once
-            (Bt, A, scale), *others = adapters
-            probe = probe.like(Bt.device, Bt.dtype)
-            adapters = [(torch.cat([Bt, probe.Bt]), torch.cat([A, probe.A / scale], 1), scale), *others]
-        result = self.base_layer(x)
-        flat = result.flatten(0, -2)
-        for Bt, A, scale in adapters:
-            flat = torch.addmm(flat, functional.linear(x, Bt).flatten(0, -2), A.mT, alpha=scale)
-        return flat.view(result.shape)
+        if probe is not None:
+            adapters = [*adapters, Adapter(probe.Bt.to(x.device), probe.A.to(x.device), 1.0)]
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # cast once, for base and adapters
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return add_adapters(self.base_layer(x), x, adapters)
 
-    def _plain_adapters(self, x: Tensor) -> list[tuple[Tensor, Tensor, float]] | None:
-        """(Bᵀ, A, s) of each active adapter; None where the short way would not do the same."""
+    def _plain_adapters(self, x: Tensor) -> list[Adapter] | None:
+        """Each active adapter; None where the short way would not do the same."""
         if self.disable_adapters or self.merged or x.ndim < 2 or type(self.base_layer) not in (nn.Linear, Conv1D):
             return None
-        found = []
+        found: list[Adapter] = []
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue
@@ -75,7 +71,7 @@ class FusedLinear(Linear):
                 if width == 0:
                     continue
                 Bt, A = Bt[:width], A[:, :width]
-            found.append((Bt, A, float(self.scaling[name])))
+            found.append(Adapter(Bt, A, float(self.scaling[name])))
         return found
 
 
