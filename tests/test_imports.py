@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "src" / "scalora"
 # Each layer may import itself and the ones before it.
 LAYERS = [
     ["errors", "_shapes", "quiet", "files", "sharded"],
-    ["nnls", "scaling", "lowrank", "directions", "reference"],
+    ["nnls", "scaling", "lowrank", "directions", "reference", "thin_sum"],
     ["config", "fingerprint", "moments", "adapters", "probes", "fused", "stats", "stores", "watch", "groups"],
     ["refresh", "engine", "plain"],
     ["integrations"],
