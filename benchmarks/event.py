@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,8 @@ from scalora.models import load_model
 from scalora.provenance import environment, git_revision
 from scalora.reference import rescale_layer
 from scalora.stores.adapter import SLOTS
+
+from .clock import described, now, one_thread
 
 STORES = ("adapter", "base")
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -83,13 +84,11 @@ def seconds_of(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-1, rounds):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = now()
             for _ in range(SLOTS):
                 call()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
             if turn >= 0:
-                times[name].append((time.perf_counter() - started) / SLOTS)
+                times[name].append((now() - started) / SLOTS)
     return times
 
 
@@ -101,9 +100,9 @@ def machine() -> dict[str, float]:
     def best(call: Callable[[], Any]) -> float:
         times = []
         for _ in range(7):
-            started = time.perf_counter()
+            started = now()
             call()
-            times.append(time.perf_counter() - started)
+            times.append(now() - started)
         return min(times)
 
     return {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x)), "flops": 2 * 2048**3 / best(lambda: a @ a)}
@@ -179,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/event.json"))
     options = parser.parse_args()
+    one_thread()
     rates = machine()
     smollm2 = on_smollm2(options.rank, options.rounds, rates)
     rows = over_size(max(3, options.rounds // 3))
@@ -200,6 +200,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.event", *sys.argv[1:]]),
         "git_revision": git_revision(),
         "environment": environment(),
+        "clock": described(),
         "machine": rates,
         "rank": options.rank,
         "smollm2": smollm2,

@@ -3,8 +3,9 @@
     python -m benchmarks.overhead --model smollm2 --precision bf16 --repeats 12 --output benchmarks/results/overhead
 
 Writes OUTPUT/MODEL-PRECISION.json. A step is forward, backward, clipping and AdamW; ScaLoRA's events are timed apart,
-as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. Peak
-memory is that of three steps in a process of its own, above what the imports take.
+as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. On a
+CPU it is the processor time of one thread (:mod:`benchmarks.clock`). Peak memory is that of three steps in a process of
+its own, above what the imports take.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import multiprocessing
 import random
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,6 +35,8 @@ from scalora.methods import MethodSpec, build_method
 from scalora.models import load_model
 from scalora.provenance import environment, git_revision
 from scalora.stores.adapter import SLOTS, AdapterStore
+
+from .clock import described, now, one_thread
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
@@ -100,10 +102,9 @@ class Runner:
 
     def seconds(self, batch: dict[str, torch.Tensor]) -> float:
         """Of one step, without the event in it."""
-        already, started = sum(self.events), time.perf_counter()
+        already, started = sum(self.events), now()
         self.step(batch)
-        _wait()
-        return time.perf_counter() - started - (sum(self.events) - already)
+        return now() - started - (sum(self.events) - already)
 
     def settle(self, batch: dict[str, torch.Tensor]) -> None:
         """Bring the store to where it is on average over a long run."""
@@ -136,11 +137,9 @@ class Runner:
 
     def _timed(self, function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
-            _wait()
-            started = time.perf_counter()
+            started = now()
             function(*args)
-            _wait()
-            self.events.append(time.perf_counter() - started)
+            self.events.append(now() - started)
 
         return run
 
@@ -149,11 +148,6 @@ class Runner:
             getattr(callback, event)(
                 self.arguments, self.state, self.control, model=self.model, optimizer=self.optimizer
             )
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def make_batch(what: dict[str, Any], device: str, seed: int) -> dict[str, torch.Tensor]:
@@ -205,6 +199,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead"))
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore
+    one_thread()
     what = MODELS[options.model]
     names = options.methods.split(",")
     memory = {name: peak_memory(name, what, options.precision, device) for name in names}
@@ -237,6 +232,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
         "git_revision": git_revision(),
         "environment": environment(),
+        "clock": described(),
         **{key: what[key] for key in ("batch", "tokens", "rank")},
         "methods": rows,
     }
