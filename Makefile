@@ -19,7 +19,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: .venv/.dev  ## more than an hour on two cores, with nothing else running
+bench: .venv/.dev  ## hours on a CPU, with nothing else running
 	for model in minilm smollm2; do for precision in fp32 bf16; do \
 	  $(BIN)/python -m benchmarks.overhead --model $$model --precision $$precision || exit; done; done
 	$(BIN)/python -m benchmarks.event

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer
-from .probes import Probe
 from .sharded import is_sharded
 from .thin_sum import Adapter, add_adapters
 
@@ -30,7 +29,7 @@ class Columns(NamedTuple):
 class FusedLinear(Linear):
     """PEFT's LoRA layer with a shorter forward pass where nothing but plain adapters is asked for."""
 
-    probe: Probe | None = None
+    probe: Adapter | None = None
     columns: Columns | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -39,9 +38,9 @@ class FusedLinear(Linear):
         probe = self.probe if torch.is_grad_enabled() else None
         if not adapters:
             result = super().forward(x, *args, **kwargs)
-            return result if probe is None else probe.added_to(result, x)
+            return result if probe is None else add_adapters(result, x, [probe])
         if probe is not None:
-            adapters = [*adapters, Adapter(probe.Bt.to(x.device), probe.A.to(x.device), 1.0)]
+            adapters = [*adapters, probe]
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # cast once, for base and adapters
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return add_adapters(self.base_layer(x), x, adapters)

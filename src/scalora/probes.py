@@ -9,44 +9,28 @@ the optimizer, DDP and checkpoints do not see them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.nn import functional
 
 from .adapters import AdapterLayer
 from .sharded import local
+from .thin_sum import Adapter, add_adapters
 
 Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
-
-
-class Probe(NamedTuple):
-    """One more adapter: x ↦ (x B) Aᵀ, of which one matrix is zero and gathers a gradient."""
-
-    A: Tensor  # (m, k)
-    Bt: Tensor  # (k, n)
-
-    def like(self, device: torch.device, dtype: torch.dtype) -> Probe:
-        """As the layer computes: adapters may be kept elsewhere (CPU offloading), and in less than float32."""
-        return Probe(self.A.to(device, dtype), self.Bt.to(device, dtype))
-
-    def added_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result` plus the probe's output, which is zero."""
-        A, Bt = self.like(x.device, x.dtype)
-        return result + functional.linear(functional.linear(x, Bt), A).to(result.dtype)
 
 
 class Probed(LoraLayer):
     """Put in front of a LoRA layer's class: the layer's own forward pass, and the probe's where there is one."""
 
-    probe: Probe | None = None
+    probe: Adapter | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return result if self.probe is None or not torch.is_grad_enabled() else self.probe.added_to(result, x)
+        return result if self.probe is None or not torch.is_grad_enabled() else add_adapters(result, x, [self.probe])
 
 
 def make_probed(layer: AdapterLayer) -> None:
@@ -73,9 +57,9 @@ class Sketch:
             like, k = local(layer.A.detach()), basis.shape[1]
             basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
             if side == "left":
-                probe = Probe(basis.new_zeros(layer.A.shape[0], k, requires_grad=True), basis.mT.contiguous())
+                probe = Adapter(basis.mT.contiguous(), basis.new_zeros(layer.A.shape[0], k, requires_grad=True))
             else:
-                probe = Probe(basis, basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True))
+                probe = Adapter(basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True), basis)
             layer.module.probe = probe  # pyright: ignore[reportAttributeAccessIssue]
         self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in self._leaves()] if _several() else []
 
@@ -126,7 +110,7 @@ class Sketch:
             for leaf, total in zip(self._leaves(), saved, strict=True):
                 leaf.grad = total
 
-    def _probes(self) -> list[Probe]:
+    def _probes(self) -> list[Adapter]:
         return [] if self.side is None else [layer.module.probe for layer in self.layers]  # pyright: ignore
 
     def _leaves(self) -> list[Tensor]:
