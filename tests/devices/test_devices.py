@@ -75,9 +75,12 @@ def _refresh(rank):
         optimizer = halves.optimizer(model)
         handle = scalora.attach(model, optimizer, halves.config(accumulate, halves.REFRESH))
         halves.train(DistributedDataParallel(model), optimizer, kind, rank)
-        sharded, optimizer, other = halves.sharded(kind, accumulate, refresh=halves.REFRESH)
-        halves.train(sharded, optimizer, kind, rank)
-        for each in (handle, other):
+        handles = [handle]
+        for options in ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+            sharded, optimizer, other = halves.sharded(kind, accumulate, refresh=halves.REFRESH, **options)
+            halves.train(sharded, optimizer, kind, rank)
+            handles.append(other)
+        for each in handles:
             assert each.refresh.steps == [halves.REFRESH]
             assert halves.difference(each, reference) < 1e-6
             each.check_ranks()

@@ -72,9 +72,9 @@ def _trainer(rank, folder, how):
     ids = torch.randint(0, zoo.VOCABULARY, (48, 10), generator=torch.Generator().manual_seed(3))
     data = [{"input_ids": row, "labels": row} for row in ids]
 
-    def train(accumulate, resume=None):
+    def train(accumulate, refresh, resume=None):
         AcceleratorState._reset_state(reset_partial_state=True)
-        callback = ScaLoraCallback(halves.config(accumulate))
+        callback = ScaLoraCallback(halves.config(accumulate, refresh))
         arguments = TrainingArguments(
             output_dir=f"{folder}/{accumulate}", per_device_train_batch_size=2, gradient_accumulation_steps=2,
             max_steps=6, save_steps=4, logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
@@ -86,12 +86,13 @@ def _trainer(rank, folder, how):
             trainer.is_fsdp_enabled = True
         trainer.train(resume_from_checkpoint=resume)
         callback.handle.check_ranks()
-        assert len(callback.handle.stats) == 6
+        assert len(callback.handle.stats) == (5 if refresh else 6)
+        assert callback.handle.refresh is None or callback.handle.refresh.steps == [refresh]
         assert is_sharded(callback.handle.layers[0].A) == (how != "ddp")
         return halves.figures(callback.handle)
 
-    for accumulate in ("adapter", "base"):
-        whole = train(accumulate)
+    for accumulate, refresh in (("adapter", halves.REFRESH), ("base", None)):  # refreshed just after the checkpoint
+        whole = train(accumulate, refresh)
         dist.barrier()
-        resumed = train(accumulate, resume=f"{folder}/{accumulate}/checkpoint-4")
+        resumed = train(accumulate, refresh, resume=f"{folder}/{accumulate}/checkpoint-4")
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
