@@ -11,7 +11,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from ranks import spawn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import scalora
 import zoo
@@ -69,30 +69,56 @@ def test_a_trainer_resumes_bitwise(tmp_path, how):
 
 
 def _trainer(rank, folder, how):
+    for accumulate, refresh in (("adapter", halves.REFRESH), ("base", None)):  # refreshed just after the checkpoint
+        config, output, found = halves.config(accumulate, refresh), f"{folder}/{accumulate}", []
+        for resume in (None, f"{output}/checkpoint-4"):
+            callback = ScaLoraCallback(config)
+            _run(how, callback, output, save_steps=4, resume=resume)
+            assert len(callback.handle.stats) == (5 if refresh else 6)
+            assert callback.handle.refresh is None or callback.handle.refresh.steps == [refresh]
+            found.append(halves.figures(callback.handle))
+            dist.barrier()
+        whole, resumed = found
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("how", ["ddp", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_the_best_model_comes_back_with_its_accumulated_update(tmp_path, how):
+    spawn(_best, str(tmp_path), how)
+
+
+def _best(rank, folder, how):
+    for accumulate in ("adapter", "base"):
+        callback, seen = ScaLoraCallback(halves.config(accumulate)), {}
+
+        class Remember(TrainerCallback):
+            def on_step_end(self, args, state, control, callback=callback, seen=seen, **kwargs):
+                seen[state.global_step] = halves.figures(callback.handle)
+
+        trainer = _run(
+            how, callback, f"{folder}/{accumulate}", Remember(), save_steps=2, eval_steps=2, eval_strategy="steps",
+            load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-2,
+        )  # fmt: skip
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # greater_is_better on the loss
+        found = halves.figures(callback.handle)
+        assert all(torch.equal(found[name], seen[2][name]) for name in found if name[1] not in ("alpha", "beta"))
+
+
+def _run(how, callback, folder, *callbacks, resume=None, **options):
+    """Six steps of Trainer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     ids = torch.randint(0, zoo.VOCABULARY, (48, 10), generator=torch.Generator().manual_seed(3))
     data = [{"input_ids": row, "labels": row} for row in ids]
-
-    def train(accumulate, refresh, resume=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        callback = ScaLoraCallback(halves.config(accumulate, refresh))
-        arguments = TrainingArguments(
-            output_dir=f"{folder}/{accumulate}", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            max_steps=6, save_steps=4, logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
-        model = halves.model("llama", torch.float32)
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
-        if how != "ddp":
-            _fsdp2(trainer.accelerator, how)
-            trainer.is_fsdp_enabled = True
-        trainer.train(resume_from_checkpoint=resume)
-        callback.handle.check_ranks()
-        assert len(callback.handle.stats) == (5 if refresh else 6)
-        assert callback.handle.refresh is None or callback.handle.refresh.steps == [refresh]
-        assert is_sharded(callback.handle.layers[0].A) == (how != "ddp")
-        return halves.figures(callback.handle)
-
-    for accumulate, refresh in (("adapter", halves.REFRESH), ("base", None)):  # refreshed just after the checkpoint
-        whole = train(accumulate, refresh)
-        dist.barrier()
-        resumed = train(accumulate, refresh, resume=f"{folder}/{accumulate}/checkpoint-4")
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_steps=6, logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, **options,
+    )  # fmt: skip
+    model = halves.model("llama", torch.float32)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[callback, *callbacks])
+    if how != "ddp":
+        _fsdp2(trainer.accelerator, how)
+        trainer.is_fsdp_enabled = True
+    trainer.train(resume_from_checkpoint=resume)
+    callback.handle.check_ranks()
+    assert is_sharded(callback.handle.layers[0].A) == (how != "ddp")
+    return trainer
