@@ -105,6 +105,23 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
     assert len(calls) == len(set(calls)) == 12
 
 
+def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(comparison, tmp_path, monkeypatch, pageless):
+    calls, idle, last = [], [], comparison.tuning()[-1]
+    other = Store(tmp_path / "out", comparison)
+    other.enqueue([last])
+    assert other.take([last]) == last
+
+    def at_last(seconds):
+        idle.append(len(calls))
+        other.finish(last, _fake(comparison, last))
+
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
+    monkeypatch.setattr(time, "sleep", at_last)
+    run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    assert idle == [5 + 4]  # everything but the other's trial and the final runs that it decides on
+    assert [(t.stage, t.contender) for t in calls[9:]] == [("final", last.contender)] * 2
+
+
 def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_path, monkeypatch):
     """A machine restarts, its name stays, and the number of the worker that died is another process's now."""
     sleeper, other = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)

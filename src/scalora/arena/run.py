@@ -12,7 +12,7 @@ from ..files import write_json
 from ..provenance import environment, git_revision
 from .plan import Comparison, Trial
 from .report import write_report
-from .statistics import chosen_rates
+from .statistics import Results, chosen_rates
 from .store import BEAT, Store
 from .trial import run_trial
 
@@ -41,16 +41,11 @@ def run_comparison(
     """
     store = Store(folder, comparison)
     try:
-        tuning = comparison.tuning()
-        store.enqueue(tuning, retry=retry)
-        _work(store, comparison, folder, command, tuning, tell)
+        _work(store, comparison, folder, command, retry, tell)
         chosen = chosen_rates(store.results(), comparison)
         for contender in comparison.contenders:
             if contender not in chosen:
                 tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
-        final = comparison.final(chosen)
-        store.enqueue(final, retry=retry)
-        _work(store, comparison, folder, command, final, tell)
     finally:
         content = write_results(store, comparison, folder, command)
     return content
@@ -78,20 +73,25 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
     return content
 
 
-def _work(store: Store, comparison: Comparison, folder: Path, command: str, trials: list[Trial], tell: Tell) -> None:
-    """Take trials until all of these have a result."""
-    written, revision = 0.0, git_revision()
+def _work(store: Store, comparison: Comparison, folder: Path, command: str, retry: bool, tell: Tell) -> None:
+    """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
+    tuning, seeds = comparison.tuning(), len(comparison.contenders) * len(comparison.seeds)
+    offered, written, revision = set(tuning), 0.0, git_revision()
+    store.enqueue(tuning, retry=retry)
     while True:
-        trial = store.take(trials)
+        wanted = tuning + _final(comparison, store.results())
+        store.enqueue([trial for trial in wanted if trial not in offered], retry=retry)
+        offered.update(wanted)
+        trial = store.take(wanted)
         results = store.results()
         if trial is None:
-            if all(t in results for t in trials):
+            if all(t in results for t in tuning + _final(comparison, results)):
                 return
-            store.enqueue(trials)  # those whose worker died
+            store.enqueue(wanted)  # those whose worker died
             time.sleep(_POLL)
             continue
-        done = sum(t in results for t in trials)
-        label = f"[{done + 1}/{len(trials)}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
+        done = sum(t in results for t in wanted)
+        label = f"[{done + 1}/{len(tuning) + seeds}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
         result = run_trial(comparison, trial, partial(store.beat, trial), BEAT) | {"git_revision": revision}
         store.finish(trial, result)
@@ -100,6 +100,13 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, tria
         if time.monotonic() > written + _REPORT:
             write_results(store, comparison, folder, command)
             written = time.monotonic()
+
+
+def _final(comparison: Comparison, results: Results) -> list[Trial]:
+    """The final trials of the contenders whose rate is settled."""
+    unsettled = {trial.contender for trial in comparison.tuning() if trial not in results}
+    rates = chosen_rates(results, comparison)
+    return comparison.final({contender: lr for contender, lr in rates.items() if contender not in unsettled})
 
 
 def _figures(result: dict[str, Any]) -> str:

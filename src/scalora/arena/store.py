@@ -94,8 +94,14 @@ class Store:
                 self.study.tell(asked, result["after"][result["primary"]])
 
     def results(self) -> dict[Trial, dict[str, Any]]:
-        """All results so far, failures included; of a trial that was retried the latest."""
-        return {_trial(f): f.user_attrs["result"] for f in self._frozen() if "result" in f.user_attrs}
+        """All results so far, failures included; none of a trial that is being tried again."""
+        found: dict[Trial, dict[str, Any]] = {}
+        for frozen in self._frozen():
+            if "result" in frozen.user_attrs:
+                found[_trial(frozen)] = frozen.user_attrs["result"]
+            elif not frozen.state.is_finished():
+                found.pop(_trial(frozen), None)
+        return found
 
     def _frozen(self) -> list[FrozenTrial]:
         return [f for f in self.study.get_trials(deepcopy=False) if "trial" in f.user_attrs]
