@@ -1,4 +1,4 @@
-"""What watches a run: its time, the rank of its update, its health, its checkpoints, and the wish to stop it."""
+"""What watches a run: the order of its data, time, rank of the update, health, checkpoints, and the wish to stop it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import ScaloraError
@@ -20,6 +21,23 @@ from .lowrank import numerical_rank
 from .methods import Spectrum
 
 POINTS = 10  # measurements of the rank over a run
+
+
+class Ordered(TrainerCallback):
+    """Has batches that are grouped by length come in an order of the seed and the epoch alone.
+
+    transformers takes it from the global random state, which depends on what a method has drawn before, and is not
+    known to a run that is resumed in a later epoch. The first epoch's order is that of a plain Trainer.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = getattr(getattr(kwargs["train_dataloader"], "batch_sampler", None), "sampler", None)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + 1_000_003 * int(state.epoch or 0))
+            torch.empty((), dtype=torch.int64).random_(generator=sampler.generator)  # DataLoader's draw before
 
 
 class StepTimer(TrainerCallback):

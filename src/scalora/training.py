@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from .callbacks import Health, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
+from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
 from .errors import ScaloraError
 from .files import write_json
 from .integrations.trainer import ScaLoraCallback
@@ -137,7 +137,7 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     tracker = [RankTracker(adapted.spectra)] if ranks else []
     sealed = Sealed(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
-    watching = [timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
+    watching = [Ordered(), timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
     started = time.perf_counter()
     try:
         with writing(folder), _setting_up(timer):

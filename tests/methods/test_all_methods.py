@@ -5,7 +5,7 @@ import math
 import pytest
 import runs
 import torch
-from transformers import set_seed
+from transformers import set_seed, trainer_pt_utils
 
 import zoo
 from scalora import ScaloraError
@@ -56,6 +56,22 @@ def test_a_method_from_adapting_to_loading(name, kind, tmp_path):
     lines = adapted.save(tmp_path / "adapter")
     assert torch.equal(zoo.logits(adapted.model, kind), after), "saving must not change the model"
     torch.testing.assert_close(zoo.logits(runs.run_lines(lines), kind), after, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(NAMED - {"lora", "alpha-lora"}))  # alpha-lora sets rows apart
+def test_every_method_sees_the_data_in_the_order_of_plain_lora(name, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(*arguments, grouped=trainer_pt_utils.get_length_grouped_indices, **options):
+        seen.append(grouped(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer_pt_utils, "get_length_grouped_indices", spy)
+    for each in ("lora", name):
+        adapted = runs.adapt(each, "llama", tmp_path / "base", options=OPTIONS.get(each, {}))
+        runs.trainer(adapted, "llama", tmp_path / "out", train_sampling_strategy="group_by_length", max_steps=7).train()
+    assert len(seen) == 4  # two epochs each
+    assert seen[:2] == seen[2:]
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))

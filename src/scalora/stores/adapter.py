@@ -118,8 +118,10 @@ def ensure_adapter(model: nn.Module, layers: Sequence[AdapterLayer], capacity: i
         trained = peft_model.peft_config[layers[0].adapter]
         assert isinstance(trained, LoraConfig)
         config = _plain_config(trained, dict(zip(_module_names(layers), widths, strict=True)))
-        # PeftModelForSequenceClassification's own add_adapter would give the accumulated adapter a second classifier.
-        PeftModel.add_adapter(peft_model, ACCUMULATED, config)
+        # What PEFT draws, on the CPU, is overwritten; dropout and the order of the data stay those of plain LoRA.
+        with torch.random.fork_rng(devices=[]):
+            # PeftModelForSequenceClassification's own add_adapter would give this adapter a second classifier.
+            PeftModel.add_adapter(peft_model, ACCUMULATED, config)
         for layer in layers:
             nn.init.zeros_(layer.frozen().A)
             nn.init.zeros_(layer.frozen().Bt)
