@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from accelerate.data_loader import get_sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
@@ -33,7 +34,7 @@ class Ordered(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        sampler = getattr(getattr(kwargs["train_dataloader"], "batch_sampler", None), "sampler", None)
+        sampler = get_sampler(kwargs["train_dataloader"])
         if isinstance(sampler, LengthGroupedSampler):
             seed = args.seed if args.data_seed is None else args.data_seed
             sampler.generator = torch.Generator().manual_seed(seed + 1_000_003 * int(state.epoch or 0))

@@ -154,6 +154,18 @@ def test_two_workers_share_the_trials(comparison, tmp_path):
     assert two.take(wanted) is None
 
 
+def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
+    """Two workers that look at the same moment both put a trial there; only failures are tried again on purpose."""
+    store = Store(tmp_path / "out", comparison)
+    good, bad = comparison.tuning()[:2]
+    store.enqueue([good, bad, good])
+    store.finish(store.take([good, bad]), _fake(comparison, good))
+    store.finish(store.take([good, bad]), {"error": "out of memory"})
+    assert set(store.results()) == {good, bad}
+    store.enqueue([bad], retry=True)
+    assert set(store.results()) == {good}
+
+
 def test_trials_left_waiting_by_another_command_are_not_run(comparison, tmp_path):
     store = Store(tmp_path / "out", comparison)
     left, wanted = comparison.tuning()[:3], comparison.tuning()[3:]

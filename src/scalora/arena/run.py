@@ -75,7 +75,8 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
 
 def _work(store: Store, comparison: Comparison, folder: Path, command: str, retry: bool, tell: Tell) -> None:
     """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
-    tuning, seeds = comparison.tuning(), len(comparison.contenders) * len(comparison.seeds)
+    tuning = comparison.tuning()
+    planned = len(tuning) + len(comparison.contenders) * len(comparison.seeds)
     offered, written, revision = set(tuning), 0.0, git_revision()
     store.enqueue(tuning, retry=retry)
     while True:
@@ -91,7 +92,7 @@ def _work(store: Store, comparison: Comparison, folder: Path, command: str, retr
             time.sleep(_POLL)
             continue
         done = sum(t in results for t in wanted)
-        label = f"[{done + 1}/{len(tuning) + seeds}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
+        label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
         result = run_trial(comparison, trial, partial(store.beat, trial), BEAT) | {"git_revision": revision}
         store.finish(trial, result)

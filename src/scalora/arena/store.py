@@ -94,13 +94,13 @@ class Store:
                 self.study.tell(asked, result["after"][result["primary"]])
 
     def results(self) -> dict[Trial, dict[str, Any]]:
-        """All results so far, failures included; none of a trial that is being tried again."""
+        """All results so far, failures included, except of a failed trial that is being tried again."""
         found: dict[Trial, dict[str, Any]] = {}
         for frozen in self._frozen():
             if "result" in frozen.user_attrs:
                 found[_trial(frozen)] = frozen.user_attrs["result"]
-            elif not frozen.state.is_finished():
-                found.pop(_trial(frozen), None)
+            elif not frozen.state.is_finished() and "error" in found.get(_trial(frozen), ()):
+                del found[_trial(frozen)]
         return found
 
     def _frozen(self) -> list[FrozenTrial]:
