@@ -47,6 +47,9 @@ class Variant:
     state: Literal["reset", "kept", "v = g²", "Nyström momentum"] = "reset"
     renewed: float = 1.0  # share of the columns, the smallest first
     adam: bool = False  # directions of the gradient over its root mean square
+    damping: float | None = None  # of the inputs' second moments, which say what is optimal; None: weights do
+    decay: float = 0.0  # AdamW's, of A and B
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
 
 
 class Runs:
@@ -83,6 +86,7 @@ class Runs:
         self.chance = torch.Generator().manual_seed(1)
         self.mean_square = [torch.zeros_like(self.W[i]) for i in self.adapted]
         self.sketch: list[Tensor] = []
+        self.D = [torch.ones(len(chances), 1, self.W[i].shape[2]) for i in self.adapted]
         self.Q: list[Tensor] = []
         self.since = variant.warmup  # steps since the last refresh
         self.losses: list[Tensor] = []
@@ -98,8 +102,11 @@ class Runs:
     def loss(self, weights: list[Tensor], index: Tensor) -> Tensor:
         """(R), on images (R, batch) or the same (batch) for all."""
         h = self.x[index].expand(len(self.rates), -1, -1)
+        self.inputs = []
         for i, (W, b) in enumerate(zip(weights, self.b, strict=True)):
-            h = torch.baddbmm(b[None, None], h if i == 0 else h.relu(), W.mT)
+            h = h if i == 0 else h.relu()
+            self.inputs.append(h.detach())
+            h = torch.baddbmm(b[None, None], h, W.mT)
         wanted = self.y[index].expand(len(self.rates), -1)
         return cross_entropy(h.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape).mean(1)
 
@@ -127,11 +134,14 @@ class Runs:
         norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         clip = (1 / (norm + 1e-6)).clamp(max=1)[:, None, None]
         warm = min(1.0, (self.since + 1) / (self.variant.warmup + 1))
-        rate = (self.rates * (1 - step / self.steps) * warm)[:, None, None]
+        left = 1 - step / self.steps
+        schedule = {"linear": left, "cosine": math.sin(math.pi / 2 * left) ** 2, "constant": 1.0}[self.variant.schedule]
+        rate = (self.rates * schedule * warm)[:, None, None]
         for p, g, m, v, t in zip(self.parameters(), gradients, self.m, self.v, self.count, strict=True):
             t += 1
             m.lerp_(g * clip, 0.1)
             v.lerp_((g * clip).square(), 1e-3)
+            p *= 1 - rate * self.variant.decay
             p -= rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         self.since += 1
 
@@ -149,6 +159,7 @@ class Runs:
         for square, g in zip(self.mean_square, G, strict=True):
             square.lerp_(g.square(), 0.01)
         seen = [g / (s.sqrt() + 1e-8) for g, s in zip(G, self.mean_square, strict=True)] if v.adam else G
+        seen = [g / D for g, D in zip(seen, self.D, strict=True)]
         if v.source == "two sketches" and step > 0:
             Z = (
                 [g.mT @ Q for g, Q in zip(seen, self.Q, strict=True)]
@@ -164,6 +175,11 @@ class Runs:
             k = 2 * v.rank + v.oversampling
             self.Omega = [torch.randn(*g.mT.shape[:2], k, generator=self.chance) for g in G]
             self.sketch, self.Q = [], []
+            if v.damping is not None:
+                for D, x in zip(self.D, self.inputs, strict=False):
+                    square = x.square().mean(1, keepdim=True)
+                    square /= square.mean(2, keepdim=True)
+                    D.copy_(((square + v.damping) / (1 + v.damping)).sqrt())
         elif phase == v.every // 2 and v.source == "two sketches":
             self.Q, self.sketch = [torch.linalg.qr(Y)[0] for Y in self.sketch], []
         return G
@@ -189,7 +205,7 @@ class Runs:
                 first, second = slice(0, r), slice(r, 2 * r)
             elif v.halves != "odd-even":
                 first = second = slice(0, r)
-            A, B = v.size**0.5 * U[..., first], v.size**0.5 * V[..., second]
+            A, B = v.size**0.5 * U[..., first], v.size**0.5 * V[..., second] / self.D[i].mT
             if v.halves == "A is zero":
                 A = torch.zeros_like(A)
             m_A, m_B = self.m[i] / SCALE, self.m[2 + i] / SCALE
@@ -218,6 +234,7 @@ class Runs:
 def ablations() -> dict[str, list[tuple[str, Variant]]]:
     """Questions and the variants that answer them."""
     ours = Variant()
+    both = {"LoRA, r = 2": Variant(every=0), "refresh, r = 2": ours}
     return {
         "against LoRA": [
             ("LoRA, r = 2", Variant(every=0)), ("LoRA, r = 8", Variant(rank=8, every=0)),
@@ -233,6 +250,12 @@ def ablations() -> dict[str, list[tuple[str, Variant]]]:
         "warm-up": [(f"{w} steps", replace(ours, warmup=w)) for w in (0, 10)],
         "state": [(s, replace(ours, state=s)) for s in ("kept", "v = g²", "Nyström momentum")],
         "renewed": [("half the columns, the smallest", replace(ours, renewed=0.5))],
+        "metric": [(f"inputs' second moments, c = {c:.2g}, damping {d:g}", replace(ours, damping=d, size=c))
+                   for c, d in ((1 / 3, 0.1), (1.0, 0.1), (3.0, 0.1), (1.0, 1.0), (1.0, 0.01))],
+        "weight decay": [(f"{name}, {d:g}", replace(variant, decay=d))
+                         for name, variant in both.items() for d in (0.01, 0.1, 1.0)],
+        "schedule": [(f"{name}, {s}", replace(variant, schedule=s))
+                     for name, variant in both.items() for s in ("cosine", "constant")],
     }  # fmt: skip
 
 
