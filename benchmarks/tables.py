@@ -10,9 +10,10 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
+from typing import Any
 
-from scalora.arena.statistics import compare
+from scalora.arena.statistics import compare, relative_cost
 
 
 def markdown(folder: Path) -> str:
@@ -22,14 +23,14 @@ def markdown(folder: Path) -> str:
     metric, higher = trials[0]["primary"], trials[0]["higher_is_better"]
     finals: dict[str, dict[int, float]] = defaultdict(dict)
     tuned: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    seconds: dict[str, list[float]] = defaultdict(list)
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for trial in trials:
         name, value = trial["contender"], trial["after"][metric]
         if trial["stage"] == "tune":
             tuned[name][trial["lr"]].append(value)
         elif trial["lr"] == content["chosen"].get(name):
             finals[name][trial["seed"]] = value
-            seconds[name].append(trial["seconds_per_step"])
+            runs[name].append(trial)
     base = next(name for name in finals if name == f"lora@{content['recipe']['method']['rank']}")
     rates = sorted(content["rates"])
     lines = [
@@ -45,9 +46,9 @@ def markdown(folder: Path) -> str:
         gain = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" if difference else ""
         over = " | ".join(f"{mean(tuned[name][rate]):.3f}" if rate in tuned[name] else "" for rate in rates)
         verdict = difference.verdict if difference else ""
-        cost = median(seconds[name]) / median(seconds[base])
+        cost = relative_cost(runs[name], runs[base], "seconds_per_step")
         chosen = f"{content['chosen'][name]:g}"
-        cells = [name, chosen, f"{mean(values):.4f}{error}", gain, verdict, f"{cost:.2f}", over]
+        cells = [name, chosen, f"{mean(values):.4f}{error}", gain, verdict, "" if cost is None else f"{cost:.2f}", over]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,7 +42,9 @@ def _fake(comparison, trial, *, calls=None, broken=None):
         return {"error": "out of memory"}
     value = 0.5 + 0.1 * (trial.lr == 1e-2) + 0.01 * trial.seed + 0.05 * (trial.contender.method == "scalora")
     costs = {"seconds_per_step": 1.0, "peak_memory_bytes": 100, "trainable_parameters": 10, "adapter_bytes": 5}
+    environment = {"processor": "fast", "threads": 1, "gpu": None}
     return {
+        "environment": environment,
         "after": {"accuracy": value, "nll": 1 - value}, "primary": "accuracy", "higher_is_better": True, **costs,
         "ranks": [{"step": 2, "mean": 2.0, "kinds": {}}], "losses": [[2, 1.0], [4, 0.5]],
     }  # fmt: skip

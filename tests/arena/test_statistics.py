@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from scalora.arena.plan import Contender, Trial
-from scalora.arena.statistics import choose_rate, compare, curve_verdict, final_values, over_rates, summarize
+from scalora.arena.statistics import (
+    choose_rate,
+    compare,
+    curve_verdict,
+    final_values,
+    over_rates,
+    relative_cost,
+    summarize,
+)
 
 LORA, OTHER = Contender("lora", 4), Contender("scalora", 4)
 
@@ -69,3 +77,15 @@ def test_the_rank_curve_is_judged_in_words():
     single = {t: r for t, r in flat.items() if t.seed == 0}
     assert "one tuning seed" in curve_verdict(single, curve)
     assert "not measured" in curve_verdict({}, curve)
+
+
+def _on(processor, seconds):
+    return {"environment": {"processor": processor, "threads": 1, "gpu": None}, "seconds_per_step": seconds}
+
+
+def test_times_are_compared_on_one_machine_only():
+    lora = [_on("fast", 1.0), _on("fast", 1.0), _on("slow", 4.0)]
+    assert relative_cost([_on("fast", 2.0)], lora, "seconds_per_step") == 2.0
+    assert relative_cost([_on("slow", 4.0)], lora, "seconds_per_step") == 1.0
+    assert relative_cost([_on("fast", 2.0), _on("slow", 4.0)], lora, "seconds_per_step") == 1.5
+    assert relative_cost([_on("another", 2.0)], lora, "seconds_per_step") is None

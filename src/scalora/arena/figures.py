@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .plan import Contender
-from .statistics import Results, choose_rate, final_values, over_rates, summarize
+from .statistics import Results, choose_rate, final_runs, over_rates, relative_cost, summarize
 
 _COLOURS = mpl.color_sequences["tab20"][::2] + mpl.color_sequences["tab20"][1::2]  # strong hues first
 _SIZE = (9.6, 5.4)
@@ -82,24 +82,19 @@ def ranks(results: Results, chosen: dict[Contender, float]) -> str:
     return _svg(draw)
 
 
-def quality_over_cost(results: Results, chosen: dict[Contender, float], metric: str) -> str:
-    """Test metric over median seconds per step."""
+def quality_over_cost(results: Results, chosen: dict[Contender, float], base: Contender, metric: str) -> str:
+    """Test metric over seconds per step relative to `base`, of those that ran on the same hardware."""
 
     def draw(axis: Axes) -> None:
+        reference = final_runs(results, base, chosen.get(base)).values()
         for contender, colour in _coloured(list(chosen)):
-            values = list(final_values(results, contender, chosen[contender], metric).values())
-            if values:
-                quality, cost = summarize(values), _mean_of(results, contender, chosen[contender], "seconds_per_step")
-                axis.errorbar(
-                    [cost],
-                    [quality.value],
-                    yerr=[quality.error],
-                    marker="o",
-                    capsize=3,
-                    color=colour,
-                    label=str(contender),
-                )
-        axis.set(xlabel="seconds per step (median)", ylabel=f"test {metric}")
+            runs = final_runs(results, contender, chosen[contender]).values()
+            cost = relative_cost(runs, reference, "seconds_per_step")
+            if cost is not None:
+                quality = summarize([run["after"][metric] for run in runs])
+                point = {"marker": "o", "capsize": 3, "color": colour, "label": str(contender)}
+                axis.errorbar([cost], [quality.value], yerr=[quality.error], **point)
+        axis.set(xlabel=f"seconds per step, {base} = 1", ylabel=f"test {metric}")
 
     return _svg(draw)
 
@@ -119,11 +114,6 @@ def _over_steps(
             if len(chosen) <= _BANDS:
                 axis.fill_between(steps, *_spread([by_step[s] for s in steps]), color=colour, alpha=0.12, linewidth=0)
     axis.set(xlabel="optimizer step", ylabel=label)
-
-
-def _mean_of(results: Results, contender: Contender, lr: float, key: str) -> float:
-    trials = [t for t in results if t.stage == "final" and t.contender == contender and t.lr == lr]
-    return mean(results[t][key] for t in trials if "error" not in results[t])
 
 
 def _spread(groups: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 from ..files import write_text
 from . import figures
 from .plan import Comparison, Contender
-from .statistics import Results, chosen_rates, compare, curve_verdict, final_values, over_rates, primary, summarize
+from .statistics import (
+    Results,
+    chosen_rates,
+    compare,
+    curve_verdict,
+    final_runs,
+    final_values,
+    over_rates,
+    primary,
+    relative_cost,
+    summarize,
+)
 
 COLUMNS = (
     "contender", "lr", "metric", "vs LoRA (95 %)", "wins", "verdict", "trainable", "time/LoRA", "memory/LoRA",
@@ -66,7 +77,7 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
     for title, picture in (
         ("Learning curves", figures.learning_curves(results, chosen)),
         ("Rank of the accumulated update", figures.ranks(results, chosen)),
-        ("Quality over cost", figures.quality_over_cost(results, chosen, metric)),
+        ("Quality over cost", figures.quality_over_cost(results, chosen, _baseline(comparison), metric)),
     ):
         parts.append(f"<h2>{escape(title)}</h2>{picture}")
     if failures:
@@ -96,7 +107,7 @@ def _cells(
     results: Results, contender: Contender, lr: float | None, values: dict[int, float],
     base: Contender, base_lr: float | None, base_values: dict[int, float], metric: str, higher: bool,
 ) -> tuple[str, ...]:  # fmt: skip
-    ours, theirs = _costs(results, contender, lr), _costs(results, base, base_lr)
+    ours, theirs = (list(final_runs(results, c, rate).values()) for c, rate in ((contender, lr), (base, base_lr)))
     m = summarize(list(values.values()))
     error = f" ± {m.error:.4f}" if isfinite(m.error) else ""
     difference = compare(values, base_values, higher_is_better=higher) if contender != base else None
@@ -110,12 +121,13 @@ def _cells(
         )
 
     def ratio(key: str) -> str:
-        return f"{ours[key] / theirs[key]:.2f}" if theirs.get(key) else ""
+        cost = relative_cost(ours, theirs, key)
+        return "" if cost is None else f"{cost:.2f}"
 
     return (
         str(contender), f"{lr:g}", f"{m.value:.4f}{error} (n={m.n})", gain, wins, verdict,
-        f"{ours['trainable_parameters']:,.0f}", ratio("seconds_per_step"), ratio("peak_memory_bytes"),
-        f"{ours['adapter_bytes'] / 2**20:.1f} MiB",
+        f"{ours[0]['trainable_parameters']:,}", ratio("seconds_per_step"), ratio("peak_memory_bytes"),
+        f"{mean(run['adapter_bytes'] for run in ours) / 2**20:.1f} MiB",
     )  # fmt: skip
 
 
@@ -123,16 +135,6 @@ def _over_rates(results: Results, contender: Contender, comparison: Comparison, 
     """Mean validation metric at each rate; empty where a trial is missing or failed."""
     found = over_rates(results, contender, metric)
     return (str(contender), *(f"{mean(found[r]):.4f}" if r in found else "" for r in sorted(comparison.rates)))
-
-
-def _costs(results: Results, contender: Contender, lr: float | None) -> dict[str, float]:
-    keys = ("seconds_per_step", "peak_memory_bytes", "trainable_parameters", "adapter_bytes")
-    runs = [
-        r
-        for t, r in results.items()
-        if t.stage == "final" and t.contender == contender and t.lr == lr and "error" not in r
-    ]
-    return {key: mean(run[key] for run in runs) for key in keys} if runs else {}
 
 
 def _baseline(comparison: Comparison) -> Contender:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from scipy import stats
@@ -82,11 +82,34 @@ def chosen_rates(results: Results, comparison: Comparison) -> dict[Contender, fl
 
 def final_values(results: Results, contender: Contender, lr: float | None, metric: str) -> dict[int, float]:
     """Test metric by seed at the chosen rate."""
+    return {seed: run["after"][metric] for seed, run in final_runs(results, contender, lr).items()}
+
+
+def final_runs(results: Results, contender: Contender, lr: float | None) -> dict[int, Mapping[str, Any]]:
+    """What the runs at the chosen rate left, by seed."""
     return {
-        trial.seed: result["after"][metric]
+        trial.seed: result
         for trial, result in sorted(results.items(), key=lambda item: item[0].seed)
         if trial.stage == "final" and trial.contender == contender and trial.lr == lr and "error" not in result
     }
+
+
+def relative_cost(ours: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Median of some runs' seconds or bytes over that of others on the same hardware; None where they never met.
+
+    A comparison may go on with another machine, whose times say nothing beside the first one's. Where both ran on
+    several, the mean of the ratios.
+    """
+    mine, theirs = _by_hardware(ours, key), _by_hardware(base, key)
+    ratios = [median(mine[where]) / median(theirs[where]) for where in mine.keys() & theirs.keys()]
+    return mean(ratios) if ratios else None
+
+
+def _by_hardware(runs: Iterable[Mapping[str, Any]], key: str) -> dict[tuple[Any, ...], list[float]]:
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for run in runs:
+        found[tuple(run["environment"][part] for part in ("processor", "threads", "gpu"))].append(run[key])
+    return found
 
 
 def summarize(values: Sequence[float]) -> Mean:
