@@ -113,7 +113,7 @@ class Runner:
             return
         if self.handle.config.interval is None:  # a refresh cannot be taken at will: zeros cost as much to multiply
             store.free = SLOTS // 2
-            store.end_event(0)
+            store._declare()
             return
         layer = self.handle.layers[0]
         slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1

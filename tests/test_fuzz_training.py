@@ -85,12 +85,15 @@ class Life(RuleBasedStateMachine):
     def _outputs(self) -> torch.Tensor:
         return self.model(INPUTS)
 
+    def _about_to_recompress(self) -> bool:
+        return self.handle.store.lacks(1 if self.config.refresh is None else 3)
+
     @rule(seed=st.integers(0, 1000), size=st.sampled_from([0.0, 1.0, 100.0]), clear=st.booleans())
     def step(self, seed, size, clear):
         targets = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
         (size * (self.model(INPUTS) - targets).square().mean()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        recompressed = self.handle.store.lacks(2)
+        recompressed = self._about_to_recompress()
         between = []
         watch = self.optimizer.register_step_pre_hook(lambda *_: between.append(self._outputs()))  # after ours
         self.optimizer.step()
@@ -104,7 +107,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def step_without_gradients(self):
         self.optimizer.zero_grad(set_to_none=True)
-        recompressed = self.handle.store.lacks(2)
+        recompressed = self._about_to_recompress()
         self.optimizer.step()
         if recompressed:
             self.expected = self._outputs()

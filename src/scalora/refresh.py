@@ -104,7 +104,12 @@ class Refresh:
         parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
         if not parts:
             return
-        if self.store.lacks(2):
+        if self.store.full:
+            self.store.make_room()
+        for layers, now, _ in parts:
+            self._move(1.0, layers, now.A, now.B)
+        self.store.end_event()
+        if self.store.lacks(2):  # now, that it holds the update so far and no adapter's beginning
             self.store.make_room()
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
         before, after = (
@@ -113,7 +118,7 @@ class Refresh:
         )
         for part in parts:
             self._replace(part, (before / after).sqrt().to(part.now.A.dtype))
-        self.store.end_event(2)
+        self.store.end_event()
 
     def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
         """The layers of one shape that took part in the last steps, and what they become."""
@@ -130,9 +135,8 @@ class Refresh:
         )
 
     def _replace(self, part: _Part, share: Tensor) -> None:
-        layers, now, new = part
-        s = torch.tensor([[layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=now.A.device)
-        self.store.add(layers, torch.cat([now.A, new.A], -1), torch.cat([s, -s], -1), torch.cat([now.B, new.B], -1))
+        layers, _, new = part
+        self._move(-1.0, layers, new.A, new.B)
         write([layer.A for layer in layers], list(new.A))
         write([layer.Bt for layer in layers], list(new.B.mT))
         for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):
@@ -140,6 +144,11 @@ class Refresh:
                 if p.grad is not None:
                     write([p.grad], [gradient * share])
                 self.optimizer.state.pop(p, None)
+
+    def _move(self, sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> None:
+        """Add sign·s·A Bᵀ of layers of one shape to the store."""
+        s = torch.tensor([[sign * layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
+        self.store.add(layers, A, s, B)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -120,6 +120,8 @@ class OracleCallback(AccumulatedCallback):
             usable = G is not None and bool(torch.isfinite(G).all()) and bool(G.any())
             pairs.append(optimal_adapters(dense_svd(G), layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
         self._move(1.0)
+        if self.store.lacks(2):  # now, that it holds the update so far and no adapter's beginning
+            self.store.make_room()
         for layer, pair in zip(self.layers, pairs, strict=True):
             if pair is None:
                 continue

@@ -46,8 +46,8 @@ class AdapterStore(Store):
     def lacks(self, slots: int) -> bool:
         return self.free < slots
 
-    def end_event(self, slots: int = 1) -> None:
-        self.free -= slots
+    def end_event(self) -> None:
+        self.free -= 1
         self._declare()
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:

@@ -44,7 +44,7 @@ class BaseStore(Store):
             self._compensates(layer)
         self.tuner = next((take_over(m) for m in model.modules() if isinstance(m, PeftModel)), None)
 
-    def end_event(self, slots: int = 1) -> None:
+    def end_event(self) -> None:
         if self.tuner is not None:
             self.tuner.base_written = True
 

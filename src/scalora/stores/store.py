@@ -27,8 +27,8 @@ class Store(ABC):
     def make_room(self) -> None:
         """Called when room is lacking, before an event that is sure to take place."""
 
-    def end_event(self, slots: int = 1) -> None:
-        """Called after one addition, of `slots` times r columns, per layer."""
+    def end_event(self) -> None:
+        """Called after one addition of r columns per layer."""
 
     def discarded_share(self, like: Tensor) -> Tensor:
         """Norm of all that was discarded so far, relative to what was kept at that time; mean over layers, 0-d."""
@@ -36,7 +36,7 @@ class Store(ABC):
 
     @abstractmethod
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        """Add A_l diag(d_l) B_lᵀ to layer l; of one shape, k = slots·r. A: (L, m, k), d: (L, k), B: (L, n, k)."""
+        """Add A_l diag(d_l) B_lᵀ to layer l; of one shape. A: (L, m, r), d: (L, r), B: (L, n, r)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
