@@ -60,8 +60,8 @@ def test_a_grad_scaler_with_clipping(fused):
 
 @pytest.mark.parametrize("accumulate", ["adapter", "base"])
 def test_bf16_weights(accumulate):
-    """The logits round at 2⁻⁸ of their size, whatever happens."""
-    run(zoo.lora("llama", torch.bfloat16), accumulate=accumulate, tolerance=2.0**-8)
+    """Logits below 1 lie up to 2⁻⁸ apart in bf16: they may move by one such step, whichever way a processor rounds."""
+    run(zoo.lora("llama", torch.bfloat16), accumulate=accumulate, tolerance=1.5 * 2.0**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
