@@ -112,6 +112,26 @@ def test_many_refreshes_do_not_drift():
     assert sum((after - before).abs().max().item() for before, after in changes) < 1e-3
 
 
+def test_a_recompression_sees_the_whole_update_and_nothing_else():
+    model, optimizer, handle = attached(every=2, lr=1e-3)
+    layer, make_room, seen = handle.layers[0], handle.store.make_room, []
+
+    def held(layer):
+        return layer.scale * layer.A.detach() @ layer.Bt.detach()
+
+    def watched_room():
+        seen.append((handle.step, held(layer.frozen())))
+        make_room()
+
+    handle.store.make_room = watched_room
+    changes = watched(handle, lambda: held(layer.frozen()) + held(layer))
+    zoo.train(model, optimizer, "llama", 41)
+    whole = dict(zip(handle.refresh.steps, (before for before, _ in changes), strict=True))
+    assert len(seen) > 3
+    for step, update in seen:
+        torch.testing.assert_close(update, whole[step], rtol=1e-4, atol=1e-6)
+
+
 def test_the_new_adapters_are_those_of_theorem_1(monkeypatch):
     """On one batch again and again, without moving, wide sketches hold the gradient: all can be computed from it."""
     monkeypatch.setattr(
