@@ -3,10 +3,6 @@
 import os
 import signal
 
-# On AMD processors MKL rounds by where a matrix lies in memory, so that no two runs are bitwise alike. It reads this at
-# its first product; subprocesses inherit it.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
