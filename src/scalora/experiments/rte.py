@@ -57,12 +57,11 @@ class Fig2(Experiment):
             base, rate = problem.recipe, GLUE_SETTINGS["RTE"].rates[contender.method]
         else:
             setting.file("glue/RTE/train.tsv")
-            base = small_recipe(setting, "RTE")
+            base = small_recipe(setting, "RTE", passes=self.epochs)
             rate = 1e-3 * build_method(MethodSpec(name=contender.method)).lr_factor
         content = base.model_dump(mode="json")
         content["method"] |= {"name": contender.method, "rank": contender.rank, "alpha": 2.0 * contender.rank}
-        epochs = content["training"]["num_train_epochs"] if setting.scale == "paper" else self.epochs
-        content["training"] |= {"learning_rate": rate, "num_train_epochs": epochs, "save_strategy": "no"}
+        content["training"] |= {"learning_rate": rate, "save_strategy": "no"}
         content["output"] = str(setting.folder / str(contender))
         return parse_recipe(content)
 
