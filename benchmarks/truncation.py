@@ -1,0 +1,89 @@
+"""What LoRA's trained update is worth at lower ranks than it was trained with: is rank missing, or a way to train it?
+
+    python -m benchmarks.truncation recipes/smollm2-gsm8k.yaml --set task.data.folder=../shared/data --rank 8 --seeds 3
+
+Trains plain LoRA at the recipe's rate, cuts each layer's update to its best approximations of lower rank and scores
+each on the test split. Adds to benchmarks/results/truncation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from scalora.adapters import find_layers
+from scalora.files import write_json
+from scalora.lowrank import truncate
+from scalora.models import load_model
+from scalora.provenance import environment, git_revision
+from scalora.recipes import Recipe, load_recipe
+from scalora.tasks import build_task
+from scalora.training import ADAPTER, train
+
+RESULTS = Path("benchmarks/results/truncation.json")
+
+
+def main() -> None:
+    """Run the seeds that are missing, then print means."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1)
+    given = parser.parse_args()
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    key = f"{Path(given.recipe).stem}, r = {given.rank}"
+    found = stored.setdefault(key, {"seeds": {}})
+    for seed in map(str, range(given.seeds)):
+        if seed not in found["seeds"]:
+            found["seeds"][seed] = one_seed(given.recipe, given.set, given.rank, int(seed))
+            found |= {"command": " ".join(["python -m benchmarks.truncation", *sys.argv[1:]])}
+            found |= {"environment": environment(), "git_revision": git_revision()}
+            write_json(RESULTS, stored)
+    for rank in next(iter(found["seeds"].values())):
+        values = [metrics[rank]["nll"] for metrics in found["seeds"].values()]
+        error = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+        print(f"{key} cut to {rank}: nll {mean(values):.4f}{error}")
+
+
+def one_seed(place: str, overrides: list[str], rank: int, seed: int) -> dict[str, Any]:
+    """Test metrics by rank, the trained one first."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = [
+            "method.name=lora", f"method.rank={rank}", f"method.alpha={2 * rank}", f"training.seed={seed}",
+            'training.save_strategy="no"', f"output={folder}/run",
+        ]  # fmt: skip
+        recipe = load_recipe(place, [*overrides, *own])
+        trained = train(recipe, split="test", baseline=False, ranks=False).metrics["after"]
+        ranks = [2**i for i in reversed(range(rank.bit_length())) if 2**i < rank]
+        return {str(rank): trained, **cut(recipe, ranks)}
+
+
+@torch.no_grad()
+def cut(recipe: Recipe, ranks: list[int]) -> dict[str, Any]:
+    """Test metrics of a finished run's adapter at lower ranks, descending."""
+    task = build_task(recipe.task)
+    base, tokenizer = load_model(recipe.model, head=task.head, attn_implementation=recipe.attn_implementation)
+    model = PeftModel.from_pretrained(base, Path(recipe.output) / ADAPTER, is_trainable=True)
+    found = {}
+    for rank in ranks:
+        for layer in find_layers(model):
+            best = truncate(layer.A.double(), layer.Bt.double().mT, rank)
+            layer.A.zero_()[:, :rank] = best.P
+            layer.Bt.zero_()[:rank] = best.Q.mT
+        autocast = torch.bfloat16 if recipe.training.get("bf16") else None
+        score = task.score(model, tokenizer, "test", batch_size=recipe.score_batch_size, autocast=autocast)
+        found[str(rank)] = score.metrics
+    return found
+
+
+if __name__ == "__main__":
+    main()
