@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peft.tuners.hira.layer import Linear
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,6 +32,7 @@ from scalora import provenance
 from scalora.adapters import ACCUMULATED
 from scalora.engine import ScaLora
 from scalora.files import write_json
+from scalora.hadamard import FusedHira
 from scalora.methods import MethodSpec, build_method
 from scalora.models import load_model
 from scalora.provenance import environment, git_revision
@@ -52,6 +54,7 @@ METHODS = (
     "relora",
     "mora",
     "hira",
+    "hira:peft",
     "dora",
     "lora@4r",
     "full",
@@ -68,10 +71,14 @@ class Runner:
         method, _, option = name.partition(":")
         method, _, rank = method.partition("@")
         r = what["rank"] * (4 if rank else 1)
-        spec = MethodSpec(name=method, rank=r, options={"accumulate": option} if option else {})
+        spec = MethodSpec(name=method, rank=r, options={"accumulate": option} if option == "base" else {})
         torch.manual_seed(0)
         self.adapted = build_method(spec).adapt(model.to(device).train(), what["head"])
         self.model = self.adapted.model
+        if option == "peft":  # as PEFT computes it
+            for module in self.model.modules():
+                if isinstance(module, FusedHira):
+                    module.__class__ = Linear
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.arguments = TrainingArguments(output_dir="unused", learning_rate=1e-4, use_cpu=device == "cpu")
         make = self.adapted.optimizer

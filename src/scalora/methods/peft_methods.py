@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import AdapterLayer, find_layers
+from ..hadamard import fuse_hira
 from ..models import Head
 from ..plain import joined_factors
 from .base import Adapted, Method
@@ -74,7 +75,7 @@ class Pissa(Method):
 
 
 class Hira(Method):
-    """W + W∘(BA), B = 0 at the start; it has no alpha."""
+    """W + W∘(BA), B = 0 at the start; it has no alpha. PEFT's layers, computed in one product where they are plain."""
 
     name = "hira"
     summary = "HiRA (ICLR 2025), as PEFT has it: W + W∘(BA)"
@@ -87,7 +88,9 @@ class Hira(Method):
             target_modules=self.spec.target_modules,
             task_type=task_type(head),
         )
-        return merged_adapted(wrap(model, config, self.spec), head)
+        peft_model = wrap(model, config, self.spec)
+        fuse_hira(peft_model)
+        return merged_adapted(peft_model, head)
 
 
 METHODS = (RsLora, Dora, Pissa, Hira)
