@@ -38,6 +38,9 @@ class FusedHira(Linear):
             return None
         if self.training and not isinstance(self.hira_dropout[names[0]], nn.Identity):
             return None
+        # In a half-precision weight 1 + BA would be rounded away where BA is small; PEFT keeps the two apart.
+        if base.weight.dtype.itemsize < 4:
+            return None
         A, B = self.hira_A[names[0]], self.hira_B[names[0]]
         # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
         if is_sharded(A) or not (A.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
