@@ -2,8 +2,8 @@
 
 A probe is one more adapter whose product is zero: with C = 0 (m×k) the output x(ΩCᵀ) changes nothing, and autograd's
 gradient of C is gᵀ(xΩ) = GΩ; with D = 0 (n×k) in x(DQᵀ) that of D is xᵀ(gQ) = GᵀQ. Micro-batches, autocast, activation
-checkpointing and torch.compile are thereby autograd's business. Neither matrix is a parameter of the model: clipping,
-the optimizer, DDP and checkpoints do not see them.
+checkpointing and torch.compile are thereby autograd's business; neither the zero product is formed nor what it would
+pass back. Neither matrix is a parameter of the model: clipping, the optimizer, DDP and checkpoints do not see them.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ class Sketch:
             like, k = local(layer.A.detach()), basis.shape[1]
             basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
             if side == "left":
-                probe = Adapter(basis.mT.contiguous(), basis.new_zeros(layer.A.shape[0], k, requires_grad=True))
+                C = basis.new_zeros(layer.A.shape[0], k, requires_grad=True)
+                probe = Adapter(basis.mT.contiguous(), C, zero="A")
             else:
-                probe = Adapter(basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True), basis)
+                Dt = basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True)
+                probe = Adapter(Dt, basis, zero="Bt")
             layer.module.probe = probe  # pyright: ignore[reportAttributeAccessIssue]
         self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in self._leaves()] if _several() else []
 

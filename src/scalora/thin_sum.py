@@ -2,28 +2,33 @@
 
 Products with few columns cost what they read and write, not what they compute: one pass over the output for all
 adapters takes hardly longer than one for each would. Autograd alone would pay for the joining with gradients of the
-frozen adapters too; here only what is trained gets one.
+frozen adapters too; here only what is trained gets one. An adapter with a zero matrix is there for that matrix's
+gradient, and takes part only in the products which that needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Zero = Literal["Bt", "A"]
+
 
 class Adapter(NamedTuple):
-    """One adapter x ↦ scale·(x B) Aᵀ."""
+    """One adapter x ↦ scale·(x B) Aᵀ. Where one matrix is declared zero, the other gets no gradient."""
 
     Bt: Tensor  # (r, n)
     A: Tensor  # (m, r)
     scale: float = 1.0
+    zero: Zero | None = None
 
 
-def add_adapters(result: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
+def add_adapters(result: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """result + Σ s·(x B) Aᵀ, computed where `result` is and in its dtype.
 
     Args:
@@ -32,21 +37,33 @@ def add_adapters(result: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
         adapters: of any number of columns, floating dtype and device; each matrix may be trained or frozen. The
             gradients are those of autograd up to rounding; they cannot be differentiated again.
     """
+    adapters = sorted(
+        adapters, key=lambda each: each.zero is not None
+    )  # so that those to be added are the first columns
     matrices = [matrix for each in adapters for matrix in (each.Bt, each.A)]
-    return _ThinSum.apply(result, x, tuple(each.scale for each in adapters), *matrices)  # pyright: ignore
+    scales, zeros = tuple(each.scale for each in adapters), tuple(each.zero for each in adapters)
+    return _ThinSum.apply(result, x, scales, zeros, *matrices)  # pyright: ignore
 
 
 class _ThinSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, scales: tuple[float, ...], *matrices: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        scales: tuple[float, ...],
+        zeros: tuple[Zero | None, ...],
+        *matrices: Tensor,
+    ) -> Tensor:
         x_like = x.to(result.dtype)
-        Bt, A = _joined(matrices, scales, result)
-        h = x_like.flatten(0, -2) @ Bt.mT
-        out = torch.addmm(result.flatten(0, -2), h, A.mT).view(result.shape)
-        trained, columns = ctx.needs_input_grad[3:], _columns(matrices)
+        inner = _but(zeros, "Bt")
+        h = x_like.flatten(0, -2) @ _joined_Bt(matrices, inner, result).mT
+        A = _joined_A(matrices, scales, _but(zeros, "Bt", "A"), result)
+        out = torch.addmm(result.flatten(0, -2), h[:, : A.shape[1]], A.mT).view(result.shape)
+        trained = ctx.needs_input_grad[4:]
         # A slice would keep all of h alive.
-        kept = [h[:, own].clone() for own, mine in zip(columns, trained[1::2], strict=True) if mine]
-        ctx.scales, ctx.dtype = scales, x.dtype
+        kept = [h[:, own].clone() for i, own in _columns(matrices, inner) if trained[2 * i + 1]]
+        ctx.scales, ctx.zeros, ctx.dtype = scales, zeros, x.dtype
         ctx.save_for_backward(x_like if any(trained[::2]) else None, *kept, *matrices)
         ctx.shape = x.shape
         return out
@@ -56,28 +73,41 @@ class _ThinSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *kept = ctx.saved_tensors
         kept, matrices = kept[: -2 * len(ctx.scales)], tuple(kept[-2 * len(ctx.scales) :])
-        Bt, A = _joined(matrices, ctx.scales, g)
+        trained = ctx.needs_input_grad[4:]
+        inner, outer = _but(ctx.zeros, "Bt"), _but(ctx.zeros, "A")
         flat = g.flatten(0, -2)
-        gh = flat @ A
-        gx = (gh @ Bt).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        gradients: list[Tensor | None] = []
-        h = iter(kept)
-        for i, (own, scale) in enumerate(zip(_columns(matrices), ctx.scales, strict=True)):
-            needs_Bt, needs_A = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
-            gradients += [
-                (gh[:, own].mT @ x.flatten(0, -2)).to(matrices[2 * i]) if needs_Bt else None,
-                (next(h).mT @ flat).mT.to(matrices[2 * i + 1]) * scale if needs_A else None,
-            ]
-        return g, gx, None, *gradients
+        gh = flat @ _joined_A(matrices, ctx.scales, outer, g)
+        gx = None
+        if ctx.needs_input_grad[1]:
+            Bt = _joined_Bt(matrices, _but(ctx.zeros, "Bt", "A"), g)
+            gx = (gh[:, : Bt.shape[0]] @ Bt).view(ctx.shape).to(ctx.dtype)
+        gradients: list[Tensor | None] = [None] * len(matrices)
+        for i, own in _columns(matrices, outer):
+            if trained[2 * i]:
+                gradients[2 * i] = (gh[:, own].mT @ x.flatten(0, -2)).to(matrices[2 * i])
+        for i, h in zip((i for i in inner if trained[2 * i + 1]), kept, strict=True):
+            gradients[2 * i + 1] = (h.mT @ flat).mT.to(matrices[2 * i + 1]) * ctx.scales[i]
+        return g, gx, None, None, *gradients
 
 
-def _joined(matrices: tuple[Tensor, ...], scales: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """[B₁ B₂ …]ᵀ and [s₁A₁ s₂A₂ …]."""
-    scaled = [A if scale == 1 else A * scale for A, scale in zip(matrices[1::2], scales, strict=True)]
-    return torch.cat([Bt.to(like) for Bt in matrices[::2]]), torch.cat([A.to(like) for A in scaled], 1)
+def _but(zeros: Sequence[Zero | None], *without: Zero) -> list[int]:
+    """The adapters whose zero matrix, if there is one, is none of these."""
+    return [i for i, zero in enumerate(zeros) if zero not in without]
 
 
-def _columns(matrices: tuple[Tensor, ...]) -> list[slice]:
-    """Where each adapter's columns lie among all."""
-    ends = accumulate(Bt.shape[0] for Bt in matrices[::2])
-    return [slice(end - Bt.shape[0], end) for end, Bt in zip(ends, matrices[::2], strict=True)]
+def _joined_Bt(matrices: Sequence[Tensor], which: Iterable[int], like: Tensor) -> Tensor:
+    """[B₁ B₂ …]ᵀ."""
+    return torch.cat([like.new_empty(0, matrices[0].shape[1]), *(matrices[2 * i].to(like) for i in which)])
+
+
+def _joined_A(matrices: Sequence[Tensor], scales: Sequence[float], which: Iterable[int], like: Tensor) -> Tensor:
+    """[s₁A₁ s₂A₂ …]."""
+    scaled = ((i, matrices[2 * i + 1]) for i in which)
+    parts = [(A if scales[i] == 1 else A * scales[i]).to(like) for i, A in scaled]
+    return torch.cat([like.new_empty(matrices[1].shape[0], 0), *parts], 1)
+
+
+def _columns(matrices: Sequence[Tensor], which: Sequence[int]) -> list[tuple[int, slice]]:
+    """Where the columns of each of these adapters lie among all of these."""
+    ranks = [matrices[2 * i].shape[0] for i in which]
+    return [(i, slice(end - rank, end)) for i, rank, end in zip(which, ranks, accumulate(ranks), strict=True)]
