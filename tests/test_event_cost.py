@@ -72,7 +72,7 @@ def test_only_columns_in_use_are_multiplied_unless_someone_else_wrote_to_them():
     full = handle.layers[0].frozen().rank
 
     def width():
-        return [Bt.shape[0] for Bt, _, _ in module._plain_adapters(torch.zeros(1, module.in_features))]
+        return [Bt.shape[0] for Bt, *_ in module._plain_adapters(torch.zeros(1, module.in_features))]
 
     r = handle.layers[0].rank
     assert width() == [r]  # nothing accumulated yet

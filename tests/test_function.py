@@ -153,7 +153,7 @@ def test_a_frozen_adapter_of_the_users_stays_active_and_untouched(accumulate):
     optimizer = torch.optim.AdamW(zoo.trainable(model), lr=3e-3)
     start = zoo.logits(model, "llama")
     handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=1, accumulate=accumulate))
-    assert torch.equal(zoo.logits(model, "llama"), start)  # attaching changes nothing
+    torch.testing.assert_close(zoo.logits(model, "llama"), start, rtol=1e-5, atol=1e-6)  # attaching changes nothing
     changes = watch(handle, model, "llama")
     zoo.train(model, optimizer, "llama", 4)
     assert max(change for change, _ in changes) < 1e-5

@@ -18,6 +18,7 @@ LAYERS = [
         "moments",
         "adapters",
         "probes",
+        "merged_linear",
         "fused",
         "hadamard",
         "stats",

@@ -2,7 +2,8 @@
 
 PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
 there and back each time. Here all adapters together are two matrix products, the second of which adds to the result
-instead of writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use take part.
+instead of writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use take part,
+and where there are many tokens, all are added to the weight instead (:mod:`scalora.merged_linear`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ACCUMULATED, AdapterLayer
+from .merged_linear import frozen_weight, merged_linear, pays
 from .sharded import is_sharded
 from .thin_sum import Adapter, add_adapters
 
@@ -39,10 +41,15 @@ class FusedLinear(Linear):
         if not adapters:
             result = super().forward(x, *args, **kwargs)
             return result if probe is None else add_adapters(result, x, [probe])
-        if probe is not None:
-            adapters = [*adapters, probe]
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # cast once, for base and adapters
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if probe is not None:
+            adapters = [*adapters, probe]
+        # Where all columns are trained, their own thin products are the cheaper way.
+        frozen = any(not (each.Bt.requires_grad or each.A.requires_grad) for each in adapters)
+        W = frozen_weight(self.base_layer, x) if frozen else None
+        if W is not None and pays(x, W):
+            return merged_linear(x, W, self.base_layer.bias, adapters)  # pyright: ignore
         return add_adapters(self.base_layer(x), x, adapters)
 
     def _plain_adapters(self, x: Tensor) -> list[Adapter] | None:

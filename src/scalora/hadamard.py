@@ -14,6 +14,7 @@ from peft.tuners.hira.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .merged_linear import frozen_weight
 from .sharded import is_sharded
 
 
@@ -22,30 +23,26 @@ class FusedHira(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
-        pair = None if args or kwargs else self._plain_adapter(x)
-        if pair is None:
+        matrices = None if args or kwargs else self._plain_matrices(x)
+        if matrices is None:
             return super().forward(x, *args, **kwargs)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return hadamard_linear(x, self.base_layer.weight, *pair, self.base_layer.bias)  # pyright: ignore
+        return hadamard_linear(x, *matrices, self.base_layer.bias)  # pyright: ignore
 
-    def _plain_adapter(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A and B of the one active adapter; None where the short way would not do the same."""
+    def _plain_matrices(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W, and A and B of the one active adapter; None where the short way would not do the same."""
         base, names = self.base_layer, [name for name in self.active_adapters if name in self.hira_A]
         if self.disable_adapters or self.merged or type(base) is not nn.Linear or len(names) != 1 or x.ndim < 2:
             return None
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base.weight.requires_grad:
-            return None
         if self.training and not isinstance(self.hira_dropout[names[0]], nn.Identity):
             return None
-        # In a half-precision weight 1 + BA would be rounded away where BA is small; PEFT keeps the two apart.
-        if base.weight.dtype.itemsize < 4:
-            return None
+        W = frozen_weight(base, x)
         A, B = self.hira_A[names[0]], self.hira_B[names[0]]
         # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
-        if is_sharded(A) or not (A.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+        if W is None or is_sharded(A) or not (A.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
             return None
-        return A, B
+        return W, A, B
 
 
 def fuse_hira(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ gradient, and takes part only in the products which that needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -56,13 +56,13 @@ class _ThinSum(torch.autograd.Function):
         *matrices: Tensor,
     ) -> Tensor:
         x_like = x.to(result.dtype)
-        inner = _but(zeros, "Bt")
-        h = x_like.flatten(0, -2) @ _joined_Bt(matrices, inner, result).mT
-        A = _joined_A(matrices, scales, _but(zeros, "Bt", "A"), result)
+        inner = but(zeros, "Bt")
+        h = x_like.flatten(0, -2) @ joined_Bt(matrices, inner, result).mT
+        A = joined_A(matrices, scales, but(zeros, "Bt", "A"), result)
         out = torch.addmm(result.flatten(0, -2), h[:, : A.shape[1]], A.mT).view(result.shape)
         trained = ctx.needs_input_grad[4:]
         # A slice would keep all of h alive.
-        kept = [h[:, own].clone() for i, own in _columns(matrices, inner) if trained[2 * i + 1]]
+        kept = [own.clone() for i, own in columns(h, matrices, inner).items() if trained[2 * i + 1]]
         ctx.scales, ctx.zeros, ctx.dtype = scales, zeros, x.dtype
         ctx.save_for_backward(x_like if any(trained[::2]) else None, *kept, *matrices)
         ctx.shape = x.shape
@@ -74,40 +74,59 @@ class _ThinSum(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         kept, matrices = kept[: -2 * len(ctx.scales)], tuple(kept[-2 * len(ctx.scales) :])
         trained = ctx.needs_input_grad[4:]
-        inner, outer = _but(ctx.zeros, "Bt"), _but(ctx.zeros, "A")
+        outer = but(ctx.zeros, "A")
         flat = g.flatten(0, -2)
-        gh = flat @ _joined_A(matrices, ctx.scales, outer, g)
+        gh = flat @ joined_A(matrices, ctx.scales, outer, g)
         gx = None
         if ctx.needs_input_grad[1]:
-            Bt = _joined_Bt(matrices, _but(ctx.zeros, "Bt", "A"), g)
+            Bt = joined_Bt(matrices, but(ctx.zeros, "Bt", "A"), g)
             gx = (gh[:, : Bt.shape[0]] @ Bt).view(ctx.shape).to(ctx.dtype)
-        gradients: list[Tensor | None] = [None] * len(matrices)
-        for i, own in _columns(matrices, outer):
-            if trained[2 * i]:
-                gradients[2 * i] = (gh[:, own].mT @ x.flatten(0, -2)).to(matrices[2 * i])
-        for i, h in zip((i for i in inner if trained[2 * i + 1]), kept, strict=True):
-            gradients[2 * i + 1] = (h.mT @ flat).mT.to(matrices[2 * i + 1]) * ctx.scales[i]
-        return g, gx, None, None, *gradients
+        of_A = dict(zip((i for i in but(ctx.zeros, "Bt") if trained[2 * i + 1]), kept, strict=True))
+        of_Bt = {i: own for i, own in columns(gh, matrices, outer).items() if trained[2 * i]}
+        return g, gx, None, None, *matrix_gradients(matrices, ctx.scales, x, flat, of_A, of_Bt)
 
 
-def _but(zeros: Sequence[Zero | None], *without: Zero) -> list[int]:
+def taken_apart(adapters: Sequence[Adapter]) -> tuple[Any, ...]:
+    """As an autograd function takes them: scales, zeros, B₁ᵀ, A₁, B₂ᵀ, …"""
+    matrices = [matrix for each in adapters for matrix in (each.Bt, each.A)]
+    return tuple(each.scale for each in adapters), tuple(each.zero for each in adapters), *matrices
+
+
+def but(zeros: Sequence[Zero | None], *without: Zero) -> list[int]:
     """The adapters whose zero matrix, if there is one, is none of these."""
     return [i for i, zero in enumerate(zeros) if zero not in without]
 
 
-def _joined_Bt(matrices: Sequence[Tensor], which: Iterable[int], like: Tensor) -> Tensor:
+def joined_Bt(matrices: Sequence[Tensor], which: Iterable[int], like: Tensor) -> Tensor:
     """[B₁ B₂ …]ᵀ."""
     return torch.cat([like.new_empty(0, matrices[0].shape[1]), *(matrices[2 * i].to(like) for i in which)])
 
 
-def _joined_A(matrices: Sequence[Tensor], scales: Sequence[float], which: Iterable[int], like: Tensor) -> Tensor:
+def joined_A(matrices: Sequence[Tensor], scales: Sequence[float], which: Iterable[int], like: Tensor) -> Tensor:
     """[s₁A₁ s₂A₂ …]."""
     scaled = ((i, matrices[2 * i + 1]) for i in which)
     parts = [(A if scales[i] == 1 else A * scales[i]).to(like) for i, A in scaled]
     return torch.cat([like.new_empty(matrices[1].shape[0], 0), *parts], 1)
 
 
-def _columns(matrices: Sequence[Tensor], which: Sequence[int]) -> list[tuple[int, slice]]:
-    """Where the columns of each of these adapters lie among all of these."""
+def columns(joined: Tensor, matrices: Sequence[Tensor], which: Sequence[int]) -> dict[int, Tensor]:
+    """The columns of each of these adapters among those of all of these."""
     ranks = [matrices[2 * i].shape[0] for i in which]
-    return [(i, slice(end - rank, end)) for i, rank, end in zip(which, ranks, accumulate(ranks), strict=True)]
+    return {i: joined[:, end - rank : end] for i, rank, end in zip(which, ranks, accumulate(ranks), strict=True)}
+
+
+def matrix_gradients(
+    matrices: Sequence[Tensor],
+    scales: Sequence[float],
+    x: Tensor,
+    g: Tensor,
+    of_A: Mapping[int, Tensor],
+    of_Bt: Mapping[int, Tensor],
+) -> list[Tensor | None]:
+    """Gradients of B₁ᵀ, A₁, B₂ᵀ, … where ``of_A`` holds x B of those whose A is trained, ``of_Bt`` s·g A likewise."""
+    gradients: list[Tensor | None] = [None] * len(matrices)
+    for i, gh in of_Bt.items():
+        gradients[2 * i] = (gh.mT @ x.flatten(0, -2)).to(matrices[2 * i])
+    for i, h in of_A.items():
+        gradients[2 * i + 1] = (h.mT @ g).mT.to(matrices[2 * i + 1]) * scales[i]
+    return gradients
