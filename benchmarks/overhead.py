@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft.tuners.hira.layer import Linear
+from peft.tuners import hira, lora
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -32,6 +32,7 @@ from scalora import provenance
 from scalora.adapters import ACCUMULATED
 from scalora.engine import ScaLora
 from scalora.files import write_json
+from scalora.fused import FusedLinear
 from scalora.hadamard import FusedHira
 from scalora.methods import MethodSpec, build_method
 from scalora.models import load_model
@@ -44,13 +45,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
     "minilm": {"source": "minilm-l6-v2", "head": "sequence-classification", "batch": 16, "tokens": 64, "rank": 8},
 }
+REFERENCE = "lora:peft"
 METHODS = (
+    REFERENCE,
     "lora",
     "scalora",
     "scalora-i",
     "scalora:base",
     "scalora-i:base",
     "scalora-refresh",
+    "scalora-refresh:base",
     "relora",
     "mora",
     "hira",
@@ -59,6 +63,7 @@ METHODS = (
     "lora@4r",
     "full",
 )
+PEFTS = {FusedLinear: lora.layer.Linear, FusedHira: hira.layer.Linear}  # what our layers stand in for
 _MEASURED_EVENTS = 3 * SLOTS
 
 
@@ -77,8 +82,7 @@ class Runner:
         self.model = self.adapted.model
         if option == "peft":  # as PEFT computes it
             for module in self.model.modules():
-                if isinstance(module, FusedHira):
-                    module.__class__ = Linear
+                module.__class__ = PEFTS.get(type(module), type(module))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.arguments = TrainingArguments(output_dir="unused", learning_rate=1e-4, use_cpu=device == "cpu")
         make = self.adapted.optimizer
@@ -212,12 +216,12 @@ def main() -> None:
     memory = {name: peak_memory(name, what, options.precision, device) for name in names}
     runners = {name: Runner(name, what, options.precision, device) for name in names}
     seconds, events = measure(runners, what, device, options.repeats)
-    reference = median(seconds["lora"])
-    table = Table("method", "s a step", "ratio to LoRA", "quartiles", "of it events", "peak memory", "store's own")
+    reference = median(seconds[REFERENCE])
+    table = Table("method", "s a step", "ratio to PEFT's", "quartiles", "events", "peak memory", "store's own")
     rows = {}
     for name, values in seconds.items():
         share = events[name] / reference
-        ratios = sorted(value / base + share for value, base in zip(values, seconds["lora"], strict=True))
+        ratios = sorted(value / base + share for value, base in zip(values, seconds[REFERENCE], strict=True))
         row = {
             "seconds": values,
             "event_seconds_per_step": events[name],
@@ -225,7 +229,7 @@ def main() -> None:
             "ratio": median(ratios),
             "quartiles": (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]),
             "peak_memory_bytes": memory[name],
-            "memory_ratio": memory[name] / memory["lora"],
+            "memory_ratio": memory[name] / memory[REFERENCE],
             "store_bytes": _store_bytes(runners[name].model),
         }
         rows[name] = row

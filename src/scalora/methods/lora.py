@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import find_layers
 from ..errors import ScaloraError
+from ..fused import fuse
 from ..lowrank import singular_values
 from ..models import Head
 from ..plain import Factors, joined_factors, save_plain_lora
@@ -68,7 +69,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec) -> PeftMo
 
 
 def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: Any) -> PeftModel:
-    """A PEFT LoRA model by a recipe's ``method`` section; ``options`` go to LoraConfig.
+    """A PEFT LoRA model by a recipe's ``method`` section, computed the shorter way; ``options`` go to LoraConfig.
 
     Raises:
         ScaloraError: no such modules, or the rank exceeds a weight's dimensions.
@@ -80,6 +81,7 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
             raise ScaloraError(
                 f"method.rank is {spec.rank}, but layer {layer.name} is {m}x{n}: choose {min(m, n)} or less"
             )
+        fuse(layer)
     return peft_model
 
 
