@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from peft.tuners.lora import Linear
+from safetensors.torch import load_file
 
 import scalora
 import zoo
 from scalora.adapters import find_layers
-from scalora.fused import FusedLinear, fuse
+from scalora.fused import FusedLinear, fuse, fuse_lora
 
 
 def _pair(kind="llama", dtype=torch.float32, **options):
@@ -46,6 +47,21 @@ def test_values_and_gradients_are_pefts(kind, precision):
         assert (g - theirs).norm() <= 2 * tolerance * theirs.norm() + 1e-12
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_plain_lora_is_trained_and_saved_the_same(kind, tmp_path):
+    results = []
+    for way in (False, True):
+        model = zoo.lora(kind)
+        if way:
+            fuse_lora(model)
+            assert any(isinstance(module, FusedLinear) for module in model.modules())
+        zoo.train(model, torch.optim.SGD(zoo.trainable(model), lr=0.1), kind, 4)
+        model.save_pretrained(tmp_path / str(way))
+        results.append(load_file(tmp_path / str(way) / "adapter_model.safetensors"))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_in_bf16_it_is_nearer_to_the_truth_than_peft():
     plain, fused = _pair("llama")
     truth = _run(copy.deepcopy(plain).double(), "llama")[0]
@@ -70,7 +86,7 @@ def test_listeners_on_the_adapters_are_heard():
     model = zoo.lora("llama")
     layers = find_layers(model)
     for layer in layers:
-        fuse(layer)
+        fuse(layer.module)
     heard = []
     layers[0].module.lora_A["default"].register_forward_hook(lambda *_: heard.append(1))
     model(**zoo.batch("llama"))

@@ -48,7 +48,7 @@ class ScaLora:
         self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
         self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
         for layer in self.layers:
-            fuse(layer)
+            fuse(layer.module)
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)

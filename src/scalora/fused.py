@@ -81,10 +81,16 @@ class FusedLinear(Linear):
         return found
 
 
-def fuse(layer: AdapterLayer) -> None:
-    """Exchange the class of a layer's module, if it is PEFT's own for linear layers."""
-    if type(layer.module) is Linear:
-        layer.module.__class__ = FusedLinear
+def fuse(module: nn.Module) -> None:
+    """Exchange the class of a LoRA layer that is PEFT's own for linear layers; of any other module nothing."""
+    if type(module) is Linear:
+        module.__class__ = FusedLinear
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Every LoRA layer of a PEFT model takes the short way where it can; trained, saved and merged as before."""
+    for module in model.modules():
+        fuse(module)
 
 
 def declare_columns(layer: AdapterLayer, width: int) -> None:

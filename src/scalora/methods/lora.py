@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import find_layers
 from ..errors import ScaloraError
-from ..fused import fuse
+from ..fused import fuse_lora
 from ..lowrank import singular_values
 from ..models import Head
 from ..plain import Factors, joined_factors, save_plain_lora
@@ -81,7 +81,7 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
             raise ScaloraError(
                 f"method.rank is {spec.rank}, but layer {layer.name} is {m}x{n}: choose {min(m, n)} or less"
             )
-        fuse(layer)
+    fuse_lora(peft_model)
     return peft_model
 
 
