@@ -23,6 +23,7 @@ bench: .venv/.dev  ## hours on a CPU, with nothing else running
 	for model in minilm smollm2; do for precision in fp32 bf16; do \
 	  $(BIN)/python -m benchmarks.overhead --model $$model --precision $$precision || exit; done; done
 	$(BIN)/python -m benchmarks.event
+	$(BIN)/python -m benchmarks.sketch
 	$(BIN)/python -m benchmarks.loading
 
 .venv/bin/python:
