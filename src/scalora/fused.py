@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,7 +81,7 @@ class FusedLinear(Linear):
         return found
 
 
-def fuse(module: nn.Module) -> None:
+def fuse(module: nn.Module | LoraLayer) -> None:
     """Exchange the class of a LoRA layer that is PEFT's own for linear layers; of any other module nothing."""
     if type(module) is Linear:
         module.__class__ = FusedLinear
