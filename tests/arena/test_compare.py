@@ -267,6 +267,7 @@ def test_a_trial_leaves_no_files_behind(comparison):
         (["--lr", "fast"], "--lr 'fast'"),
         (["--lr", "0"], "must be positive"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--choose-by", "luck"], "--choose-by is 'luck'"),
         (["--set", "task.data.validation_size=null"], "validation"),
     ],
 )

@@ -147,7 +147,8 @@ def _baseline(comparison: Comparison) -> Contender:
 def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, float]) -> str:
     planned = [*comparison.tuning(), *comparison.final(chosen)]
     done = sum(trial in results for trial in planned)
-    rates = "Every method's rate was chosen on validation data, on one grid."
+    by = f", by its {comparison.chosen_by}" if comparison.chosen_by else ""
+    rates = f"Every method's rate was chosen on validation data{by}, on one grid."
     return f"{done} of {len(planned)} trials done. {rates if comparison.fixed is None else 'The rates were given.'}"
 
 

@@ -62,6 +62,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
         "rates": comparison.rates,
         "seeds": comparison.seeds,
         "tuning_seeds": comparison.tuning_seeds,
+        "chosen_by": comparison.chosen_by,
         "chosen": {str(c): lr for c, lr in chosen_rates(results, comparison).items()},
         "trials": [
             {"stage": t.stage, "contender": str(t.contender), "lr": t.lr, "seed": t.seed, **result}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 from scipy import stats
 
@@ -63,9 +63,12 @@ def over_rates(results: Results, contender: Contender, metric: str) -> dict[floa
     return dict(sorted(found.items()))
 
 
-def choose_rate(results: Results, contender: Contender) -> float | None:
-    """The rate with the best mean validation metric, of equals the one with the lower nll; None where all failed."""
-    metric, higher = primary(results)
+def choose_rate(results: Results, contender: Contender, by: Literal["nll"] | None = None) -> float | None:
+    """The rate with the best mean validation metric, of equals the one with the lower nll; None where all failed.
+
+    The metric is the one that decides the comparison, unless ``by`` says that the likelihood chooses.
+    """
+    metric, higher = (by, False) if by else primary(results)
     sign = 1 if higher else -1
     quality = {lr: sign * mean(values) for lr, values in over_rates(results, contender, metric).items()}
     nll = {lr: mean(values) for lr, values in over_rates(results, contender, "nll").items()}
@@ -76,7 +79,7 @@ def chosen_rates(results: Results, comparison: Comparison) -> dict[Contender, fl
     """The rate of every contender's final runs: the fixed one, else the best tuned; without those that failed."""
     if comparison.fixed is not None:
         return dict(comparison.fixed)
-    rates = {contender: choose_rate(results, contender) for contender in comparison.contenders}
+    rates = {contender: choose_rate(results, contender, comparison.chosen_by) for contender in comparison.contenders}
     return {contender: rate for contender, rate in rates.items() if rate is not None}
 
 

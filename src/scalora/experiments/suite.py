@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..arena.plan import Comparison, Contender
 from ..arena.run import run_comparison
@@ -64,14 +64,15 @@ class Measured:
 
 def measure(
     setting: Setting, problems: Sequence[Problem], contenders: tuple[Contender, ...], *, rates: tuple[float, ...],
-    seeds: int, tuning_seeds: int = 1,
+    seeds: int, tuning_seeds: int = 1, chosen_by: Literal["nll"] | None = None,
 ) -> dict[str, Measured]:  # fmt: skip
     """Run or continue a comparison per problem, each in a folder of its own below the experiment's."""
     found = {}
     for problem in problems:
         comparison = Comparison(
-            problem.recipe, contenders, rates, tuple(range(seeds)), tuple(range(tuning_seeds)), fixed=problem.fixed
-        )
+            problem.recipe, contenders, rates, tuple(range(seeds)), tuple(range(tuning_seeds)), fixed=problem.fixed,
+            chosen_by=chosen_by,
+        )  # fmt: skip
         folder = setting.folder / problem.name
         setting.tell(f"{problem.name}: {problem.recipe.model}")
         run_comparison(comparison, folder, command=setting.command, tell=setting.tell)
