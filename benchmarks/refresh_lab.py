@@ -241,7 +241,7 @@ def ablations() -> dict[str, list[tuple[str, Variant]]]:
             ("LoRA, r = 16", Variant(rank=16, every=0)), ("full", Variant(rank=0, every=0)),
             ("refresh, r = 2", ours), ("refresh, r = 4", replace(ours, rank=4)),
         ],
-        "N": [(f"N = {n}", replace(ours, every=n)) for n in (6, 12, 50, 100, 200)],
+        "N": [(f"N = {n}", replace(ours, every=n)) for n in (6, 12, 50, 100, 200, 300, 400)],
         "directions": [(source, replace(ours, source=source)) for source in ("all batches", "last batch", "random")]
         + [("of the gradient over its root mean square", replace(ours, adam=True))],
         "columns of the sketches": [(f"2r + {p}", replace(ours, oversampling=p)) for p in (2, 6)],
