@@ -213,6 +213,8 @@ def main() -> None:
     one_thread()
     what = MODELS[options.model]
     names = options.methods.split(",")
+    if REFERENCE not in names:
+        parser.error(f"--methods {options.methods}: {REFERENCE} must be among them, all others are measured against it")
     memory = {name: peak_memory(name, what, options.precision, device) for name in names}
     runners = {name: Runner(name, what, options.precision, device) for name in names}
     seconds, events = measure(runners, what, device, options.repeats)

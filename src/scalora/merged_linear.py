@@ -39,7 +39,8 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def pays(x: Tensor, W: Tensor) -> bool:
-    """Whether there are so many tokens that forming the sum is the cheaper way."""
+    """Whether there are so many tokens that forming the sum is the cheaper way: by counting, and twice over, since
+    forming it reads and writes W besides."""
     return x.numel() // x.shape[-1] * sum(W.shape) > 2 * W.numel()
 
 

@@ -37,12 +37,9 @@ def add_adapters(result: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tens
         adapters: of any number of columns, floating dtype and device; each matrix may be trained or frozen. The
             gradients are those of autograd up to rounding; they cannot be differentiated again.
     """
-    adapters = sorted(
-        adapters, key=lambda each: each.zero is not None
-    )  # so that those to be added are the first columns
-    matrices = [matrix for each in adapters for matrix in (each.Bt, each.A)]
-    scales, zeros = tuple(each.scale for each in adapters), tuple(each.zero for each in adapters)
-    return _ThinSum.apply(result, x, scales, zeros, *matrices)  # pyright: ignore
+    # What is to be added has the first columns.
+    adapters = sorted(adapters, key=lambda each: each.zero is not None)
+    return _ThinSum.apply(result, x, *taken_apart(adapters))  # pyright: ignore
 
 
 class _ThinSum(torch.autograd.Function):

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import ground
 from scalora import ScaloraError
@@ -16,7 +15,6 @@ from scalora.arena import run, trial
 from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
 from scalora.arena.report import write_report
 from scalora.arena.store import Store
-from scalora.cli import app
 from scalora.recipes import load_recipe
 
 
@@ -254,31 +252,6 @@ def test_a_trial_leaves_no_files_behind(comparison):
     result = trial.run_trial(comparison, Trial("final", Contender("full", 2), 1e-3, 0), list, every=60)
     assert result["ranks"]  # measured from what lay in files
     assert kept() <= before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--methods", "lora,loar"], "did you mean 'lora'"),
-        (["--methods", "lora@x"], "whole rank"),
-        (["--methods", "mora:type"], "method:option=value"),
-        (["--methods", "mora:tipe=1"], "tipe"),
-        (["--methods", "lora,lora"], "--methods"),
-        (["--lr", "fast"], "--lr 'fast'"),
-        (["--lr", "0"], "must be positive"),
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--choose-by", "luck"], "--choose-by is 'luck'"),
-        (["--set", "task.data.validation_size=null"], "validation"),
-    ],
-)
-def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
-    recipe = ground.lay(tmp_path)
-    common = ["compare", str(recipe), "--set", "task.data.validation_size=10", "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*common, *arguments])
-    assert result.exit_code == 2, result.output
-    assert words in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, pageless):

@@ -49,9 +49,7 @@ class Comparison:
     tuning_seeds: tuple[int, ...]
     curve: tuple[Contender, ...] = ()  # LoRA over rank: does rank matter on this task at all?
     fixed: Mapping[Contender, float] | None = None  # known rates, for which nothing is tuned
-    chosen_by: Literal["nll"] | None = (
-        None  # what chooses rates on the validation split, if not the metric that decides
-    )
+    chosen_by: Literal["nll"] | None = None  # the validation metric that chooses rates; None: the one that decides
 
     def __post_init__(self) -> None:
         data = self.recipe.task.data
@@ -65,10 +63,6 @@ class Comparison:
                 raise ScaloraError(
                     f"{name} is {', '.join(map(str, values)) or 'empty'}: give one or more different values"
                 )
-        if self.chosen_by == "nll" and getattr(self.recipe.task, "regression", False):
-            raise ScaloraError(
-                "--choose-by is 'nll', but task.regression is true, which has no likelihood: leave it out"
-            )
         if min(self.rates) <= 0:
             raise ScaloraError(f"--lr is {min(self.rates):g}: learning rates must be positive")
         for contender in self.everyone:

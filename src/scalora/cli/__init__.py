@@ -103,10 +103,6 @@ def compare(
     ] = "3e-4,1e-3,3e-3",
     seeds: Annotated[int, typer.Option(help="Final runs per method at its chosen rate.")] = 3,
     tuning_seeds: Annotated[int, typer.Option(help="Runs per method and rate when choosing.")] = 1,
-    choose_by: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="nll: choose rates by likelihood where the task's own metric is coarse, e.g. exact match."),
-    ] = None,
     output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
     curve: Annotated[bool, typer.Option(help="First measure LoRA over rank 1 to 32: does rank matter here?")] = True,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
@@ -123,8 +119,8 @@ def compare(
     from .compare import run
 
     run(
-        recipe, set_ or [], methods=methods, lr=lr, seeds=seeds, tuning_seeds=tuning_seeds, choose_by=choose_by,
-        output=output, curve=curve, retry=retry,
+        recipe, set_ or [], methods=methods, lr=lr, seeds=seeds, tuning_seeds=tuning_seeds, output=output, curve=curve,
+        retry=retry,
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from .guard import guarded, leave, require
 
 
 def run(
-    recipe_path: str, overrides: list[str], *, methods: str, lr: str, seeds: int, tuning_seeds: int,
-    choose_by: str | None, output: str, curve: bool, retry: bool,
+    recipe_path: str, overrides: list[str], *, methods: str, lr: str, seeds: int, tuning_seeds: int, output: str,
+    curve: bool, retry: bool,
 ) -> None:  # fmt: skip
     """Run or continue a comparison; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
@@ -34,8 +34,6 @@ def run(
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:
                 raise ScaloraError(f"{name} is {count}: give 1 or more")
-        if choose_by not in (None, "nll"):
-            raise ScaloraError(f"--choose-by is {choose_by!r}: say nll, or leave it out for the task's own metric")
         comparison = Comparison(
             recipe,
             tuple(parse_contender(text.strip(), recipe.method.rank) for text in methods.split(",")),
@@ -43,7 +41,6 @@ def run(
             tuple(range(seeds)),
             tuple(range(tuning_seeds)),
             tuple(Contender("lora", rank) for rank in CURVE_RANKS) if curve else (),
-            chosen_by=choose_by,  # pyright: ignore[reportArgumentType]
         )
         console, folder = Console(), Path(output)
         command = shlex.join(["scalora", *sys.argv[1:]])
