@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--repeats", type=int, default=20, help="steps of each method that are timed")
+    parser.add_argument("--repeats", type=int, default=8, help="steps of each method that are timed")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead"))
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore
