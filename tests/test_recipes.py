@@ -49,6 +49,8 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ({"training": {"lerning_rate": 1}}, "lerning_rate'; did you mean 'learning_rate'"),
         ({"training": {"output_dir": "x"}}, "output_dir is decided by scalora"),
         ({"training": 3}, "training is 3"),
+        ({"head_learning_rate": 0}, "head_learning_rate is 0"),
+        ({"head_learning_rate": float("inf")}, "head_learning_rate is inf"),
         ({"output": None}, "output is None"),
     ],
 )

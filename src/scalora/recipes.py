@@ -55,6 +55,10 @@ class Recipe(BaseModel):
     task: TaskSpec
     method: MethodSpec
     training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments by their own names.")
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False,
+        description="Learning rate of a classification head, which starts at random; None is training.learning_rate.",
+    )  # fmt: skip
     score_batch_size: int = Field(default=32, ge=1, description="Sequences scored at a time.")
     output: str = Field(description="Folder for the results.")
 

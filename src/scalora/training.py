@@ -16,8 +16,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
 from .errors import ScaloraError
 from .files import write_json
+from .head_rate import set_head_rate
 from .integrations.trainer import ScaLoraCallback
 from .methods import Adapted, build_method
+from .methods.targets import find_heads
 from .models import backbone_fingerprint, load_model
 from .plots import draw_curves, draw_rank
 from .provenance import environment, peak_memory
@@ -112,6 +114,12 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     if task.tokens != (tokenizer is not None):
         reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
         raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
+    heads = [name for name, _ in find_heads(model, task.head)]
+    if recipe.head_learning_rate is not None and not heads:
+        raise ScaloraError(
+            f"head_learning_rate is {recipe.head_learning_rate:g}, but this model has no classification head that "
+            "starts at random: leave it out"
+        )
     base = backbone_fingerprint(model)
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
     model.to(arguments.device)
@@ -142,6 +150,8 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     try:
         with writing(folder), _setting_up(timer):
             trainer = _trainer(adapted, arguments, dataset, collator, watching)
+            if recipe.head_learning_rate is not None:
+                set_head_rate(trainer.create_optimizer(), adapted.model, heads, recipe.head_learning_rate)
             trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
     finally:
         stop.restore()

@@ -274,3 +274,18 @@ def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypa
     assert content["environment"]["versions"]["torch"]
     assert len(content["trials"]) == 12
     assert os.path.exists(tmp_path / "out" / "trials.sqlite3")
+
+
+def test_a_factor_is_not_for_the_head(comparison, tmp_path):
+    overrides = [*ground.classification(tmp_path), "task.data.validation_size=10"]
+    recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
+    of_its_own = load_recipe(tmp_path / "recipe.yaml", [*overrides, "head_learning_rate=7e-3"])
+    for name, factor in (("hira", 10), ("full", 0.1), ("lora", 1)):
+        trial = Trial("tune", Contender(name, 4), 1e-3, 7)
+        found = dataclasses.replace(comparison, recipe=recipe).trial_recipe(trial, "x")
+        assert found.training["learning_rate"] == pytest.approx(1e-3 * factor)
+        assert found.head_learning_rate == (None if factor == 1 else 1e-3)
+        assert dataclasses.replace(comparison, recipe=of_its_own).trial_recipe(trial, "x").head_learning_rate == 7e-3
+        published = dataclasses.replace(comparison, recipe=recipe, fixed={trial.contender: 1e-3})
+        assert published.trial_recipe(trial, "x").head_learning_rate is None
+        assert comparison.trial_recipe(trial, "x").head_learning_rate is None  # a language model has no head

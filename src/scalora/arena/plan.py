@@ -92,6 +92,9 @@ class Comparison:
         content["training"] |= {
             "learning_rate": trial.lr * factor, "seed": trial.seed, "data_seed": trial.seed, "save_strategy": "no",
         }  # fmt: skip
+        if factor != 1 and self.fixed is None and self.recipe.task.kind == "classification":
+            # A method's factor is for what it adapts; the head that starts at random is trained alike by all.
+            content["head_learning_rate"] = content["head_learning_rate"] or trial.lr
         content["output"] = output
         return parse_recipe(content)
 
@@ -105,6 +108,9 @@ class Comparison:
         )
 
 
+_SHARED = ("model", "dtype", "config", "attn_implementation", "task", "training", "head_learning_rate")
+
+
 def shared_parts(recipe: Recipe) -> dict[str, Any]:
     """What must be equal for a stored comparison to be continued; methods, rates and seeds may be added to.
 
@@ -115,7 +121,7 @@ def shared_parts(recipe: Recipe) -> dict[str, Any]:
     for own in ("learning_rate", "seed", "data_seed", "save_strategy"):  # every trial has its own
         content["training"].pop(own, None)
     method = recipe.method
-    return {key: content[key] for key in ("model", "dtype", "config", "attn_implementation", "task", "training")} | {
+    return {key: content[key] for key in _SHARED} | {
         "target_modules": method.target_modules,
         "alpha": method.scaled_alpha / method.rank,
         "dropout": method.dropout,
