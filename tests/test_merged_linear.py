@@ -90,14 +90,18 @@ def test_in_bf16_it_is_about_as_near_to_the_truth(monkeypatch):
     assert errors[True] <= 1.15 * errors[False]
 
 
-def test_no_other_weight_waits_for_backward():
+@pytest.mark.parametrize(("dtype", "waiting"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_no_more_weights_wait_for_backward_than_without_adapters(dtype, waiting):
+    """W itself; and under autocast what an ordinary layer keeps too, a copy of W in the activations' dtype."""
     W, bias = torch.randn(64, 32), torch.randn(64)
     adapter = Adapter(torch.randn(4, 32), torch.randn(64, 4))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        merged_linear(torch.randn(500, 32, requires_grad=True), W, bias, [adapter])
-    assert [t for t in kept if t.numel() >= W.numel()] == [W]
-    assert all(t.data_ptr() == W.data_ptr() for t in kept if t.numel() >= W.numel())
+        merged_linear(torch.randn(500, 32, dtype=dtype, requires_grad=True), W, bias, [adapter])
+    weights = [t for t in kept if t.numel() >= W.numel()]
+    assert len(weights) == waiting
+    assert weights[0].data_ptr() == W.data_ptr()
+    assert weights[-1].dtype == dtype
 
 
 def test_many_tokens_make_it_pay():

@@ -1,8 +1,9 @@
-"""A linear layer and its adapters in one product, W + Σ s·A Bᵀ formed anew in each pass and never kept.
+"""A linear layer and its adapters in one product, W + Σ s·A Bᵀ formed anew for each pass.
 
 With many tokens that takes fewer operations than the adapters' own thin products: T·k·(m + n) are those of T tokens and
-k columns, m·n·k those of the sum. What is trained needs two of the four products all the same, for its gradients. The
-memory is that of one weight, while its layer is computed.
+k columns, m·n·k those of the sum. What is trained needs two of the four products all the same, for its gradients. Under
+autocast the sum waits for backward, as the cast weight of an ordinary layer does; else it is formed again there, and
+the memory is that of one weight, while its layer is computed.
 """
 
 from __future__ import annotations
@@ -72,17 +73,20 @@ class _MergedLinear(torch.autograd.Function):
         ctx.scales, ctx.zeros = scales, zeros
         with torch.autocast(x.device.type, enabled=False):
             h = x.flatten(0, -2) @ joined_Bt(matrices, ctx.inner, x).mT if ctx.inner else None
-            ctx.save_for_backward(x if ctx.outer else None, h, W, *matrices)
             total = _sum(W, scales, zeros, matrices, x)
+            kept = total if ctx.needs_input_grad[0] and total.dtype != W.dtype else None
+            ctx.save_for_backward(x if ctx.outer else None, h, W, kept, *matrices)
             return nn.functional.linear(x, total, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, h, W, *matrices = ctx.saved_tensors
+        x, h, W, total, *matrices = ctx.saved_tensors
         flat = g.flatten(0, -2)
         with torch.autocast(g.device.type, enabled=False):
-            gx = g @ _sum(W, ctx.scales, ctx.zeros, matrices, g) if ctx.needs_input_grad[0] else None
+            if ctx.needs_input_grad[0] and total is None:
+                total = _sum(W, ctx.scales, ctx.zeros, matrices, g)
+            gx = g @ total if ctx.needs_input_grad[0] else None
             gh = flat @ joined_A(matrices, ctx.scales, ctx.outer, g) if ctx.outer else g
             of_A, of_Bt = columns(h, matrices, ctx.inner), columns(gh, matrices, ctx.outer)
             gradients = matrix_gradients(matrices, ctx.scales, x, flat, of_A, of_Bt)
