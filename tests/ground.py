@@ -54,9 +54,3 @@ CLASSIFICATION = [
 def classification(folder: Path) -> list[str]:
     """Overrides that make the recipe classify with the tiny BERT."""
     return [CLASSIFICATION[0] % (folder / "data.jsonl"), f"model={folder / 'bert'}"]
-
-
-def rounds_alike():
-    """Whether this processor repeats a computation bitwise: on AMD's MKL rounds by where a matrix lies in memory."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return not (cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text())

@@ -58,7 +58,6 @@ def _comparable(folder: Path) -> dict:
     return {**{k: v for k, v in metrics.items() if k not in VARYING}, "log": [e for e in log if "train_loss" not in e]}
 
 
-@pytest.mark.skipif(not ground.rounds_alike(), reason="no two runs round alike on this processor")
 @pytest.mark.parametrize("accumulate", ["adapter", "base"])
 def test_a_run_killed_again_and_again_ends_bitwise_like_one_that_was_not(tmp_path, accumulate):
     recipe = str(ground.lay(tmp_path))

@@ -54,7 +54,6 @@ def test_with_the_base_store_the_whole_model_is_saved(tmp_path):
     assert result.metrics["rank"]["mean"] > 2
 
 
-@pytest.mark.skipif(not ground.rounds_alike(), reason="no two runs round alike on this processor")
 def test_an_interrupted_run_resumes_to_the_same_end(tmp_path, monkeypatch):
     path = ground.lay(tmp_path)
     whole = train(load_recipe(path, [f"output={tmp_path / 'whole'}"]))

@@ -41,14 +41,14 @@ class AdapterStore(Store):
         self.discarded = torch.zeros(len(layers), device=device)  # squared norm lost so far, per layer
         self.total = torch.zeros(len(layers), device=device)  # squared norm at the last recompression
         self.ranks = ranks
-        self._declare()
+        self.declare()
 
     def lacks(self, slots: int) -> bool:
         return self.free < slots
 
     def end_event(self) -> None:
         self.free -= 1
-        self._declare()
+        self.declare()
 
     def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         targets = [layer.frozen() for layer in layers]
@@ -79,7 +79,7 @@ class AdapterStore(Store):
             self.discarded[index] += best.discarded.to(self.discarded)
             self.total[index] = best.total.to(self.total)
         self.free, self.settled = SLOTS, True
-        self._declare()
+        self.declare()
 
     def _shape(self, i: int) -> tuple[int, ...]:
         return (*self.layers[i].A.shape, *self.layers[i].Bt.shape, self.capacities[i])
@@ -96,9 +96,9 @@ class AdapterStore(Store):
         self.free, self.settled = int(state["free"]), bool(state.get("settled"))
         self.discarded.copy_(state["discarded"])
         self.total.copy_(state["total"])
-        self._declare()
+        self.declare()
 
-    def _declare(self) -> None:
+    def declare(self) -> None:
         for layer, r in zip(self.layers, self.ranks, strict=True):
             declare_columns(layer, layer.rank - self.free * r)
 

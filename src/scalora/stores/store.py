@@ -30,6 +30,9 @@ class Store(ABC):
     def end_event(self) -> None:
         """Called after one addition of r columns per layer."""
 
+    def declare(self) -> None:
+        """Tell the layers how much of the store is in use: called whenever its matrices were written to."""
+
     def discarded_share(self, like: Tensor) -> Tensor:
         """Norm of all that was discarded so far, relative to what was kept at that time; mean over layers, 0-d."""
         return torch.zeros_like(like)
