@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,18 +94,20 @@ def seconds_of(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     return times
 
 
+def best(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of seven calls."""
+    times = []
+    for _ in range(7):
+        started = now()
+        call()
+        times.append(now() - started)
+    return min(times)
+
+
 def machine() -> dict[str, float]:
     """Bytes a second of a copy (read and written, both counted) and float32 operations a second of a product."""
     x, y = torch.randn(2**25), torch.empty(2**25)
     a = torch.randn(2048, 2048)
-
-    def best(call: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(7):
-            started = now()
-            call()
-            times.append(now() - started)
-        return min(times)
 
     return {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x)), "flops": 2 * 2048**3 / best(lambda: a @ a)}
 
@@ -136,6 +140,18 @@ def recompression_flops(m: int, n: int, settled: int, new: int) -> float:
     return sides + (4 + 9) * k**3 + 2 * k**2 * settled
 
 
+def factorisations(layers: list[AdapterLayer]) -> float:
+    """Seconds an event of the adapter store spends in LAPACK alone, as torch calls it, were there nothing else."""
+    shapes = Counter((layer.A.shape[0], layer.Bt.shape[1], layer.rank) for layer in layers)
+    seconds = 0.0
+    for (m, n, r), count in shapes.items():
+        k = (8 + SLOTS) * r
+        core = torch.randn(count, k, k, dtype=torch.float64)
+        seconds += best(partial(torch.linalg.eigh, core.mT @ core))
+        seconds += sum(best(partial(torch.linalg.qr, torch.randn(count, size, SLOTS * r))) for size in (m, n))
+    return seconds / SLOTS
+
+
 def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for store in STORES:
@@ -151,6 +167,9 @@ def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any
             "median": {name: median(values) for name, values in times.items()},
             "floor": floor(ground.handle.layers, store, rates),
         }
+        if store == "adapter":
+            content[store]["factorisations"] = factorisations(ground.handle.layers)
+            content[store]["recompression"] = best(ground.handle.store.make_room) / SLOTS
     return content
 
 
@@ -204,6 +223,11 @@ def main() -> None:
         ratios = (f"{event / other:.2f}" for other in (adam, loop, bare, bare + found["floor"]["recompression"]))
         table.add_row(store, f"{1e3 * event:.1f}", *ratios)
     Console().print(table)
+    apart = smollm2["adapter"]
+    Console().print(
+        f"adapter store, of an event: {1e3 * apart['recompression']:.1f} ms are its share of a recompression, "
+        f"{1e3 * apart['factorisations']:.1f} ms of that eigenvalues and QR as torch calls LAPACK for them"
+    )
     sizes = Table("layers", "m = n", "r", *(f"{store}, ms" for store in STORES))
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         values = (f"{1e3 * median(row['seconds']):.2f}" for row in (first, second))

@@ -77,10 +77,11 @@ def test_a_resumed_run_computes_with_the_columns_in_use_only(tmp_path):
     assert widths[0] == (6, 3 * rank, True)  # events at steps 0, 2 and 4
 
 
-def test_the_best_model_comes_back_with_its_accumulated_update(tmp_path):
+@pytest.mark.parametrize("step", [6, 10])  # at 10 all five slots are in use, at the end only two
+def test_the_best_model_comes_back_with_its_accumulated_update(tmp_path, step):
     _, trainer = _trainer(
-        tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=6, metric_for_best_model="loss",
-        greater_is_better=True, learning_rate=1e-2,
+        tmp_path, config=ScaLoraConfig(interval=2, capacity=4), load_best_model_at_end=True, eval_strategy="steps",
+        eval_steps=step, save_steps=step, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-2,
     )  # fmt: skip
     outputs = {}
     save = trainer._save_checkpoint
@@ -92,7 +93,7 @@ def test_the_best_model_comes_back_with_its_accumulated_update(tmp_path):
     trainer._save_checkpoint = remember
     trainer.train()
     best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
-    assert best == 6  # greater_is_better on the loss: not the last one
+    assert best == step  # greater_is_better on the loss: not the last one
     torch.testing.assert_close(zoo.logits(trainer.model, "llama"), outputs[best], rtol=0, atol=0)
 
 

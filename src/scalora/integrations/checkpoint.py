@@ -71,7 +71,6 @@ def load_moved(handle: ScaLora, model: nn.Module, folder: Path) -> None:
             copy_whole([layer.base_weight for layer in handle.layers], [weights[x.name] for x in handle.layers])
     else:
         load_accumulated(model, folder)
-        handle.store.declare()
 
 
 def load_accumulated(model: nn.Module, folder: Path) -> None:

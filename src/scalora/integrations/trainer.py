@@ -78,6 +78,7 @@ class ScaLoraCallback(TrainerCallback):
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
+            self.handle.store.declare()
 
     def on_step_end(
         self,
