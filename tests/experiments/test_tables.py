@@ -39,7 +39,7 @@ def trials(monkeypatch):
             "after": {"accuracy": value, "exact_match": value, "nll": nll}, "primary": primary,
             "higher_is_better": primary != "nll", "ranks": [], "losses": [], "trainable_parameters": 1,
             "adapter_bytes": 1, "peak_memory_bytes": 100 + 50 * (trial.contender.method == "hira"),
-            "seconds_per_step": 1 + trial.contender.method.startswith("scalora"),
+            "seconds_per_step": 1 + trial.contender.method.startswith("scalora") / (1 + trial.seed // 2),
         }  # fmt: skip
 
     monkeypatch.setattr(run, "run_trial", fake)
@@ -117,8 +117,9 @@ def test_paper_scale_takes_the_published_rates(trials, tmp_path):
 def test_fig3_measures_costs_only(trials, tmp_path, data):
     outcome = run_experiment(find_experiment("fig3"), _setting(tmp_path, data))
     rows = {row[0]: row[1:] for row in outcome.tables[0].rows}
-    assert rows["lora@8"] == ["1.00", "1.00", ""]
-    assert rows["scalora@8"] == ["2.00", "1.00", "+0.01 GB"]
+    assert rows["lora@8"] == ["1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)", ""]
+    assert rows["scalora@8"] == ["2.00 (1.50 to 2.00)", "1.00 (1.00 to 1.00)", "+0.01 GB"]
+    assert [trial.seed for _, trial in trials] == sorted(trial.seed for _, trial in trials)  # round by round
     assert (tmp_path / "out" / "fig3.png").stat().st_size > 1000
     assert all(c.trial_recipe(t, "x").training["max_steps"] == 20 for c, t in trials)
 

@@ -75,7 +75,7 @@ def likelihood(measured: Mapping[str, Measured]) -> Table:
     """Nats per token of the reference solutions, mean over seeds: it tells methods apart where exact match cannot."""
     rows = []
     for contender in CONTENDERS:
-        finals = [each.finals(contender) for each in measured.values()]
+        finals = [each.finals(contender).values() for each in measured.values()]
         rows.append([str(contender), *(f"{mean(r['after']['nll'] for r in f):.4f}" if f else "failed" for f in finals)])
     return Table("nll of the reference solutions, mean over seeds", ["method", *measured], rows)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from statistics import mean
+from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 from ..arena.plan import Comparison, Contender
@@ -36,11 +36,16 @@ class Measured:
     comparison: Comparison
     results: Results
 
-    def finals(self, contender: Contender) -> list[Mapping[str, Any]]:
+    def finals(self, contender: Contender) -> dict[int, Mapping[str, Any]]:
         """The results of its final runs, by seed."""
         lr = chosen_rates(self.results, self.comparison).get(contender)
         trials = [t for t in sorted(self.results) if t.stage == "final" and t.contender == contender and t.lr == lr]
-        return [self.results[t] for t in trials if "error" not in self.results[t]]
+        return {t.seed: self.results[t] for t in trials if "error" not in self.results[t]}
+
+    def costs(self, contender: Contender, key: str) -> list[float]:
+        """Relative to LoRA's, seed by seed: runs of one seed train on the same batches, one soon after the other."""
+        ours, base = self.finals(contender), self.finals(self.comparison.contenders[0])
+        return [ours[seed][key] / base[seed][key] for seed in sorted(ours.keys() & base.keys())]
 
     def values(self, contender: Contender) -> dict[int, float]:
         """Test metric by seed."""
@@ -104,19 +109,23 @@ def quality(title: str, measured: Mapping[str, Measured], published: Published, 
 
 
 def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -> Table:
-    """Seconds per step and peak memory relative to LoRA, averaged over problems; the paper's memory beside."""
+    """Seconds per step and peak memory relative to LoRA: median (lowest to highest) over seeds and problems.
+
+    Beside it the paper's memory above LoRA, of another model.
+    """
     contenders = next(iter(measured.values())).comparison.contenders
     rows = []
     for contender in contenders:
         cells = []
         for key in ("seconds_per_step", "peak_memory_bytes"):
-            pairs = [(each.finals(contender), each.finals(contenders[0])) for each in measured.values()]
-            ratios = [mean(r[key] for r in ours) / mean(r[key] for r in base) for ours, base in pairs if ours and base]
-            cells.append(f"{mean(ratios):.2f}" if ratios else "")
+            ratios = [ratio for each in measured.values() for ratio in each.costs(contender, key)]
+            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "failed")
         above = memory_above.get(_name(contender, contenders))
         rows.append([str(contender), *cells, "" if above is None else f"+{above:g} GB"])
     return Table(
-        "cost relative to LoRA", ["method", "seconds per step", "peak memory", "memory above LoRA, paper"], rows
+        "cost relative to LoRA: median (lowest to highest)",
+        ["method", "seconds per step", "peak memory", "memory above LoRA, paper"],
+        rows,
     )
 
 
