@@ -61,7 +61,11 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
 
 def _show(console: Console, outcome: Outcome) -> None:
     for table in outcome.tables:
-        shown = RichTable(*table.columns, title=table.title, title_justify="left")
+        shown = RichTable(title=table.title, title_justify="left")
+        for place, column in enumerate(
+            table.columns
+        ):  # on a narrow screen nothing is cut off; what a row is, stays whole
+            shown.add_column(column, no_wrap=place == 0, overflow="fold")
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

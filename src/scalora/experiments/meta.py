@@ -66,7 +66,10 @@ class Plan:
         ]  # fmt: skip
 
 
-PLAN_COLUMNS = ("model", "modules", "adapter parameters", "parameters", "memory (estimate)", "tokens (at most)")
+PLAN_TITLE = (
+    "planned: adapted modules, parameters of LoRA's adapters and of the model; memory is an estimate, tokens at most"
+)
+PLAN_COLUMNS = ("model", "modules", "adapters", "weights", "memory", "tokens")
 
 
 def plan(recipe: Recipe, head: Head, rows: int) -> Plan:

@@ -15,7 +15,7 @@ from ..arena.statistics import Difference, Results, chosen_rates, compare, final
 from ..arena.store import Store
 from ..recipes import Recipe
 from .base import Outcome, Setting, Table
-from .meta import PLAN_COLUMNS, plan
+from .meta import PLAN_COLUMNS, PLAN_TITLE, plan
 
 Published = Mapping[str, Mapping[str, float]]  # contender's name → problem → number
 
@@ -155,7 +155,7 @@ def summary(measured: Mapping[str, Measured]) -> dict[str, Any]:
 def plans(problems: Sequence[Problem], head: Any) -> Outcome:
     """What the recipes of large models would train and take, without their weights."""
     rows = {problem.name: plan(problem.recipe, head, problem.rows) for problem in problems}
-    table = Table("planned", ["problem", *PLAN_COLUMNS], [[name, *each.row()] for name, each in rows.items()])
+    table = Table(PLAN_TITLE, ["problem", *PLAN_COLUMNS], [[name, *each.row()] for name, each in rows.items()])
     return Outcome({"plans": {name: vars(each) for name, each in rows.items()}}, [table])
 
 
