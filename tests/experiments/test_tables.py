@@ -122,6 +122,7 @@ def test_fig3_measures_costs_only(trials, tmp_path, data):
     assert [trial.seed for _, trial in trials] == sorted(trial.seed for _, trial in trials)  # round by round
     assert (tmp_path / "out" / "fig3.png").stat().st_size > 1000
     assert all(c.trial_recipe(t, "x").training["max_steps"] == 20 for c, t in trials)
+    assert not any(c.ranks for c, _ in trials)  # measuring the rank takes memory of its own
 
 
 def test_the_published_numbers_are_the_papers():

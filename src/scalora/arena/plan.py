@@ -50,6 +50,7 @@ class Comparison:
     curve: tuple[Contender, ...] = ()  # LoRA over rank: does rank matter on this task at all?
     fixed: Mapping[Contender, float] | None = None  # known rates, for which nothing is tuned
     chosen_by: Literal["nll"] | None = None  # the validation metric that chooses rates; None: the one that decides
+    ranks: bool = True  # measure the update's rank in final runs; it costs dense updates time and memory
 
     def __post_init__(self) -> None:
         data = self.recipe.task.data

@@ -74,11 +74,11 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
         parts.append(
             _html_table(heads, [_over_rates(results, c, comparison, metric) for c in comparison.contenders], "")
         )
-    for title, picture in (
-        ("Learning curves", figures.learning_curves(results, chosen)),
-        ("Rank of the accumulated update", figures.ranks(results, chosen)),
-        ("Quality over cost", figures.quality_over_cost(results, chosen, _baseline(comparison), metric)),
-    ):
+    pictures = [("Learning curves", figures.learning_curves(results, chosen))]
+    if comparison.ranks:
+        pictures.append(("Rank of the accumulated update", figures.ranks(results, chosen)))
+    pictures.append(("Quality over cost", figures.quality_over_cost(results, chosen, _baseline(comparison), metric)))
+    for title, picture in pictures:
         parts.append(f"<h2>{escape(title)}</h2>{picture}")
     if failures:
         lines = [(t.stage, str(t.contender), f"{t.lr:g}", str(t.seed), reason) for t, reason in failures]

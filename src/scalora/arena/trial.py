@@ -34,7 +34,7 @@ def run_trial(comparison: Comparison, trial: Trial, beat: Callable[[], None], ev
         order = {
             "recipe": recipe.model_dump(mode="json"),
             "split": "test" if final else "validation",
-            "ranks": final,  # the report shows them at the chosen rates only
+            "ranks": final and comparison.ranks,  # the report shows them at the chosen rates only
         }
         (Path(place) / "order.json").write_text(json.dumps(order), encoding="utf-8")
         process = _processes().Process(target=_main, args=(Path(place),))

@@ -72,7 +72,7 @@ class Fig3(Experiment):
         content["training"] |= {"max_steps": self.steps, "warmup_steps": 1}
         content["task"]["data"] |= {"test_size": 8}
         problem = Problem(first.name, parse_recipe(content), dict.fromkeys(CONTENDERS, 1e-4))
-        measured = measure(setting, [problem], CONTENDERS, rates=(1e-4,), seeds=self.rounds)
+        measured = measure(setting, [problem], CONTENDERS, rates=(1e-4,), seeds=self.rounds, ranks=False)
         table = costs(measured, MEMORY_ABOVE_LORA)
         return Outcome(summary(measured), [table], {"fig3": _bars(measured[problem.name])})
 

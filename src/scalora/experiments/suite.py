@@ -69,14 +69,14 @@ class Measured:
 
 def measure(
     setting: Setting, problems: Sequence[Problem], contenders: tuple[Contender, ...], *, rates: tuple[float, ...],
-    seeds: int, tuning_seeds: int = 1, chosen_by: Literal["nll"] | None = None,
+    seeds: int, tuning_seeds: int = 1, chosen_by: Literal["nll"] | None = None, ranks: bool = True,
 ) -> dict[str, Measured]:  # fmt: skip
     """Run or continue a comparison per problem, each in a folder of its own below the experiment's."""
     found = {}
     for problem in problems:
         comparison = Comparison(
             problem.recipe, contenders, rates, tuple(range(seeds)), tuple(range(tuning_seeds)), fixed=problem.fixed,
-            chosen_by=chosen_by,
+            chosen_by=chosen_by, ranks=ranks,
         )  # fmt: skip
         folder = setting.folder / problem.name
         setting.tell(f"{problem.name}: {problem.recipe.model}")
