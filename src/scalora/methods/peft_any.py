@@ -118,7 +118,7 @@ def merged_spectra(model: nn.Module) -> Iterator[tuple[str, Spectrum]]:
     """Singular values of merged minus frozen weight of every adapted matrix, dense."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and (update := merged_update(module)) is not None:
-            yield name, Spectrum(torch.linalg.svdvals(update), *update.shape)
+            yield name, Spectrum.of(update)
 
 
 @torch.no_grad()

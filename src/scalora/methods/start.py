@@ -45,7 +45,7 @@ class Start:
         for index, (name, weight) in enumerate(self.weights()):
             W0 = torch.load(self._file(index), weights_only=True)
             update = weight.float() - W0.to(weight.device).float()
-            yield name, Spectrum(torch.linalg.svdvals(update), *update.shape)
+            yield name, Spectrum.of(update)
 
     def _file(self, index: int) -> Path:
         if self.folder is None:

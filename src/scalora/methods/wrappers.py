@@ -84,7 +84,7 @@ def wrapped_spectra(wrappers: dict[str, Wrapper]) -> Iterator[tuple[str, Spectru
     """Singular values of merged minus frozen weight, dense."""
     for name, wrapper in wrappers.items():
         update = wrapper.merged()[0] - wrapper.base.weight.float()
-        yield name, Spectrum(torch.linalg.svdvals(update), *update.shape)
+        yield name, Spectrum.of(update)
 
 
 def save_wrapped(
