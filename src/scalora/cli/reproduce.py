@@ -62,9 +62,8 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
 def _show(console: Console, outcome: Outcome) -> None:
     for table in outcome.tables:
         shown = RichTable(title=table.title, title_justify="left")
-        for place, column in enumerate(
-            table.columns
-        ):  # on a narrow screen nothing is cut off; what a row is, stays whole
+        # On a narrow screen nothing is cut off, and what a row is stays whole.
+        for place, column in enumerate(table.columns):
             shown.add_column(column, no_wrap=place == 0, overflow="fold")
         for row in table.rows:
             shown.add_row(*row)

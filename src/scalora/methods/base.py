@@ -46,7 +46,7 @@ class Spectrum(NamedTuple):
 
     @classmethod
     def of(cls, update: Tensor) -> Spectrum:
-        """Of a dense update (m, n), float32: from its smaller Gram matrix in float64, half the price of an SVD.
+        """Of a dense update (m, n), float32: from its smaller Gram matrix in float64, cheaper than an SVD.
 
         What squaring loses there, below 1e-6 of the largest value, is rounding in float32 anyway.
         """
