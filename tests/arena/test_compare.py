@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import time
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,13 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert content["chosen"] == {"lora@2": 1e-2, "scalora@2": 1e-2, "lora@4": 1e-2}
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
+    assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
     assert "src=" not in page  # self-contained
     assert "scalora@2: +0.0500" in page
     again = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == 12  # nothing is run twice
     assert again["trials"] == content["trials"]
+    assert (tmp_path / "out" / "report.html").read_text() == page  # nothing to look at twice either
 
 
 def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path, monkeypatch, pageless):

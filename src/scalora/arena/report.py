@@ -58,8 +58,9 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
     chosen = chosen_rates(results, comparison)
     caption, rows = table(comparison, results)
     failures = [(trial, r["error"]) for trial, r in sorted(results.items()) if "error" in r]
+    title = f"{comparison.recipe.model} on {comparison.recipe.task.data.train}"
     parts = [
-        f"<h1>{escape(comparison.recipe.model)}: {len(comparison.contenders)} methods compared</h1>",
+        f"<h1>{escape(title)}: {len(comparison.contenders)} methods compared</h1>",
         f"<p>{_progress(comparison, results, chosen)}</p><pre>{escape(content['command'])}</pre>",
     ]
     if comparison.curve:
@@ -78,8 +79,8 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
     if comparison.ranks:
         pictures.append(("Rank of the accumulated update", figures.ranks(results, chosen)))
     pictures.append(("Quality over cost", figures.quality_over_cost(results, chosen, _baseline(comparison), metric)))
-    for title, picture in pictures:
-        parts.append(f"<h2>{escape(title)}</h2>{picture}")
+    for heading, picture in pictures:
+        parts.append(f"<h2>{escape(heading)}</h2>{picture}")
     if failures:
         lines = [(t.stage, str(t.contender), f"{t.lr:g}", str(t.seed), reason) for t, reason in failures]
         parts.append(f"<h2>Failed trials</h2>{_html_table(('stage', 'contender', 'lr', 'seed', 'reason'), lines, '')}")
@@ -89,7 +90,7 @@ def write_report(comparison: Comparison, results: Results, content: dict[str, An
         f"GPU {escape(str(environment['gpu']))}, revision {escape(str(content['git_revision']))}; "
         f"{escape(', '.join(f'{k} {v}' for k, v in environment['versions'].items()))}</p>"
     )
-    write_text(path, _PAGE.format(title=escape(comparison.recipe.model), body="\n".join(parts)))
+    write_text(path, _PAGE.format(title=escape(title), body="\n".join(parts)))
 
 
 def in_words(rows: Sequence[Row]) -> list[str]:
