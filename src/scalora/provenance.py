@@ -42,16 +42,21 @@ def _processor() -> str:
     )
 
 
-def git_revision() -> str | None:
-    """The revision of the checkout that this package lies in; None where it was installed."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
+def git_revision(package: Path = Path(__file__).parent) -> str | None:
+    """The revision of the checkout that the package is tracked in, `-dirty` where Python files of it were changed.
+
+    Results that lie in the same checkout do not count as changes. None where it was installed, also within the
+    checkout of something else.
+    """
+    if not _git(package, "ls-files", "."):
         return None
-    return done.stdout.strip() or None
+    revision = _git(package, "rev-parse", "--short", "HEAD")
+    return f"{revision}-dirty" if _git(package, "status", "--porcelain", ":/*.py") else revision or None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
