@@ -25,11 +25,14 @@ _POINTS = 10
 
 
 class Fig2(Experiment):
-    """One run each of LoRA, of a larger LoRA and of ScaLoRA (I = 1)."""
+    """One run each of LoRA, a larger LoRA, and ScaLoRA (I = 1) in the default store and, as in the paper, in W."""
 
     name = "fig2"
     summary = "RTE: loss, rank of the update, share of layers with rank G ≥ 2r and where Theorem 5 applies"
-    runs = (Contender("lora", RANK), Contender("lora", 4 * RANK), Contender("scalora", RANK))
+    runs = (
+        Contender("lora", RANK), Contender("lora", 4 * RANK),
+        Contender("scalora", RANK), Contender("scalora", RANK, (("accumulate", "base"),)),
+    )  # fmt: skip
     epochs = 3
 
     def run(self, setting: Setting) -> Outcome:
@@ -46,7 +49,7 @@ class Fig2(Experiment):
                 "after": metrics["after"],
                 "steps": metrics["steps"],
             }
-        return Outcome(content, [_table(content)], {"fig2": _draw(content, RANK)})
+        return Outcome(content, [_table(content)], {"fig2": _draw(content)})
 
     def plan(self, setting: Setting) -> Outcome:
         return plans([paper_problem(setting, "RTE")], "sequence-classification")
@@ -60,9 +63,12 @@ class Fig2(Experiment):
             base = small_recipe(setting, "RTE", passes=self.epochs)
             rate = 1e-3 * build_method(MethodSpec(name=contender.method)).lr_factor
         content = base.model_dump(mode="json")
-        content["method"] |= {"name": contender.method, "rank": contender.rank, "alpha": 2.0 * contender.rank}
+        content["method"] |= {
+            "name": contender.method, "rank": contender.rank, "alpha": 2.0 * contender.rank,
+            "options": dict(contender.options),
+        }  # fmt: skip
         content["training"] |= {"learning_rate": rate, "save_strategy": "no"}
-        content["output"] = str(setting.folder / str(contender))
+        content["output"] = str(setting.folder / str(contender).replace(":", "-"))
         return parse_recipe(content)
 
 
@@ -108,20 +114,20 @@ def _table(content: dict[str, Any]) -> Table:
     return Table("inside the runs", columns, rows)
 
 
-def _draw(content: dict[str, Any], r: int) -> Figure:
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
+def _draw(content: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
     panels = (
         ("loss", "training loss"), ("rank", "mean rank of the update"),
         ("gradient_rank_share", "share of layers, rank G ≥ 2r"), ("theorem5_share", "share of layers, Theorem 5"),
     )  # fmt: skip
     for axis, (key, label) in zip(axes, panels, strict=True):
-        for (name, run), colour in zip(content.items(), ("grey", "#e09f3e", "#2a6f97"), strict=False):
+        for (name, run), colour in zip(content.items(), ("grey", "#e09f3e", "#2a6f97", "#b33951"), strict=False):
             if run[key]:
                 steps, values = zip(*run[key], strict=True)
                 axis.plot(steps, values, color=colour, label=name, linewidth=1)
         axis.set(xlabel="optimizer step", ylabel=label)
-        axis.legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     for axis in axes[2:]:
         axis.set_ylim(0, 1.05)
     return figure
