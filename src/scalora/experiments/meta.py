@@ -61,15 +61,13 @@ class Plan:
 
     def row(self) -> list[str]:
         return [
-            self.model, str(self.modules), f"{self.adapter_parameters / 1e6:.2f} M", f"{self.parameters / 1e9:.2f} B",
+            str(self.modules), f"{self.adapter_parameters / 1e6:.2f} M", f"{self.parameters / 1e9:.2f} B",
             f"{self.bytes / 2**30:.1f} GiB", f"{self.tokens / 1e6:.0f} M",
         ]  # fmt: skip
 
 
-PLAN_TITLE = (
-    "planned: adapted modules, parameters of LoRA's adapters and of the model; memory is an estimate, tokens at most"
-)
-PLAN_COLUMNS = ("model", "modules", "adapters", "weights", "memory", "tokens")
+PLAN_TITLE = "adapted modules, parameters of LoRA's adapters and of the model; memory is an estimate, tokens at most"
+PLAN_COLUMNS = ("modules", "adapters", "weights", "memory", "tokens")
 
 
 def plan(recipe: Recipe, head: Head, rows: int) -> Plan:

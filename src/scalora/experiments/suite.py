@@ -155,8 +155,15 @@ def summary(measured: Mapping[str, Measured]) -> dict[str, Any]:
 def plans(problems: Sequence[Problem], head: Any) -> Outcome:
     """What the recipes of large models would train and take, without their weights."""
     rows = {problem.name: plan(problem.recipe, head, problem.rows) for problem in problems}
-    table = Table(PLAN_TITLE, ["problem", *PLAN_COLUMNS], [[name, *each.row()] for name, each in rows.items()])
-    return Outcome({"plans": {name: vars(each) for name, each in rows.items()}}, [table])
+    tables = [
+        Table(
+            f"{model}: {PLAN_TITLE}",
+            ["problem", *PLAN_COLUMNS],
+            [[n, *p.row()] for n, p in rows.items() if p.model == model],
+        )
+        for model in dict.fromkeys(each.model for each in rows.values())
+    ]
+    return Outcome({"plans": {name: vars(each) for name, each in rows.items()}}, tables)
 
 
 def _name(contender: Contender, contenders: Sequence[Contender]) -> str:
