@@ -30,7 +30,7 @@ LAYERS = [
     ["integrations"],
     ["assets", "dense", "models", "data_files", "data_forms", "data", "suites", "tasks"],
     ["methods"],
-    ["recipes", "provenance", "run_folder", "callbacks", "plots", "head_rate", "training"],
+    ["recipes", "provenance", "run_folder", "callbacks", "plots", "head_rate", "loading", "training"],
     ["artefact", "energies", "base_model", "restored", "probe", "export"],
     ["arena"],
     ["experiments"],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from .errors import ScaloraError
 from .files import write_json
 from .head_rate import set_head_rate
 from .integrations.trainer import ScaLoraCallback
+from .loading import load, setting_up
 from .methods import Adapted, build_method
-from .methods.targets import find_heads
-from .models import backbone_fingerprint, load_model
+from .models import backbone_fingerprint
 from .plots import draw_curves, draw_rank
 from .provenance import environment, peak_memory
 from .recipes import Recipe
-from .run_folder import ADAPTER, CHECKPOINTS, METRICS, RunFolder, last_checkpoint, writing
-from .tasks import Score, Split, build_task
+from .run_folder import ADAPTER, METRICS, RunFolder, last_checkpoint, writing
+from .tasks import Score, Split
 
 
 class Interrupted(Exception):
@@ -95,39 +93,18 @@ def train(
 
 
 def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher) -> RunResult:
-    folder = place.path
-    task, method = build_task(recipe.task), build_method(recipe.method)
-    arguments = _arguments(recipe)
+    folder, method = place.path, build_method(recipe.method)
 
     watcher.phase("loading data and model")
-    _ = task.splits
-    set_seed(arguments.seed)  # a classification head starts at random
-    model, tokenizer = load_model(
-        recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
-        config=recipe.config, attn_implementation=recipe.attn_implementation,
-    )  # fmt: skip
-    if arguments.label_smoothing_factor and task.head == "causal-lm":
-        raise ScaloraError(
-            f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
-            "on the plain likelihood of their answers; leave it out"
-        )
-    if task.tokens != (tokenizer is not None):
-        reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
-        raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
-    heads = [name for name, _ in find_heads(model, task.head)]
-    if recipe.head_learning_rate is not None and not heads:
-        raise ScaloraError(
-            f"head_learning_rate is {recipe.head_learning_rate:g}, but this model has no classification head that "
-            "starts at random: leave it out"
-        )
+    loaded = load(recipe)
+    task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
     base = backbone_fingerprint(model)
-    dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
     model.to(arguments.device)
 
     def score(split: Split) -> Score:
         autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         return task.score(
-            adapted.model, tokenizer, split, batch_size=recipe.score_batch_size, autocast=autocast,
+            adapted.model, loaded.tokenizer, split, batch_size=recipe.score_batch_size, autocast=autocast,
             progress=watcher.progress,
         )  # fmt: skip
 
@@ -148,10 +125,10 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     watching = [Ordered(), timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
     started = time.perf_counter()
     try:
-        with writing(folder), _setting_up(timer):
-            trainer = _trainer(adapted, arguments, dataset, collator, watching)
+        with writing(folder), setting_up(timer):
+            trainer = _trainer(adapted, arguments, dataset, loaded.collator, watching)
             if recipe.head_learning_rate is not None:
-                set_head_rate(trainer.create_optimizer(), adapted.model, heads, recipe.head_learning_rate)
+                set_head_rate(trainer.create_optimizer(), adapted.model, loaded.heads, recipe.head_learning_rate)
             trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
     finally:
         stop.restore()
@@ -199,28 +176,6 @@ def _leave(folder: Path, metrics: dict[str, Any], r: int) -> None:
     draw_curves(metrics["log"], folder / "curves.png")
     draw_rank(metrics["ranks"], metrics["events"], r, folder / "rank.png")
     write_json(folder / METRICS, metrics)  # last: its presence says that the run is complete
-
-
-def _arguments(recipe: Recipe) -> TrainingArguments:
-    output = Path(recipe.output).expanduser() / CHECKPOINTS
-    # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
-    ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
-    options = {**ours, **recipe.training}
-    with _setting_up():
-        return TrainingArguments(output_dir=str(output), **options)
-
-
-@contextmanager
-def _setting_up(timer: StepTimer | None = None) -> Iterator[None]:
-    """Until the first step begins, whatever fails does so because of the training arguments."""
-    try:
-        yield
-    except ScaloraError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
-        if timer is not None and timer.began:
-            raise
-        raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 
 def _trainer(

@@ -19,6 +19,12 @@ from scalora.cli import app
         (["--lr", "0"], "must be positive"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--set", "task.data.validation_size=null"], "validation"),
+        (["--set", "model=./nowhere"], "there is no file or folder './nowhere'"),
+        (["--set", "task.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--set", "task.prompt='{txet}'"], "txet"),
+        (["--set", "task.data.train_size=5000"], "5000"),
+        (["--set", "method.target_modules=[kwery]"], "which no linear module of this model matches"),
+        (["--set", "training.warmup_steps=-1"], "warmup"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
@@ -29,3 +35,15 @@ def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_where_every_trial_fails_the_command_fails_and_says_why(tmp_path):
+    recipe = ground.lay(tmp_path)
+    small = ["--set", "task.data.validation_size=10", "--set", "training.max_steps=2"]
+    common = ["compare", str(recipe), *small, "--seeds", "1", "--lr", "1e-3", "--no-curve"]
+    where = ["--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*common, "--methods", "lora@1000", *where])
+    assert result.exit_code == 2, result.output
+    assert "every trial failed" in result.stderr
+    assert "--retry" in result.stderr
+    assert (tmp_path / "out" / "results.json").exists()

@@ -43,6 +43,7 @@ def trials(monkeypatch):
         }  # fmt: skip
 
     monkeypatch.setattr(run, "run_trial", fake)
+    monkeypatch.setattr(run, "check_recipe", lambda recipe: None)
     monkeypatch.setattr(run, "write_report", lambda *arguments: None)
     return seen
 
@@ -97,6 +98,18 @@ def test_small_scale_tunes_scores_and_shows(trials, tmp_path, data, monkeypatch,
     assert len(trials) == done  # nothing is run twice
     with pytest.raises(ScaloraError, match="--resume"):
         run_experiment(find_experiment(name), _setting(tmp_path, data))
+
+
+def test_damaged_data_of_the_last_set_are_found_before_the_first_trial(trials, tmp_path, data, monkeypatch):
+    def refuse(recipe):
+        if "RTE" in recipe.task.data.train:
+            raise ScaloraError("train.tsv, line 553: 1 fields")
+
+    monkeypatch.setattr(run, "check_recipe", refuse)
+    with pytest.raises(ScaloraError, match="line 553"):
+        run_experiment(find_experiment("table1"), _setting(tmp_path, data))
+    assert not trials
+    assert not list((tmp_path / "out").rglob("*.sqlite3"))
 
 
 def test_paper_scale_takes_the_published_rates(trials, tmp_path):

@@ -13,8 +13,8 @@ from ..provenance import environment, git_revision
 from .plan import Comparison, Trial
 from .report import write_report
 from .statistics import Results, chosen_rates
-from .store import BEAT, Store
-from .trial import run_trial
+from .store import BEAT, FILE, Store
+from .trial import check_recipe, run_trial
 
 Tell = Callable[[str], None]
 _POLL = 5.0  # seconds between looks at what other workers do
@@ -49,6 +49,20 @@ def run_comparison(
     finally:
         content = write_results(store, comparison, folder, command)
     return content
+
+
+def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False) -> None:
+    """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
+
+    Raises:
+        ScaloraError: every trial would fail alike; the message says why.
+    """
+    if (folder / FILE).exists():
+        results = Store(folder, comparison).results()
+        wanted = comparison.tuning() + _final(comparison, results)
+        if all(t in results and not (retry and "error" in results[t]) for t in wanted):
+            return  # a report can be drawn anew where there is neither data nor model
+    check_recipe(comparison.recipe)
 
 
 def write_results(store: Store, comparison: Comparison, folder: Path, command: str) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..recipes import parse_recipe
+from ..errors import ScaloraError
+from ..recipes import Recipe, parse_recipe
 from .plan import Comparison, Trial
 
 # What is kept of a run's metrics: what the report shows.
@@ -28,31 +30,54 @@ def run_trial(comparison: Comparison, trial: Trial, beat: Callable[[], None], ev
 
     `beat` is called `every` so many seconds while it runs.
     """
-    with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
-        recipe = comparison.trial_recipe(trial, str(Path(place) / "run"))
+    with _place() as place:
         final = trial.stage == "final"
         order = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": comparison.trial_recipe(trial, str(place / "run")).model_dump(mode="json"),
             "split": "test" if final else "validation",
             "ranks": final and comparison.ranks,  # the report shows them at the chosen rates only
         }
-        (Path(place) / "order.json").write_text(json.dumps(order), encoding="utf-8")
-        process = _processes().Process(target=_main, args=(Path(place),))
-        process.start()
-        try:
-            while process.exitcode is None:
-                process.join(every)
-                beat()
-        except BaseException:  # Ctrl-C: do not leave it running
-            process.kill()
-            process.join()
-            raise
-        answer = Path(place) / "answer.json"
-        if not answer.exists():
-            said = Path(place) / "stderr"
-            lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if said.exists() else []
-            return {"error": f"the process ended with {process.exitcode}: {lines[-1] if lines else 'no message'}"}
-        return json.loads(answer.read_text(encoding="utf-8"))
+        return _run(place, order, beat, every)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Load what a recipe names, in a process of its own, so that this one does not keep it.
+
+    Raises:
+        ScaloraError: something would fail in every trial alike; the message names it.
+    """
+    with _place() as place:
+        content = recipe.model_dump(mode="json") | {"output": str(place / "run")}
+        answer = _run(place, {"recipe": content}, lambda: None, 60.0)
+    if "error" in answer:
+        raise ScaloraError(answer["error"])
+
+
+@contextmanager
+def _place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
+        yield Path(place)
+
+
+def _run(place: Path, order: dict[str, Any], beat: Callable[[], None], every: float) -> dict[str, Any]:
+    """The answer of a process to an order."""
+    (place / "order.json").write_text(json.dumps(order), encoding="utf-8")
+    process = _processes().Process(target=_main, args=(place,))
+    process.start()
+    try:
+        while process.exitcode is None:
+            process.join(every)
+            beat()
+    except BaseException:  # Ctrl-C: do not leave it running
+        process.kill()
+        process.join()
+        raise
+    answer = place / "answer.json"
+    if not answer.exists():
+        said = place / "stderr"
+        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if said.exists() else []
+        return {"error": f"the process ended with {process.exitcode}: {lines[-1] if lines else 'no message'}"}
+    return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _processes() -> Any:
@@ -71,23 +96,29 @@ def _main(place: Path) -> None:
     with (place / "stderr").open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from ..errors import ScaloraError
     from ..quiet import quiet
-    from ..training import train
 
     quiet()
     order = json.loads((place / "order.json").read_text(encoding="utf-8"))
     try:
-        metrics = train(
-            parse_recipe(order["recipe"]), split=order["split"], baseline=False, ranks=order["ranks"]
-        ).metrics
+        answer = _follow(parse_recipe(order.pop("recipe")), **order)
     except ScaloraError as error:
-        answer: dict[str, Any] = {"error": str(error)}
-    else:
-        losses = [[entry["step"], entry["loss"]] for entry in metrics["log"] if "loss" in entry]
-        answer = {key: metrics[key] for key in KEPT} | {"losses": losses}
+        answer = {"error": str(error)}
     (place / "answer.tmp").write_text(json.dumps(answer), encoding="utf-8")
     (place / "answer.tmp").rename(place / "answer.json")
+
+
+def _follow(recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False) -> dict[str, Any]:
+    """Train and score on a split; without one only load."""
+    from ..loading import check
+    from ..training import train
+
+    if split is None:
+        check(recipe)
+        return {}
+    metrics = train(recipe, split=split, baseline=False, ranks=ranks).metrics
+    losses = [[entry["step"], entry["loss"]] for entry in metrics["log"] if "loss" in entry]
+    return {key: metrics[key] for key in KEPT} | {"losses": losses}
 
 
 def _end_with_parent() -> None:

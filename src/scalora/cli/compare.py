@@ -27,7 +27,7 @@ def run(
         require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
         from ..arena.report import COLUMNS, in_words, table
-        from ..arena.run import run_comparison
+        from ..arena.run import check_comparison, run_comparison
         from ..arena.statistics import curve_verdict
         from ..arena.store import Store
 
@@ -45,12 +45,18 @@ def run(
         console, folder = Console(), Path(output)
         command = shlex.join(["scalora", *sys.argv[1:]])
         try:
+            check_comparison(comparison, folder, retry=retry)
             run_comparison(
                 comparison, folder, command=command, retry=retry, tell=lambda line: console.print(line, highlight=False)
             )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         results = Store(folder, comparison).results()
+        if all("error" in result for result in results.values()):
+            raise ScaloraError(
+                f"every trial failed, the first with: {next(iter(results.values()))['error']}; mend it and add --retry "
+                f"to the same command (every trial: {folder / 'results.json'})"
+            )
         caption, rows = table(comparison, results)
         places = [
             COLUMNS.index(name) for name in ("contender", "lr", "metric", "vs LoRA (95 %)", "verdict", "time/LoRA")

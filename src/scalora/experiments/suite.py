@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 from ..arena.plan import Comparison, Contender
-from ..arena.run import run_comparison
+from ..arena.run import check_comparison, run_comparison
 from ..arena.statistics import Difference, Results, chosen_rates, compare, final_values, primary, summarize
 from ..arena.store import Store
 from ..recipes import Recipe
@@ -72,16 +72,20 @@ def measure(
     seeds: int, tuning_seeds: int = 1, chosen_by: Literal["nll"] | None = None, ranks: bool = True,
 ) -> dict[str, Measured]:  # fmt: skip
     """Run or continue a comparison per problem, each in a folder of its own below the experiment's."""
-    found = {}
-    for problem in problems:
-        comparison = Comparison(
+    comparisons = {
+        problem.name: Comparison(
             problem.recipe, contenders, rates, tuple(range(seeds)), tuple(range(tuning_seeds)), fixed=problem.fixed,
             chosen_by=chosen_by, ranks=ranks,
-        )  # fmt: skip
-        folder = setting.folder / problem.name
-        setting.tell(f"{problem.name}: {problem.recipe.model}")
-        run_comparison(comparison, folder, command=setting.command, tell=setting.tell)
-        found[problem.name] = Measured(comparison, Store(folder, comparison).results())
+        )
+        for problem in problems
+    }  # fmt: skip
+    for name, comparison in comparisons.items():  # the last set's data must not be found wanting after hours
+        check_comparison(comparison, setting.folder / name)
+    found = {}
+    for name, comparison in comparisons.items():
+        setting.tell(f"{name}: {comparison.recipe.model}")
+        run_comparison(comparison, setting.folder / name, command=setting.command, tell=setting.tell)
+        found[name] = Measured(comparison, Store(setting.folder / name, comparison).results())
     return found
 
 
