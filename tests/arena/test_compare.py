@@ -78,6 +78,7 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     lines = []
     content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert any("failed: out of memory" in line for line in lines)
+    assert "2 of 10 trials failed (--retry runs them again)" in lines[-1]
     assert "scalora@2" not in content["chosen"]
     store = Store(tmp_path / "out", comparison)
     write_report(comparison, store.results(), content, tmp_path / "page.html")

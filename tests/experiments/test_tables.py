@@ -1,5 +1,6 @@
 """The experiments made of comparisons, with trials faked: what is asked for, and what is made of the answers."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def test_small_scale_tunes_scores_and_shows(trials, tmp_path, data, monkeypatch,
     done = len(trials)
     run_experiment(find_experiment(name), _setting(tmp_path, data), resume=True)
     assert len(trials) == done  # nothing is run twice
+    run_experiment(find_experiment(name), dataclasses.replace(_setting(tmp_path, data), retry=True), resume=True)
+    again = trials[done:]
+    assert {trial.contender.method for _, trial in again} == ({"hira"} if name in ("table1", "table2") else set())
     with pytest.raises(ScaloraError, match="--resume"):
         run_experiment(find_experiment(name), _setting(tmp_path, data))
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import ScaloraError
 from ..files import write_json
 from ..provenance import environment, git_revision
 from .plan import Comparison, Trial
@@ -37,18 +38,31 @@ def run_comparison(
         tell: takes lines on progress.
 
     Raises:
-        ScaloraError: the folder holds a comparison of another recipe.
+        ScaloraError: the folder holds a comparison of another recipe, or every trial failed.
     """
     store = Store(folder, comparison)
     try:
         _work(store, comparison, folder, command, retry, tell)
-        chosen = chosen_rates(store.results(), comparison)
+        results = store.results()
+        chosen = chosen_rates(results, comparison)
         for contender in comparison.contenders:
             if contender not in chosen:
                 tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
     finally:
         content = write_results(store, comparison, folder, command)
+    _tell_failures(results, folder, tell)
     return content
+
+
+def _tell_failures(results: Results, folder: Path, tell: Tell) -> None:
+    failed = [result["error"] for _, result in sorted(results.items()) if "error" in result]
+    if len(failed) == len(results):
+        raise ScaloraError(
+            f"every trial failed, the first with: {failed[0]}; mend it and add --retry to the same command (all: "
+            f"{folder / 'results.json'})"
+        )
+    if failed:
+        tell(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
 
 
 def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False) -> None:

@@ -139,6 +139,7 @@ def reproduce(
         typer.Option(metavar="DIR", help="Folder for results; runs/reproduce/NAME-SCALE by default."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="The same, and run failed trials again.")] = False,
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Only check the paper-scale recipes, without weights, and say what they take."),
@@ -150,7 +151,7 @@ def reproduce(
     """
     from .reproduce import run
 
-    run(name, scale=scale, data=data, output=output, resume=resume, plan=plan)
+    run(name, scale=scale, data=data, output=output, resume=resume, retry=retry, plan=plan)
 
 
 @app.command()

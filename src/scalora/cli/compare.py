@@ -52,11 +52,6 @@ def run(
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         results = Store(folder, comparison).results()
-        if all("error" in result for result in results.values()):
-            raise ScaloraError(
-                f"every trial failed, the first with: {next(iter(results.values()))['error']}; mend it and add --retry "
-                f"to the same command (every trial: {folder / 'results.json'})"
-            )
         caption, rows = table(comparison, results)
         places = [
             COLUMNS.index(name) for name in ("contender", "lr", "metric", "vs LoRA (95 %)", "verdict", "time/LoRA")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SCALES = ("small", "paper")
 
 
-def run(name: str, *, scale: str, data: str | None, output: str | None, resume: bool, plan: bool) -> None:
+def run(name: str, *, scale: str, data: str | None, output: str | None, resume: bool, retry: bool, plan: bool) -> None:
     """Run an experiment, or list them all; exit codes as :mod:`scalora.cli.guard` says."""
     console = Console()
     with guarded():
@@ -47,14 +47,15 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
             None if data is None else Path(data),
             lambda line: console.print(line, highlight=False),
             command,
+            retry,
         )
         if plan:
             _show(console, experiment.plan(setting))
             return
         try:
-            outcome = run_experiment(experiment, setting, resume=resume)
+            outcome = run_experiment(experiment, setting, resume=resume or retry)
         except KeyboardInterrupt:
-            leave(f"stopped; continue with: {command}{'' if resume else ' --resume'}", 130)
+            leave(f"stopped; continue with: {command}{'' if resume or retry else ' --resume'}", 130)
         _show(console, outcome)
         console.print(f"results, tables and figures: {setting.folder}", highlight=False)
 

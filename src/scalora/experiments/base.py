@@ -28,6 +28,7 @@ class Setting:
     data: Path | None = None
     tell: Callable[[str], None] = print  # takes lines on progress
     command: str = ""
+    retry: bool = False  # run failed trials again
 
     def file(self, relative: str) -> Path:
         """A file of the data folder.

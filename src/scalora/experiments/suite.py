@@ -80,12 +80,13 @@ def measure(
         for problem in problems
     }  # fmt: skip
     for name, comparison in comparisons.items():  # the last set's data must not be found wanting after hours
-        check_comparison(comparison, setting.folder / name)
+        check_comparison(comparison, setting.folder / name, retry=setting.retry)
     found = {}
     for name, comparison in comparisons.items():
         setting.tell(f"{name}: {comparison.recipe.model}")
-        run_comparison(comparison, setting.folder / name, command=setting.command, tell=setting.tell)
-        found[name] = Measured(comparison, Store(setting.folder / name, comparison).results())
+        folder = setting.folder / name
+        run_comparison(comparison, folder, command=setting.command, retry=setting.retry, tell=setting.tell)
+        found[name] = Measured(comparison, Store(folder, comparison).results())
     return found
 
 
