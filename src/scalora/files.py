@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from .errors import ScaloraError
 
 SEAL = "seal.json"
 # What lies in a checkpoint: PEFT's weights, the folder of the accumulated adapter (and its name), and our own files.
@@ -24,6 +27,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Whether a folder can be made and written to, before anything is computed for it; nothing is left behind.
+
+    Raises:
+        ScaloraError: it cannot; the message names ``option``.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ScaloraError(f"{option} {folder} cannot be written to ({error.strerror}): name another folder") from error
 
 
 def replace_folder(finished: Path, place: Path) -> None:

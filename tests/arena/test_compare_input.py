@@ -47,3 +47,14 @@ def test_where_every_trial_fails_the_command_fails_and_says_why(tmp_path):
     assert "every trial failed" in result.stderr
     assert "--retry" in result.stderr
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    place = tmp_path / "file"
+    place.write_text("mine")
+    common = ["compare", str(ground.lay(tmp_path)), "--set", "task.data.validation_size=10", "--methods", "lora"]
+    for output in (place, place / "below"):
+        result = CliRunner().invoke(app, [*common, "--output", str(output)])
+        assert result.exit_code == 2, result.output
+        assert f"--output {output} cannot be written to" in result.stderr
+    assert place.read_text() == "mine"

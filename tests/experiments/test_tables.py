@@ -184,6 +184,7 @@ def test_paper_scale_is_planned_without_weights(tmp_path, name, rows, modules, p
         (["table1", "--data", "nowhere"], "no such folder"),
         (["table2", "--data", "."], "commonsense/<SET>/train.json"),
         (["sensitivity", "--plan"], "leave --plan out"),
+        (["fig1", "--output", "/proc/nowhere"], "--output /proc/nowhere cannot be written to"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, monkeypatch, arguments, words):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScaloraError
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..provenance import environment, git_revision
 from .plan import Comparison, Trial
 from .report import write_report
@@ -69,8 +69,9 @@ def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = Fals
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
 
     Raises:
-        ScaloraError: every trial would fail alike; the message says why.
+        ScaloraError: every trial would fail alike, or the folder takes no writing; the message says why.
     """
+    check_writable(folder, "--output")
     if (folder / FILE).exists():
         results = Store(folder, comparison).results()
         wanted = comparison.tuning() + _final(comparison, results)

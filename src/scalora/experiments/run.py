@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ScaloraError
-from ..files import write_json, write_text
+from ..files import check_writable, write_json, write_text
 from ..plots import save
 from ..provenance import environment, git_revision
 from .base import Experiment, Outcome, Setting
@@ -22,9 +22,10 @@ def run_experiment(experiment: Experiment, setting: Setting, *, resume: bool = F
         resume: continue in a folder that holds something already.
 
     Raises:
-        ScaloraError: the folder is not empty (and ``resume`` was not said), or the experiment's own.
+        ScaloraError: the folder takes no writing or is not empty (without ``resume``), or the experiment's own.
     """
     folder = setting.folder
+    check_writable(folder, "--output")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ScaloraError(f"--output {folder} holds something already: add --resume to continue it, or name another")
     outcome = experiment.run(setting)
