@@ -44,6 +44,7 @@ from .clock import described, now, one_thread
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
     "minilm": {"source": "minilm-l6-v2", "head": "sequence-classification", "batch": 16, "tokens": 64, "rank": 8},
+    "minilm-short": {"source": "minilm-l6-v2", "head": "sequence-classification", "batch": 16, "tokens": 24, "rank": 8},
 }
 REFERENCE = "lora:peft"
 METHODS = (

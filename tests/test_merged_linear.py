@@ -108,6 +108,9 @@ def test_many_tokens_make_it_pay():
     W = torch.empty(384, 384)
     assert pays(torch.empty(16, 64, 384), W)
     assert not pays(torch.empty(1, 1, 384), W)
+    # 240 tokens: 1.25 times the weight's size. Under autocast the sum is formed once, else a second time for backward.
+    assert pays(torch.empty(240, 384, dtype=torch.bfloat16), W)
+    assert not pays(torch.empty(240, 384), W)
 
 
 @pytest.mark.parametrize(
