@@ -41,7 +41,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
 
 def pays(x: Tensor, W: Tensor) -> bool:
     """Whether there are so many tokens that forming the sum is the cheaper way: by counting, and half as many again
-    where it is formed anew for backward (measured with 256 to 512 tokens: docs/performance.md)."""
+    where it is formed anew for backward (docs/performance.md)."""
     formed_twice = x.dtype == W.dtype  # else autocast, where it is kept
     return x.numel() // x.shape[-1] * sum(W.shape) > (1.5 if formed_twice else 1) * W.numel()
 

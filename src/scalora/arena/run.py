@@ -55,6 +55,7 @@ def run_comparison(
 
 
 def _tell_failures(results: Results, folder: Path, tell: Tell) -> None:
+    """Say how many trials failed; raises ScaloraError where none came through."""
     failed = [result["error"] for _, result in sorted(results.items()) if "error" in result]
     if len(failed) == len(results):
         raise ScaloraError(
