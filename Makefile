@@ -9,7 +9,7 @@ demo: .venv/.cli
 
 test: .venv/.dev .venv/.quantised  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
-	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/company/test_quantised.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py
 
 quick: .venv/.dev  ## without the packaged real models: needs no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not real"

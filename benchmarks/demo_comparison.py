@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scalora.files import write_json
+from scalora.common.files import write_json
 
 RATES = (3e-4, 1e-3, 3e-3)
 METHODS = ("lora", "scalora-i")

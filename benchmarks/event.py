@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import nn
 
 import scalora
-from scalora.adapters import AdapterLayer, find_layers
-from scalora.files import write_json
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.reference import rescale_layer
-from scalora.stores.adapter import SLOTS
+from scalora.algebra.reference import rescale_layer
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.engine.stores.adapter import SLOTS
+from scalora.layers.peft_lora import AdapterLayer, find_layers
+from scalora.models.load import load_model
 
 from .clock import described, now, one_thread
 
@@ -130,7 +130,7 @@ def floor(layers: list[AdapterLayer], store: str, rates: dict[str, float]) -> di
 
 
 def recompression_flops(m: int, n: int, settled: int, new: int) -> float:
-    """Operations of :func:`scalora.lowrank.truncate` from settled + new columns to settled, nothing done twice.
+    """Operations of :func:`scalora.algebra.lowrank.truncate` from settled + new columns to settled, nothing done twice.
 
     The new columns against the settled ones, their QR with its Q, the core with its Gram matrix and eigenvectors (9k³
     by Golub and Van Loan), and the factors from them.

@@ -5,7 +5,7 @@
 
 The recipe's model is trained as LoRA for some steps; there, mean gradients of the whole weights are taken over three
 sets of batches, apart from one another as far as one pass over the data reaches: directions come from the first, the
-step from the second, its worth from the third. Nothing is taken from scalora.refresh. Adds to
+step from the second, its worth from the third. Nothing is taken from scalora.engine.refresh.refresh. Adds to
 benchmarks/results/gradient_directions.json.
 """
 
@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from scalora.adapters import find_layers
-from scalora.files import write_json
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.recipes import load_recipe
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.layers.peft_lora import find_layers
+from scalora.models.load import load_model
+from scalora.runs.recipe import load_recipe
 from scalora.tasks import build_task
 
 RESULTS = Path("benchmarks/results/gradient_directions.json")

@@ -17,9 +17,9 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from scalora.assets import fetch
-from scalora.files import write_json
-from scalora.provenance import environment, git_revision
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.common.packaged import fetch
 
 FIRST_STEP = """
 import sys, torch

@@ -28,16 +28,16 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from scalora import provenance
-from scalora.adapters import ACCUMULATED
-from scalora.engine import ScaLora
-from scalora.files import write_json
-from scalora.fused import FusedLinear
-from scalora.hadamard import FusedHira
+from scalora.common import environment as provenance
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.engine.event import ScaLora
+from scalora.engine.stores.adapter import SLOTS, AdapterStore
+from scalora.layers.hira_forward import FusedHira
+from scalora.layers.lora_forward import FusedLinear
+from scalora.layers.peft_lora import ACCUMULATED
 from scalora.methods import MethodSpec, build_method
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.stores.adapter import SLOTS, AdapterStore
+from scalora.models.load import load_model
 
 from .clock import described, now, one_thread
 

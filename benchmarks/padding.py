@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from scalora.files import write_json
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.recipes import load_recipe
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.models.load import load_model
+from scalora.runs.recipe import load_recipe
 from scalora.tasks import build_task
 
 NEEDS_DATA = ("smollm2-gsm8k", "smollm2-arc-easy", "minilm-sst2", "minilm-mrpc")

@@ -6,7 +6,8 @@ Every variant is trained at every learning rate with every seed, all as one batc
 500 validation images, 500 test images are scored at that rate. A variant that is there already is not run again.
 Writes benchmarks/results/refresh_lab.json and prints its table; rows keep the revision they were obtained with.
 
-This is a second, independent form of the method: the full gradients are formed, nothing is taken from scalora.refresh.
+This is a second, independent form of the method: the full gradients are formed, nothing is taken from
+scalora.engine.refresh.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from scalora.dense import DenseClassifier, digit_rows, digits_mlp
-from scalora.files import write_json
-from scalora.provenance import environment, git_revision
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.models.digits import DenseClassifier, digit_rows, digits_mlp
 
 RESULTS = Path("benchmarks/results/refresh_lab.json")
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)

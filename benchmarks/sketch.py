@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from scalora.files import write_json
-from scalora.provenance import environment, git_revision
-from scalora.thin_sum import Adapter, add_adapters
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.layers.products import Adapter, add_adapters
 
 from .clock import described, now, one_thread
 

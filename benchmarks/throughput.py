@@ -21,13 +21,13 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
-from scalora.callbacks import StepTimer
-from scalora.files import write_json
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.recipes import Recipe, load_recipe
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.models.load import load_model
+from scalora.runs.callbacks import StepTimer
+from scalora.runs.recipe import Recipe, load_recipe
+from scalora.runs.training import Watcher, train
 from scalora.tasks import build_task
-from scalora.training import Watcher, train
 
 RECIPE = "recipes/smollm2-gsm8k.yaml"
 

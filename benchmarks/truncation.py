@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from scalora.adapters import find_layers
-from scalora.files import write_json
-from scalora.lowrank import truncate
-from scalora.models import load_model
-from scalora.provenance import environment, git_revision
-from scalora.recipes import Recipe, load_recipe
+from scalora.algebra.lowrank import truncate
+from scalora.common.environment import environment, git_revision
+from scalora.common.files import write_json
+from scalora.layers.peft_lora import find_layers
+from scalora.models.load import load_model
+from scalora.runs.recipe import Recipe, load_recipe
+from scalora.runs.training import ADAPTER, train
 from scalora.tasks import build_task
-from scalora.training import ADAPTER, train
 
 RESULTS = Path("benchmarks/results/truncation.json")
 

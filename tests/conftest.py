@@ -8,13 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(
-    ["scalora.scaling", "scalora.nnls", "scalora.lowrank", "scalora.reference"], "beartype.beartype"
-):
-    import scalora.lowrank
-    import scalora.nnls
-    import scalora.reference
-    import scalora.scaling  # noqa: F401  (imported here so that the hook checks every shape)
+with install_import_hook("scalora.algebra", "beartype.beartype"):
+    # Imported here so that the hook checks every shape; tests/algebra/test_shapes.py holds that it does.
+    import scalora.algebra.directions
+    import scalora.algebra.gram
+    import scalora.algebra.lowrank
+    import scalora.algebra.reference
+    import scalora.algebra.scaling
+    import scalora.algebra.solvers  # noqa: F401
 
 import pytest
 import torch

@@ -11,24 +11,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ScaLoraConfig
-    from .engine import ScaLora, attach, prepare
-    from .errors import ScaloraError
-    from .integrations.peft_optimizer import create_scalora_optimizer
-    from .integrations.trainer import ScaLoraCallback
-    from .plain import save_plain_lora
+    from .common.errors import ScaloraError
+    from .engine.attach import attach, create_scalora_optimizer, prepare
+    from .engine.config import ScaLoraConfig
+    from .engine.event import ScaLora
+    from .engine.plain_lora import save_plain_lora
+    from .engine.trainer import ScaLoraCallback
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach": "engine",
-    "prepare": "engine",
-    "ScaLora": "engine",
-    "ScaLoraConfig": "config",
-    "ScaLoraCallback": "integrations.trainer",
-    "create_scalora_optimizer": "integrations.peft_optimizer",
-    "save_plain_lora": "plain",
-    "ScaloraError": "errors",
+    "attach": "engine.attach",
+    "prepare": "engine.attach",
+    "create_scalora_optimizer": "engine.attach",
+    "ScaLora": "engine.event",
+    "ScaLoraConfig": "engine.config",
+    "ScaLoraCallback": "engine.trainer",
+    "save_plain_lora": "engine.plain_lora",
+    "ScaloraError": "common.errors",
 }
 __all__ = [
     "ScaLora",

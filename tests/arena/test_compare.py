@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-import ground
+from helpers import workspace
 from scalora import ScaloraError
 from scalora.arena import run, trial
 from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
+from scalora.arena.queue import Store
 from scalora.arena.report import write_report
-from scalora.arena.store import Store
-from scalora.recipes import load_recipe
+from scalora.runs.recipe import load_recipe
 
 
 @pytest.fixture
 def comparison(tmp_path):
-    recipe = load_recipe(ground.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4"])
+    recipe = load_recipe(workspace.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4"])
     return Comparison(
         recipe, tuple(parse_contender(text, 2) for text in ("lora", "scalora", "lora@4")), (1e-3, 1e-2), (0, 1), (0,)
     )
@@ -103,7 +103,7 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     # The trial that was running belongs to a process that is gone.
-    monkeypatch.setattr("scalora.arena.store._worker_lives", lambda frozen: False)
+    monkeypatch.setattr("scalora.arena.queue._worker_lives", lambda frozen: False)
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 12
@@ -211,7 +211,7 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
 )
 def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, override, words):
     Store(tmp_path / "out", comparison)
-    recipe = load_recipe(ground.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4", override])
+    recipe = load_recipe(workspace.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4", override])
     other = Comparison(recipe, comparison.contenders, (1e-3,), (0,), (0,))
     if words is None:
         Store(tmp_path / "out", other)
@@ -281,7 +281,7 @@ def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypa
 
 
 def test_a_factor_is_not_for_the_head(comparison, tmp_path):
-    overrides = [*ground.classification(tmp_path), "task.data.validation_size=10"]
+    overrides = [*workspace.classification(tmp_path), "task.data.validation_size=10"]
     recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
     of_its_own = load_recipe(tmp_path / "recipe.yaml", [*overrides, "head_learning_rate=7e-3"])
     for name, factor in (("hira", 10), ("full", 0.1), ("lora", 1)):

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-import ground
+from helpers import workspace
 from scalora.cli import app
 
 
@@ -28,7 +28,7 @@ from scalora.cli import app
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
-    recipe = ground.lay(tmp_path)
+    recipe = workspace.lay(tmp_path)
     common = ["compare", str(recipe), "--set", "task.data.validation_size=10", "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*common, *arguments])
     assert result.exit_code == 2, result.output
@@ -38,7 +38,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(tmp_path, arguments, words):
 
 
 def test_where_every_trial_fails_the_command_fails_and_says_why(tmp_path):
-    recipe = ground.lay(tmp_path)
+    recipe = workspace.lay(tmp_path)
     small = ["--set", "task.data.validation_size=10", "--set", "training.max_steps=2"]
     common = ["compare", str(recipe), *small, "--seeds", "1", "--lr", "1e-3", "--no-curve"]
     where = ["--output", str(tmp_path / "out")]
@@ -52,7 +52,7 @@ def test_where_every_trial_fails_the_command_fails_and_says_why(tmp_path):
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     place = tmp_path / "file"
     place.write_text("mine")
-    common = ["compare", str(ground.lay(tmp_path)), "--set", "task.data.validation_size=10", "--methods", "lora"]
+    common = ["compare", str(workspace.lay(tmp_path)), "--set", "task.data.validation_size=10", "--methods", "lora"]
     for output in (place, place / "below"):
         result = CliRunner().invoke(app, [*common, "--output", str(output)])
         assert result.exit_code == 2, result.output

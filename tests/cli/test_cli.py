@@ -10,14 +10,14 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-import ground
+from helpers import workspace
 from scalora.cli import app
 
 
 @pytest.fixture(scope="module")
 def laid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ground")
-    return folder, ground.lay(folder)
+    return folder, workspace.lay(folder)
 
 
 def _invoke(*arguments):

@@ -11,11 +11,11 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-import ground
+from helpers import workspace
 from scalora.cli import app
-from scalora.quiet import quiet
-from scalora.recipes import load_recipe
-from scalora.training import train
+from scalora.common.quiet import quiet
+from scalora.runs.recipe import load_recipe
+from scalora.runs.training import train
 
 
 def _invoke(*arguments):
@@ -27,7 +27,7 @@ def laid(tmp_path_factory):
     """Models, data, recipe and a finished run of eight steps."""
     quiet()
     folder = tmp_path_factory.mktemp("ground")
-    train(load_recipe(ground.lay(folder)))
+    train(load_recipe(workspace.lay(folder)))
     return folder
 
 
@@ -117,7 +117,7 @@ def test_inspect_refuses_the_same_folders(broken, case):
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_half_written(laid, tmp_path, signal_):
     # Sleeps in the middle of writing, so that the signal comes before the end.
-    code = "import time, scalora.export as e; e.write_plain_lora = lambda *_, **__: time.sleep(60)\n"
+    code = "import time, scalora.runs.export.export as e; e.write_plain_lora = lambda *_, **__: time.sleep(60)\n"
     code += "from scalora.__main__ import main; main()"
     command = [sys.executable, "-c", code, "export", str(laid / "run"), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

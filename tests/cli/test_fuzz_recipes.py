@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from typer.testing import CliRunner
 
-import ground
+from helpers import workspace
 from scalora.cli import app
 
 VALUES = (
@@ -145,7 +145,7 @@ QUICK = settings(
 @pytest.fixture(scope="module")
 def laid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ground")
-    recipe = yaml.safe_load(ground.lay(folder).read_text())
+    recipe = yaml.safe_load(workspace.lay(folder).read_text())
     recipe["training"] |= {"max_steps": 1, "save_strategy": "no"}
     return folder, recipe
 

@@ -3,11 +3,10 @@
 import math
 
 import pytest
-import runs
 import torch
 from transformers import set_seed, trainer_pt_utils
 
-import zoo
+from helpers import models, training
 from scalora import ScaloraError
 from scalora.methods import MethodSpec, all_methods, build_method
 from scalora.methods.peft_any import peft_types
@@ -32,18 +31,18 @@ def test_the_names_are_those_of_the_arena():
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("name", [*sorted(NAMED), *FROM_PEFT])
 def test_a_method_from_adapting_to_loading(name, kind, tmp_path):
-    before = zoo.logits(runs.base(kind, tmp_path / "base"), kind)
-    adapted = runs.adapt(name, kind, tmp_path / "base", options=OPTIONS.get(name, {}))
+    before = models.logits(training.base(kind, tmp_path / "base"), kind)
+    adapted = training.adapt(name, kind, tmp_path / "base", options=OPTIONS.get(name, {}))
     if name not in LOSSY_START and kind == "llama":  # bert's head, trained too, starts at random elsewhere
-        torch.testing.assert_close(zoo.logits(adapted.model, kind), before, rtol=0, atol=1e-5)
+        torch.testing.assert_close(models.logits(adapted.model, kind), before, rtol=0, atol=1e-5)
 
-    made = runs.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3)
+    made = training.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3)
     made.train()
-    losses = runs.losses(made)
+    losses = training.losses(made)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] <= losses[0]
 
-    after = zoo.logits(adapted.model, kind)
+    after = models.logits(adapted.model, kind)
     assert not torch.equal(after, before)
     spectra = dict(adapted.spectra())
     assert spectra
@@ -51,11 +50,11 @@ def test_a_method_from_adapting_to_loading(name, kind, tmp_path):
         assert sigma.isfinite().all()
         assert (sigma.diff() <= 0).all()
         assert 0 < len(sigma) <= min(m, n)
-    assert torch.equal(zoo.logits(adapted.model, kind), after), "measuring must not change the model"
+    assert torch.equal(models.logits(adapted.model, kind), after), "measuring must not change the model"
 
     lines = adapted.save(tmp_path / "adapter")
-    assert torch.equal(zoo.logits(adapted.model, kind), after), "saving must not change the model"
-    torch.testing.assert_close(zoo.logits(runs.run_lines(lines), kind), after, rtol=0, atol=1e-5)
+    assert torch.equal(models.logits(adapted.model, kind), after), "saving must not change the model"
+    torch.testing.assert_close(models.logits(training.run_lines(lines), kind), after, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(NAMED - {"lora", "alpha-lora"}))  # alpha-lora sets rows apart
@@ -68,15 +67,17 @@ def test_every_method_sees_the_data_in_the_order_of_plain_lora(name, tmp_path, m
 
     monkeypatch.setattr(trainer_pt_utils, "get_length_grouped_indices", spy)
     for each in ("lora", name):
-        adapted = runs.adapt(each, "llama", tmp_path / "base", options=OPTIONS.get(each, {}))
-        runs.trainer(adapted, "llama", tmp_path / "out", train_sampling_strategy="group_by_length", max_steps=7).train()
+        adapted = training.adapt(each, "llama", tmp_path / "base", options=OPTIONS.get(each, {}))
+        training.trainer(
+            adapted, "llama", tmp_path / "out", train_sampling_strategy="group_by_length", max_steps=7
+        ).train()
     assert len(seen) == 4  # two epochs each
     assert seen[:2] == seen[2:]
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_the_classification_head_is_trained_too(name, tmp_path):
-    adapted = runs.adapt(name, "bert", tmp_path / "base")
+    adapted = training.adapt(name, "bert", tmp_path / "base")
     assert any("classifier" in n for n, p in adapted.model.named_parameters() if p.requires_grad)
     base = [n for n, p in adapted.model.named_parameters() if p.requires_grad and "embeddings" in n]
     assert not base
@@ -88,11 +89,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
     outputs = []
     for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
-        adapted = runs.adapt(name, kind, tmp_path / "base", options=options)
+        adapted = training.adapt(name, kind, tmp_path / "base", options=options)
         set_seed(5)
-        made = runs.trainer(adapted, kind, tmp_path / "out", save_strategy="steps", save_steps=3, learning_rate=5e-3)
+        made = training.trainer(
+            adapted, kind, tmp_path / "out", save_strategy="steps", save_steps=3, learning_rate=5e-3
+        )
         made.train(resume_from_checkpoint=resume)
-        outputs.append(zoo.logits(adapted.model, kind))
+        outputs.append(models.logits(adapted.model, kind))
     # A store that is taken over recompresses at its first event, which rounds.
     atol = 1e-5 if name in ("relora", "scalora-oracle") else 0
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
@@ -100,31 +103,31 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora"])
 def test_gpt2_with_its_transposed_weights(name, tmp_path):
-    adapted = runs.adapt(name, "gpt2", tmp_path / "base")
-    made = runs.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)
+    adapted = training.adapt(name, "gpt2", tmp_path / "base")
+    made = training.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)
     made.train()
-    assert runs.losses(made)[-1] <= runs.losses(made)[0]
+    assert training.losses(made)[-1] <= training.losses(made)[0]
     lines = adapted.save(tmp_path / "adapter")
-    after = zoo.logits(adapted.model, "gpt2")
-    torch.testing.assert_close(zoo.logits(runs.run_lines(lines), "gpt2"), after, rtol=0, atol=1e-5)
+    after = models.logits(adapted.model, "gpt2")
+    torch.testing.assert_close(models.logits(training.run_lines(lines), "gpt2"), after, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mora", "alpha-lora"])
 def test_own_layers_refuse_transposed_weights(name, tmp_path):
     with pytest.raises(ScaloraError, match="Conv1D"):
-        runs.adapt(name, "gpt2", tmp_path / "base")
+        training.adapt(name, "gpt2", tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ["mora", "full", "alpha-lora", "hira", "dora", "relora"])
 def test_modules_that_are_not_there(name, tmp_path):
     with pytest.raises(ScaloraError, match=r"target_modules.*q_proj"):
-        runs.adapt(name, "llama", tmp_path / "base", target_modules=["nothing"])
+        training.adapt(name, "llama", tmp_path / "base", target_modules=["nothing"])
 
 
 @pytest.mark.parametrize("name", ["mora", "full", "alpha-lora", "lora", "hira"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_all_linear_means_the_same_everywhere(name, kind, tmp_path):
-    adapted = runs.adapt(name, kind, tmp_path / "base", target_modules="all-linear", rank=1)
+    adapted = training.adapt(name, kind, tmp_path / "base", target_modules="all-linear", rank=1)
     count = {"llama": 14, "bert": 13}[kind]  # 7 per decoder layer; 6 per encoder layer and the pooler
     assert len(list(adapted.spectra())) == count
 
@@ -132,13 +135,13 @@ def test_all_linear_means_the_same_everywhere(name, kind, tmp_path):
 @pytest.mark.parametrize("name", ["lora-ga", "scalora-oracle"])
 def test_two_ranks_must_fit(name, tmp_path):
     with pytest.raises(ScaloraError, match="choose 8 or less"):
-        runs.adapt(name, "llama", tmp_path / "base", rank=10)
+        training.adapt(name, "llama", tmp_path / "base", rank=10)
 
 
 def test_full_refuses_half_precision():
-    model = zoo.base("llama", torch.bfloat16)
+    model = models.base("llama", torch.bfloat16)
     with pytest.raises(ScaloraError, match=r"bfloat16.*float32"):
-        runs.method("full").adapt(model, "causal-lm")
+        training.method("full").adapt(model, "causal-lm")
 
 
 @pytest.mark.parametrize(
@@ -166,11 +169,11 @@ def test_wrong_options_are_named(name, options):
 
 def test_what_peft_refuses_is_told_in_one_line(tmp_path):
     with pytest.raises(ScaloraError, match="n_frequency"):
-        runs.adapt("peft:FOURIERFT", "llama", tmp_path / "base", options={"n_frequency": 10**9})
+        training.adapt("peft:FOURIERFT", "llama", tmp_path / "base", options={"n_frequency": 10**9})
 
 
 def test_the_recipe_reaches_peft(tmp_path):
-    adapted = runs.adapt("peft:loha", "llama", tmp_path / "base", rank=3, alpha=5.0, dropout=0.25)
+    adapted = training.adapt("peft:loha", "llama", tmp_path / "base", rank=3, alpha=5.0, dropout=0.25)
     config = adapted.model.peft_config["default"]
     assert (config.r, config.alpha, config.module_dropout) == (3, 5.0, 0.25)
 

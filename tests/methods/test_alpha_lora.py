@@ -1,17 +1,16 @@
 """α-LoRA: its forward pass, and that α learns from held-out rows only while the rest never sees them."""
 
 import pytest
-import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import TrainerCallback
 
-import zoo
+from helpers import models, training
 from scalora import ScaloraError
 from scalora.methods.alpha_lora import AlphaLoraLinear
-from scalora.methods.wrappers import merge
+from scalora.methods.support.wrappers import merge
 
 sizes = st.integers(3, 30)
 
@@ -51,11 +50,11 @@ def test_it_starts_as_the_frozen_layer(m, n, rank):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_trained_merged_and_saved(kind, tmp_path):
-    adapted = runs.adapt("alpha-lora", kind, tmp_path / "base", options={"every": 2})
-    runs.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
-    after = zoo.logits(adapted.model, kind)
-    assert torch.equal(zoo.logits(runs.run_lines(adapted.save(tmp_path / "adapter")), kind), after)
-    torch.testing.assert_close(zoo.logits(merge(adapted.model), kind), after, rtol=0, atol=1e-5)
+    adapted = training.adapt("alpha-lora", kind, tmp_path / "base", options={"every": 2})
+    training.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
+    after = models.logits(adapted.model, kind)
+    assert torch.equal(models.logits(training.run_lines(adapted.save(tmp_path / "adapter")), kind), after)
+    torch.testing.assert_close(models.logits(merge(adapted.model), kind), after, rtol=0, atol=1e-5)
 
 
 class _Watch(TrainerCallback):
@@ -73,9 +72,9 @@ class _Watch(TrainerCallback):
 
 
 def test_alpha_moves_every_t_steps_outside_the_main_optimizer(tmp_path):
-    adapted = runs.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": 3, "lr": 0.01})
+    adapted = training.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": 3, "lr": 0.01})
     watch = _Watch(adapted.callbacks[0].alphas)
-    runs.trainer(adapted, "llama", tmp_path / "out", max_steps=8, callbacks=[watch]).train()
+    training.trainer(adapted, "llama", tmp_path / "out", max_steps=8, callbacks=[watch]).train()
     assert not watch.in_optimizer
     ones = torch.ones_like(watch.seen[0])
     moved = [not torch.equal(now, before) for before, now in zip([ones, *watch.seen], watch.seen, strict=False)]
@@ -86,8 +85,8 @@ def test_alpha_moves_every_t_steps_outside_the_main_optimizer(tmp_path):
 
 def test_training_and_alpha_share_no_row(tmp_path):
     dataset = [{"input_ids": torch.full((10,), i), "labels": torch.full((10,), i)} for i in range(30)]
-    adapted = runs.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": 1, "share": 0.3})
-    made = runs.trainer(adapted, "llama", tmp_path / "out", dataset=dataset, max_steps=12)
+    adapted = training.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": 1, "share": 0.3})
+    made = training.trainer(adapted, "llama", tmp_path / "out", dataset=dataset, max_steps=12)
     trained, held_out = set(), set()
     loss = made.compute_loss
 
@@ -109,23 +108,23 @@ def test_training_and_alpha_share_no_row(tmp_path):
 
 
 def test_too_few_rows_to_hold_any_out(tmp_path):
-    adapted = runs.adapt("alpha-lora", "llama", tmp_path / "base", options={"batch": 64})
+    adapted = training.adapt("alpha-lora", "llama", tmp_path / "base", options={"batch": 64})
     with pytest.raises(ScaloraError, match=r"64 of 24 .*batch"):
-        runs.trainer(adapted, "llama", tmp_path / "out")
+        training.trainer(adapted, "llama", tmp_path / "out")
 
 
 def test_training_without_holding_out_is_refused(tmp_path):
-    adapted = runs.adapt("alpha-lora", "llama", tmp_path / "base")
+    adapted = training.adapt("alpha-lora", "llama", tmp_path / "base")
     adapted.split_train = None
     with pytest.raises(ScaloraError, match="split_train"):
-        runs.trainer(adapted, "llama", tmp_path / "out").train()
+        training.trainer(adapted, "llama", tmp_path / "out").train()
 
 
 def test_dropout_of_the_run_does_not_depend_on_alpha(tmp_path):
     """The random numbers of the training steps are the same however often α is updated."""
     drawn = []
     for every in (1, 100):
-        adapted = runs.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": every}, dropout=0.3)
-        runs.trainer(adapted, "llama", tmp_path / "out", max_steps=4).train()
+        adapted = training.adapt("alpha-lora", "llama", tmp_path / "base", options={"every": every}, dropout=0.3)
+        training.trainer(adapted, "llama", tmp_path / "out", max_steps=4).train()
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)

@@ -1,15 +1,14 @@
 """LoRA-GA: the published start, from the true gradient, with the function unchanged."""
 
 import pytest
-import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import TrainerCallback, default_data_collator
 
-import zoo
-from scalora.adapters import find_layers
+from helpers import models, training
+from scalora.layers.peft_lora import find_layers
 from scalora.methods.lora_ga import initial_factors
 
 
@@ -34,7 +33,7 @@ class _AtStart(TrainerCallback):
         self.kind = kind
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.logits = zoo.logits(model, self.kind)
+        self.logits = models.logits(model, self.kind)
         self.pairs = {x.name: (x.A.detach().clone(), x.Bt.detach().clone()) for x in find_layers(model)}
         self.frozen = all(not x.base.weight.requires_grad and x.base.weight.grad is None for x in find_layers(model))
         self.gradients = [p for p in model.parameters() if p.grad is not None]
@@ -43,14 +42,14 @@ class _AtStart(TrainerCallback):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_it_starts_along_the_gradient_with_the_function_unchanged(kind, tmp_path):
-    rows = runs.rows(kind, n=8, different=8)
-    adapted = runs.adapt("lora-ga", kind, tmp_path / "base", options={"batches": 2})
-    plain = zoo.logits(adapted.model, kind)
+    rows = training.rows(kind, n=8, different=8)
+    adapted = training.adapt("lora-ga", kind, tmp_path / "base", options={"batches": 2})
+    plain = models.logits(adapted.model, kind)
     start = _AtStart(kind)
-    made = runs.trainer(adapted, kind, tmp_path / "out", dataset=rows, callbacks=[start])
+    made = training.trainer(adapted, kind, tmp_path / "out", dataset=rows, callbacks=[start])
 
     # The mean gradient over the whole set, by plain autograd on a copy of the model.
-    model = runs.adapt("lora-ga", kind, tmp_path / "base").model
+    model = training.adapt("lora-ga", kind, tmp_path / "base").model
     layers = find_layers(model)
     for layer in layers:
         layer.base.weight.requires_grad_(True)
@@ -72,24 +71,24 @@ def test_it_starts_along_the_gradient_with_the_function_unchanged(kind, tmp_path
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_trained_it_is_one_plain_lora_on_the_untouched_base(kind, tmp_path):
-    base = runs.base(kind, tmp_path / "base")
-    adapted = runs.adapt("lora-ga", kind, tmp_path / "base")
-    runs.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
+    base = training.base(kind, tmp_path / "base")
+    adapted = training.adapt("lora-ga", kind, tmp_path / "base")
+    training.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
     frozen = {n.replace(".base_layer", ""): p for n, p in adapted.model.get_base_model().named_parameters()}
     assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters() if n in frozen)
     adapted.save(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert loaded.peft_config["default"].r == 8
     torch.testing.assert_close(
-        zoo.logits(loaded.merge_and_unload(), kind), zoo.logits(adapted.model, kind), rtol=0, atol=1e-5
+        models.logits(loaded.merge_and_unload(), kind), models.logits(adapted.model, kind), rtol=0, atol=1e-5
     )
 
 
 def test_the_training_data_keep_their_order(tmp_path):
     orders = []
     for name in ("lora", "lora-ga"):
-        adapted = runs.adapt(name, "llama", tmp_path / "base", dropout=0.1)
-        made = runs.trainer(adapted, "llama", tmp_path / "out", dataset=runs.rows("llama", 24, 24), max_steps=9)
+        adapted = training.adapt(name, "llama", tmp_path / "base", dropout=0.1)
+        made = training.trainer(adapted, "llama", tmp_path / "out", dataset=training.rows("llama", 24, 24), max_steps=9)
         seen, loss = [], made.compute_loss
 
         def remember(model, inputs, *args, seen=seen, loss=loss, **kwargs):
@@ -103,12 +102,12 @@ def test_the_training_data_keep_their_order(tmp_path):
 
 
 def test_rslora_scaling_is_an_option(tmp_path):
-    adapted = runs.adapt("lora-ga", "llama", tmp_path / "base", options={"rslora": True})
+    adapted = training.adapt("lora-ga", "llama", tmp_path / "base", options={"rslora": True})
     assert find_layers(adapted.model)[0].scale == pytest.approx(8 / 2)
 
 
 def test_bfloat16_autocast(tmp_path):
-    adapted = runs.adapt("lora-ga", "llama", tmp_path / "base")
-    made = runs.trainer(adapted, "llama", tmp_path / "out", bf16=True, learning_rate=5e-3)
+    adapted = training.adapt("lora-ga", "llama", tmp_path / "base")
+    made = training.trainer(adapted, "llama", tmp_path / "out", bf16=True, learning_rate=5e-3)
     made.train()
-    assert runs.losses(made)[-1] < runs.losses(made)[0]
+    assert training.losses(made)[-1] < training.losses(made)[0]

@@ -3,15 +3,14 @@
 import math
 
 import pytest
-import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import zoo
+from helpers import models, training
 from scalora.methods.mora import MoraLinear
-from scalora.methods.wrappers import merge
+from scalora.methods.support.wrappers import merge
 
 sizes = st.integers(1, 40)
 
@@ -71,14 +70,14 @@ def test_it_has_loras_number_of_parameters(m, n, rank):
 @pytest.mark.parametrize("type", [1, 6])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_trained_merged_and_saved(kind, type, tmp_path):
-    adapted = runs.adapt("mora", kind, tmp_path / "base", options={"type": type})
-    runs.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
-    after = zoo.logits(adapted.model, kind)
-    loaded = runs.run_lines(adapted.save(tmp_path / "adapter"))
-    assert torch.equal(zoo.logits(loaded, kind), after)
+    adapted = training.adapt("mora", kind, tmp_path / "base", options={"type": type})
+    training.trainer(adapted, kind, tmp_path / "out", learning_rate=5e-3).train()
+    after = models.logits(adapted.model, kind)
+    loaded = training.run_lines(adapted.save(tmp_path / "adapter"))
+    assert torch.equal(models.logits(loaded, kind), after)
     merged = merge(adapted.model)
     assert not any(isinstance(module, MoraLinear) for module in merged.modules())
-    torch.testing.assert_close(zoo.logits(merged, kind), after, rtol=0, atol=1e-5)
+    torch.testing.assert_close(models.logits(merged, kind), after, rtol=0, atol=1e-5)
 
 
 def test_dropout_is_off_in_evaluation():
@@ -91,7 +90,7 @@ def test_dropout_is_off_in_evaluation():
 
 
 def test_a_bfloat16_base_keeps_float32_matrices_and_its_own_dtype(tmp_path):
-    adapted = runs.method("mora").adapt(zoo.base("llama", torch.bfloat16), "causal-lm")
+    adapted = training.method("mora").adapt(models.base("llama", torch.bfloat16), "causal-lm")
     layer = next(module for module in adapted.model.modules() if isinstance(module, MoraLinear))
     assert layer.M.dtype == torch.float32
-    assert adapted.model(**zoo.batch("llama")).logits.dtype == torch.bfloat16
+    assert adapted.model(**models.batch("llama")).logits.dtype == torch.bfloat16

@@ -1,16 +1,16 @@
 """The Theorem-1 oracle: nothing of its rank does better, and an event keeps function and gradients consistent."""
 
 import pytest
-import runs
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-import zoo
+from helpers import models, training
 from scalora import ScaloraError
-from scalora.adapters import find_layers
-from scalora.plain import joined_factors
-from scalora.scaling import calibrate, gram_products
+from scalora.algebra.gram import gram_products
+from scalora.algebra.scaling import calibrate
+from scalora.engine.plain_lora import joined_factors
+from scalora.layers.peft_lora import find_layers
 
 
 class _Watch(TrainerCallback):
@@ -34,9 +34,9 @@ class _Watch(TrainerCallback):
 
 
 def _run(tmp_path, kind="llama", steps=6, max_grad_norm=0.0, dataset=None, **options):
-    adapted = runs.adapt("scalora-oracle", kind, tmp_path / "base", options={"interval": 2, **options})
+    adapted = training.adapt("scalora-oracle", kind, tmp_path / "base", options={"interval": 2, **options})
     first, last = _Watch(adapted.model, kind, True), _Watch(adapted.model, kind, False)
-    made = runs.trainer(
+    made = training.trainer(
         adapted, kind, tmp_path / "out", max_steps=steps, learning_rate=5e-3, max_grad_norm=max_grad_norm,
         dataset=dataset,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def test_an_event_keeps_the_function_and_resets_the_state(kind, half, tmp_path):
 
 
 def test_the_new_gradients_are_those_of_the_new_adapters(tmp_path):
-    rows = runs.rows("llama", n=4)  # one batch, always the same
+    rows = training.rows("llama", n=4)  # one batch, always the same
     adapted, _, _, last = _run(tmp_path, steps=1, dataset=rows)
     layers = find_layers(adapted.model)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_the_new_gradients_are_those_of_the_new_adapters(tmp_path):
 
 def test_c_is_what_calibration_at_the_start_would_give(tmp_path):
     """With lora_B = 0 and gradients without a preferred direction: c/s² = p_B/n_A in expectation."""
-    adapted = runs.adapt("scalora-oracle", "llama", tmp_path / "base")
+    adapted = training.adapt("scalora-oracle", "llama", tmp_path / "base")
     for layer, c in zip(find_layers(adapted.model), adapted.callbacks[0].constants, strict=True):
         A, B = torch.zeros(1000, 4), layer.Bt.detach().mT
         gram = gram_products(A, B, torch.randn(1000, 4), torch.zeros_like(B))
@@ -87,7 +87,7 @@ def test_c_is_what_calibration_at_the_start_would_give(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_the_saved_adapter_merges_into_the_untouched_base(kind, tmp_path):
-    base = runs.base(kind, tmp_path / "base")
+    base = training.base(kind, tmp_path / "base")
     adapted, _, _, _ = _run(tmp_path, kind, steps=9, interval=1)
     frozen = {n.replace(".base_layer", ""): p for n, p in adapted.model.get_base_model().named_parameters()}
     assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters() if n in frozen)
@@ -97,15 +97,15 @@ def test_the_saved_adapter_merges_into_the_untouched_base(kind, tmp_path):
     assert float(adapted.callbacks[0].store.discarded.max()) < 1e-8
     adapted.save(tmp_path / "adapter")
     merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
-    torch.testing.assert_close(zoo.logits(merged, kind), zoo.logits(adapted.model, kind), rtol=0, atol=1e-5)
+    torch.testing.assert_close(models.logits(merged, kind), models.logits(adapted.model, kind), rtol=0, atol=1e-5)
 
 
 def test_gradients_gather_over_accumulation_steps(tmp_path):
     """Two half batches give the adapters that one whole batch gives."""
-    rows, pairs = runs.rows("llama", n=4), []
+    rows, pairs = training.rows("llama", n=4), []
     for size, pieces in ((4, 1), (2, 2)):
-        adapted = runs.adapt("scalora-oracle", "llama", tmp_path / "base")
-        made = runs.trainer(
+        adapted = training.adapt("scalora-oracle", "llama", tmp_path / "base")
+        made = training.trainer(
             adapted, "llama", tmp_path / "out", dataset=rows, max_steps=1, per_device_train_batch_size=size,
             gradient_accumulation_steps=pieces, learning_rate=0.0,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def test_the_new_gradients_are_clipped_as_the_old_ones_were(tmp_path):
 
 
 def test_fp16_is_refused():
-    callback = runs.method("scalora-oracle").adapt(zoo.base("llama"), "causal-lm").callbacks[0]
+    callback = training.method("scalora-oracle").adapt(models.base("llama"), "causal-lm").callbacks[0]
     arguments = type("Arguments", (), {"fp16": True})()
     state = type("State", (), {"global_step": 0})()
     with pytest.raises(ScaloraError, match="fp16"):

@@ -3,13 +3,11 @@
 import math
 
 import pytest
-import runs
 
-import ground
-import tiny
-from scalora.recipes import load_recipe
+from helpers import tokenized, training, workspace
+from scalora.runs.recipe import load_recipe
+from scalora.runs.training import train
 from scalora.tasks import build_task
-from scalora.training import train
 
 OPTIONS = {"alpha-lora": "{batch: 4, every: 2}", "relora": "{every: 3}", "mora": "{type: 1}"}
 
@@ -17,8 +15,8 @@ OPTIONS = {"alpha-lora": "{batch: 4, every: 2}", "relora": "{every: 3}", "mora":
 @pytest.mark.parametrize("task", ["multiple_choice", "classification"])
 @pytest.mark.parametrize("name", ["alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "peft:LOHA"])
 def test_a_recipe_names_a_method(name, task, tmp_path):
-    path = ground.lay(tmp_path)
-    overrides = ground.classification(tmp_path) if task == "classification" else []
+    path = workspace.lay(tmp_path)
+    overrides = workspace.classification(tmp_path) if task == "classification" else []
     overrides += [
         f"method={{name: '{name}', rank: 2, options: {OPTIONS.get(name, '{}')}}}",
         "training.learning_rate=2e-3",
@@ -29,5 +27,5 @@ def test_a_recipe_names_a_method(name, task, tmp_path):
     assert math.isfinite(result.metrics["after"]["nll"])
     assert result.metrics["after"]["nll"] != result.metrics["before"]["nll"]
     assert result.metrics["rank"]["mean"] >= 2
-    again = build_task(recipe.task).score(runs.run_lines(result.loading), tiny.tokenizer())
+    again = build_task(recipe.task).score(training.run_lines(result.loading), tokenized.tokenizer())
     assert again.metrics["nll"] == pytest.approx(result.metrics["after"]["nll"], abs=1e-5)

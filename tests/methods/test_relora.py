@@ -3,18 +3,17 @@
 import math
 
 import pytest
-import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import TrainerCallback
 
-import zoo
+from helpers import models, training
 from scalora import ScaloraError
-from scalora.adapters import find_layers
+from scalora.engine.plain_lora import joined_factors
+from scalora.layers.peft_lora import find_layers
 from scalora.methods.relora import prune_state, rewarmup
-from scalora.plain import joined_factors
 
 
 class _Watch(TrainerCallback):
@@ -37,9 +36,9 @@ class _Watch(TrainerCallback):
 
 def _run(tmp_path, kind="llama", steps=8, **options):
     fields = {k: options.pop(k) for k in ("lr_scheduler_type", "warmup_steps", "learning_rate") if k in options}
-    adapted = runs.adapt("relora", kind, tmp_path / "base", options=options)
+    adapted = training.adapt("relora", kind, tmp_path / "base", options=options)
     before, after = _Watch(adapted.model), _Watch(adapted.model)
-    made = runs.trainer(adapted, kind, tmp_path / "out", max_steps=steps, **{"learning_rate": 5e-3, **fields})
+    made = training.trainer(adapted, kind, tmp_path / "out", max_steps=steps, **{"learning_rate": 5e-3, **fields})
     made.callback_handler.callbacks.insert(0, before)
     made.callback_handler.callbacks.append(after)
     made.train()
@@ -72,7 +71,7 @@ def test_by_default_there_are_four_cycles_and_none_begins_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_the_saved_adapter_merges_into_the_untouched_base(kind, tmp_path):
-    base = runs.base(kind, tmp_path / "base")
+    base = training.base(kind, tmp_path / "base")
     adapted, _, _, _ = _run(tmp_path, kind, every=2)
     frozen = {n.replace(".base_layer", ""): p for n, p in adapted.model.get_base_model().named_parameters()}
     for name, param in base.named_parameters():
@@ -80,7 +79,7 @@ def test_the_saved_adapter_merges_into_the_untouched_base(kind, tmp_path):
             assert torch.equal(param, frozen[name]), name
     adapted.save(tmp_path / "adapter")
     merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
-    torch.testing.assert_close(zoo.logits(merged, kind), zoo.logits(adapted.model, kind), rtol=0, atol=1e-5)
+    torch.testing.assert_close(models.logits(merged, kind), models.logits(adapted.model, kind), rtol=0, atol=1e-5)
 
 
 def test_many_restarts_with_enough_capacity_lose_nothing(tmp_path):
@@ -110,8 +109,8 @@ def test_the_optimizer_sees_the_lowered_rate_under_any_schedule(schedule, tmp_pa
 
 
 def test_the_rate_in_the_step_itself(tmp_path):
-    adapted = runs.adapt("relora", "llama", tmp_path / "base", options={"every": 4, "warmup": 2})
-    made = runs.trainer(adapted, "llama", tmp_path / "out", max_steps=9)
+    adapted = training.adapt("relora", "llama", tmp_path / "base", options={"every": 4, "warmup": 2})
+    made = training.trainer(adapted, "llama", tmp_path / "out", max_steps=9)
     seen = []
 
     class Late(TrainerCallback):
@@ -144,8 +143,8 @@ def test_pruning_keeps_the_asked_share_and_the_step_counter(share, pruning, seed
 
 
 def test_a_restart_prunes_the_adapters_moments_but_not_the_heads(tmp_path):
-    adapted = runs.adapt("relora", "bert", tmp_path / "base", options={"every": 3})
-    made = runs.trainer(adapted, "bert", tmp_path / "out", max_steps=4)
+    adapted = training.adapt("relora", "bert", tmp_path / "base", options={"every": 3})
+    made = training.trainer(adapted, "bert", tmp_path / "out", max_steps=4)
     shares = {}
 
     class Late(TrainerCallback):
@@ -164,8 +163,8 @@ def test_a_restart_prunes_the_adapters_moments_but_not_the_heads(tmp_path):
 def test_the_runs_randomness_does_not_depend_on_restarts(tmp_path):
     drawn = []
     for every in (1, 6):
-        adapted = runs.adapt("relora", "llama", tmp_path / "base", options={"every": every}, dropout=0.2)
-        runs.trainer(adapted, "llama", tmp_path / "out").train()
+        adapted = training.adapt("relora", "llama", tmp_path / "base", options={"every": every}, dropout=0.2)
+        training.trainer(adapted, "llama", tmp_path / "out").train()
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalora.lowrank import numerical_rank
+from scalora.algebra.lowrank import numerical_rank
 from scalora.methods.base import Spectrum
 
 

@@ -4,12 +4,12 @@ import gc
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+from helpers import training
 from scalora import ScaloraError
-from scalora.adapters import find_layers
-from scalora.methods.start import Start
+from scalora.layers.peft_lora import find_layers
+from scalora.methods.support.start import Start
 
 
 def test_the_spectrum_is_that_of_the_difference():
@@ -42,9 +42,9 @@ def test_a_full_disk_is_one_message(monkeypatch):
 
 
 def test_the_base_store_s_update_is_what_base_and_adapter_gained(tmp_path):
-    adapted = runs.adapt("scalora", "llama", tmp_path / "base", options={"accumulate": "base"})
+    adapted = training.adapt("scalora", "llama", tmp_path / "base", options={"accumulate": "base"})
     start = {layer.name: layer.base_weight.clone() for layer in find_layers(adapted.model)}
-    runs.trainer(adapted, "llama", tmp_path / "out", learning_rate=5e-3).train()
+    training.trainer(adapted, "llama", tmp_path / "out", learning_rate=5e-3).train()
     found = dict(adapted.spectra())
     for layer in find_layers(adapted.model):
         update = layer.base_weight - start[layer.name] + layer.scale * layer.A @ layer.Bt
@@ -53,9 +53,11 @@ def test_the_base_store_s_update_is_what_base_and_adapter_gained(tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "scalora"])
 def test_no_second_copy_of_the_weights_stays_in_memory(name, tmp_path):
-    shape = tuple(runs.base("llama", tmp_path / "base").model.layers[0].self_attn.q_proj.weight.shape)
+    shape = tuple(training.base("llama", tmp_path / "base").model.layers[0].self_attn.q_proj.weight.shape)
     already = _alive(shape)
-    adapted = runs.adapt(name, "llama", tmp_path / "base", options={"accumulate": "base"} if name == "scalora" else {})
+    adapted = training.adapt(
+        name, "llama", tmp_path / "base", options={"accumulate": "base"} if name == "scalora" else {}
+    )
     mine = sum(tuple(p.shape) == shape for p in adapted.model.parameters())
     assert mine
     assert _alive(shape) <= already + mine

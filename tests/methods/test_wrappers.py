@@ -3,17 +3,16 @@
 import json
 
 import pytest
-import runs
 import torch
 
-import zoo
+from helpers import models, training
 from scalora import ScaloraError
 from scalora.methods.mora import load
 
 
 @pytest.fixture
 def saved(tmp_path):
-    adapted = runs.adapt("mora", "llama", tmp_path / "base")
+    adapted = training.adapt("mora", "llama", tmp_path / "base")
     adapted.save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -35,15 +34,15 @@ def test_another_base_model(saved, tmp_path):
 def test_a_base_that_has_moved(saved, tmp_path):
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     model = load(saved, base=str(tmp_path / "elsewhere"))
-    assert zoo.logits(model, "llama").isfinite().all()
+    assert models.logits(model, "llama").isfinite().all()
 
 
 def test_saving_twice_replaces(tmp_path):
-    adapted = runs.adapt("mora", "llama", tmp_path / "base")
+    adapted = training.adapt("mora", "llama", tmp_path / "base")
     adapted.save(tmp_path / "adapter")
     with torch.no_grad():
         for param in adapted.model.parameters():
             if param.requires_grad:
                 param.fill_(0.01)
-    loaded = runs.run_lines(adapted.save(tmp_path / "adapter"))
-    assert torch.equal(zoo.logits(loaded, "llama"), zoo.logits(adapted.model, "llama"))
+    loaded = training.run_lines(adapted.save(tmp_path / "adapter"))
+    assert torch.equal(models.logits(loaded, "llama"), models.logits(adapted.model, "llama"))

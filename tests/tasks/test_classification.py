@@ -3,8 +3,8 @@ import importlib
 import pytest
 import torch
 
-import tiny
-from scalora.errors import ScaloraError
+from helpers import tokenized
+from scalora.common.errors import ScaloraError
 from scalora.tasks import ClassificationSpec, build_task
 
 ROWS = [
@@ -16,8 +16,8 @@ ROWS = [
 
 
 def task(tmp_path, rows=ROWS, test=None, **fields):
-    train = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
-    test = tiny.write_jsonl(tmp_path / "test.jsonl", test or rows)
+    train = tokenized.write_jsonl(tmp_path / "train.jsonl", rows)
+    test = tokenized.write_jsonl(tmp_path / "test.jsonl", test or rows)
     return build_task(ClassificationSpec(data={"train": train, "test": test}, **{"text": "s", **fields}))
 
 
@@ -32,7 +32,7 @@ def one_by_one(model, tokenizer, texts):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_accuracy_and_nll(tmp_path, batch_size):
-    model, tokenizer = tiny.bert(), tiny.tokenizer()
+    model, tokenizer = tokenized.bert(), tokenized.tokenizer()
     built = task(tmp_path)
     score = built.score(model, tokenizer, batch_size=batch_size)
     logprobs = one_by_one(model, tokenizer, [row["s"] for row in ROWS]).log_softmax(-1)
@@ -47,7 +47,7 @@ def test_accuracy_and_nll(tmp_path, batch_size):
 
 @pytest.mark.parametrize("metric", ["matthews", "f1"])
 def test_other_metrics(tmp_path, metric):
-    score = task(tmp_path, metric=metric).score(tiny.bert(), tiny.tokenizer())
+    score = task(tmp_path, metric=metric).score(tokenized.bert(), tokenized.tokenizer())
     assert score.primary == metric
     metrics = importlib.import_module("sklearn.metrics")
     function = {"matthews": metrics.matthews_corrcoef, "f1": metrics.f1_score}[metric]
@@ -57,7 +57,7 @@ def test_other_metrics(tmp_path, metric):
 
 def test_regression(tmp_path):
     built = task(tmp_path, numbered("5.000", 1.5, "0", 3), regression=True)
-    model, tokenizer = tiny.bert(num_labels=1), tiny.tokenizer()
+    model, tokenizer = tokenized.bert(num_labels=1), tokenized.tokenizer()
     assert built.num_labels == 1
     score = built.score(model, tokenizer)
     found = one_by_one(model, tokenizer, [row["s"] for row in ROWS])[:, 0]
@@ -75,58 +75,61 @@ def test_regression(tmp_path):
 
 
 def test_constant_predictions_are_an_error(tmp_path):
-    model = tiny.bert(num_labels=1)
+    model = tokenized.bert(num_labels=1)
     torch.nn.init.zeros_(model.classifier.weight)
     with (
         pytest.warns(Warning, match="constant"),
         pytest.raises(ScaloraError, match=r"pearson_spearman is nan.*do not vary"),
     ):
-        task(tmp_path, numbered(1, 2, 3, 4), regression=True).score(model, tiny.tokenizer())
+        task(tmp_path, numbered(1, 2, 3, 4), regression=True).score(model, tokenized.tokenizer())
 
 
 def test_training_examples(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     built = task(tmp_path, text="{s} is {t}")
     dataset = built.train_dataset(tokenizer, "test")
     assert tokenizer.decode(dataset[2]["input_ids"]) == "who is ran"
     batch = built.collator(tokenizer)(list(dataset))
     assert batch["labels"].tolist() == [0, 1, 1, 0]
     assert batch["attention_mask"].sum(-1).tolist() == [len(e["input_ids"]) for e in dataset]
-    loss = tiny.bert().eval()(**batch).loss.item()
-    assert loss == pytest.approx(built.score(tiny.bert(), tokenizer).metrics["nll"], rel=1e-4)
+    loss = tokenized.bert().eval()(**batch).loss.item()
+    assert loss == pytest.approx(built.score(tokenized.bert(), tokenizer).metrics["nll"], rel=1e-4)
 
 
 def test_pairs_carry_token_types(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     built = task(tmp_path, text_pair="t")
     example = built.train_dataset(tokenizer, "test")[1]
     assert example["token_type_ids"] == [0, 0, 0, 1, 1, 1, 1]
     assert built.collator(tokenizer)(list(built.train_dataset(tokenizer, "test")))["token_type_ids"].shape == (4, 8)
-    assert built.score(tiny.bert(), tokenizer).predictions[1].text == "sky is blue | a b c d"
+    assert built.score(tokenized.bert(), tokenizer).predictions[1].text == "sky is blue | a b c d"
 
 
 def test_decoder_with_a_classification_head(tmp_path):
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(tiny.llama().config)
-    scores = [task(tmp_path).score(model, tiny.tokenizer(), batch_size=size) for size in (1, 4)]
+    model = LlamaForSequenceClassification(tokenized.llama().config)
+    scores = [task(tmp_path).score(model, tokenized.tokenizer(), batch_size=size) for size in (1, 4)]
     assert scores[0].metrics == pytest.approx(scores[1].metrics, rel=1e-4)
 
 
 def test_truncation_is_counted(tmp_path):
     built = task(tmp_path, max_length=3)
-    dataset = built.train_dataset(tiny.tokenizer())
+    dataset = built.train_dataset(tokenized.tokenizer())
     assert dataset.truncated == 1
     assert max(len(example["input_ids"]) for example in dataset) == 3
-    assert built.score(tiny.bert(), tiny.tokenizer()).truncated == 1
+    assert built.score(tokenized.bert(), tokenized.tokenizer()).truncated == 1
 
 
 def test_label_order(tmp_path):
-    assert task(tmp_path, labels=["yes", "no"]).train_dataset(tiny.tokenizer(), "test")[0]["labels"] == 1
+    assert task(tmp_path, labels=["yes", "no"]).train_dataset(tokenized.tokenizer(), "test")[0]["labels"] == 1
     assert task(tmp_path, numbered(2, 10, 9, 2)).labels == ["2", "9", "10"]
-    assert task(tmp_path, numbered(0, 1, 1, 0), labels=[0, 1]).train_dataset(tiny.tokenizer(), "test")[1]["labels"] == 1
+    assert (
+        task(tmp_path, numbered(0, 1, 1, 0), labels=[0, 1]).train_dataset(tokenized.tokenizer(), "test")[1]["labels"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,8 +152,8 @@ def test_label_order(tmp_path):
 def test_mistakes(tmp_path, fields, message):
     def run():
         built = task(tmp_path, **fields)
-        built.train_dataset(tiny.tokenizer())
-        built.score(tiny.bert(), tiny.tokenizer())
+        built.train_dataset(tokenized.tokenizer())
+        built.score(tokenized.bert(), tokenized.tokenizer())
 
     with pytest.raises(ScaloraError, match=message):
         run()
@@ -161,12 +164,12 @@ def test_missing_library(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ScaloraError, match=r"needs sklearn\.metrics: pip install 'scalora\[arena\]'"):
-        task(tmp_path, metric="f1").score(tiny.bert(), tiny.tokenizer())
+        task(tmp_path, metric="f1").score(tokenized.bert(), tokenized.tokenizer())
 
 
 @pytest.mark.real
 def test_real_minilm_scores_headlines():
-    from scalora.models import load_model
+    from scalora.models.load import load_model
 
     data = {"train": "sarcasm", "train_size": 32, "test_size": 64}
     built = build_task(ClassificationSpec(data=data, text="headline"))

@@ -4,8 +4,8 @@ import re
 import pytest
 import torch
 
-import tiny
-from scalora.errors import ScaloraError
+from helpers import tokenized
+from scalora.common.errors import ScaloraError
 from scalora.tasks import CompletionSpec, build_task
 from scalora.tasks.base import batches
 from scalora.tasks.generation import extract
@@ -18,22 +18,22 @@ ROWS = [
 
 
 def task(tmp_path, rows=ROWS, **fields):
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = tokenized.write_jsonl(tmp_path / "rows.jsonl", rows)
     fields = {"prompt": "{q}", "completion": " {a}", **fields}
     return build_task(CompletionSpec(data={"train": path, "test": path}, **fields))
 
 
 def test_training_examples_end_with_eos(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     example = task(tmp_path).train_dataset(tokenizer, "test")[1]
     assert tokenizer.decode(example["input_ids"]) == "sky is blue <eos>"
     assert example["labels"] == [-100, -100, *example["input_ids"][2:]]
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("make", [tokenized.llama, tokenized.gpt2])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_score_is_weighted_by_tokens(tmp_path, make, batch_size):
-    model, tokenizer = make().eval(), tiny.tokenizer()
+    model, tokenizer = make().eval(), tokenized.tokenizer()
     built = task(tmp_path)
     score = built.score(model, tokenizer, batch_size=batch_size)
     total, count = 0.0, 0
@@ -50,13 +50,13 @@ def test_score_is_weighted_by_tokens(tmp_path, make, batch_size):
 
 
 def test_empty_prompt_starts_from_bos(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     example = task(tmp_path, prompt="").train_dataset(tokenizer, "test")[1]
     assert tokenizer.decode(example["input_ids"]) == "<bos> blue <eos>"
 
 
 def test_truncated_prompts_keep_the_completion(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     dataset = task(tmp_path, max_length=6).train_dataset(tokenizer, "test")
     assert dataset.truncated == 2
     assert tokenizer.decode(dataset[0]["input_ids"]) == "cat sat on the mat <eos>"
@@ -64,7 +64,7 @@ def test_truncated_prompts_keep_the_completion(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     with pytest.raises(ScaloraError, match=r"task\.data\.columns: no column 'b'"):
         task(tmp_path, completion="{b}").train_dataset(tokenizer, "test")
     with pytest.raises(ScaloraError, match=r"task\.completion: '\{a' is no template"):
@@ -76,7 +76,7 @@ def test_mistakes(tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ScaloraError, match="no eos token"):
         task(tmp_path).train_dataset(tokenizer, "test")
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     tokenizer.bos_token, eos = None, tokenizer.eos_token_id
     assert task(tmp_path, prompt="").train_dataset(tokenizer, "test")[0]["input_ids"][0] == eos
 
@@ -89,7 +89,7 @@ def test_batches_cover_all_once_and_bound_the_logits():
 
 
 def test_a_lean_batch_gives_the_same_loss_and_gradients():
-    import zoo
+    from helpers import models
     from scalora.tasks.base import Collator
 
     rows = [
@@ -98,20 +98,20 @@ def test_a_lean_batch_gives_the_same_loss_and_gradients():
     ]
     results = []
     for lean in (False, True):
-        model = zoo.lora("llama")
+        model = models.lora("llama")
         batch = Collator(0, lean)(rows)
         assert ("logits_to_keep" in batch) == lean
         output = model(**batch)
         output.loss.backward()
-        results.append((output.loss, [p.grad for p in zoo.trainable(model)]))
+        results.append((output.loss, [p.grad for p in models.trainable(model)]))
     assert output.logits.shape[1] < batch["input_ids"].shape[1]
     torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("make", [tokenized.llama, tokenized.gpt2])
 def test_exact_match_is_of_what_the_model_writes_by_itself(tmp_path, make, batch_size):
-    model, tokenizer = make().eval(), tiny.tokenizer()
+    model, tokenizer = make().eval(), tokenized.tokenizer()
     written = []
     for row in ROWS:  # one at a time and without padding or cache: the twin
         ids = tokenizer(row["q"])["input_ids"]
@@ -148,4 +148,4 @@ def test_answers_are_found_in_texts(text, answer):
 @pytest.mark.parametrize(("pattern", "words"), [("(", "no regular expression"), ("####", "finds nothing")])
 def test_a_pattern_that_cannot_work_is_refused(tmp_path, pattern, words):
     with pytest.raises(ScaloraError, match=words):
-        task(tmp_path, answer=pattern).score(tiny.llama(), tiny.tokenizer())
+        task(tmp_path, answer=pattern).score(tokenized.llama(), tokenized.tokenizer())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import tiny
-from scalora.errors import ScaloraError
+from helpers import tokenized
+from scalora.common.errors import ScaloraError
 from scalora.tasks import MultipleChoiceSpec, build_task
 
 pytest.importorskip("lm_eval")
@@ -18,7 +18,7 @@ ROWS = [
 
 
 def task(tmp_path, **fields):
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = tokenized.write_jsonl(tmp_path / "rows.jsonl", ROWS)
     fields = {"prompt": "what {question} is ", **fields}
     return build_task(MultipleChoiceSpec(data={"train": path, "test": path}, **fields))
 
@@ -26,7 +26,7 @@ def task(tmp_path, **fields):
 @pytest.mark.parametrize("normalize", ["none", "length"])
 @pytest.mark.parametrize("extra", [{}, {"prompt": "what {choice} is", "continuation": " {question}"}])
 def test_the_harness_scores_as_we_do(tmp_path, normalize, extra):
-    model, tokenizer = tiny.llama().train(), tiny.tokenizer()
+    model, tokenizer = tokenized.llama().train(), tokenized.tokenizer()
     for seed in range(3):
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -49,4 +49,4 @@ def test_the_harness_scores_as_we_do(tmp_path, normalize, extra):
 )
 def test_what_cannot_be_is_refused(tmp_path, fields, words):
     with pytest.raises(ScaloraError, match=words):
-        task(tmp_path, **fields).score(tiny.llama(), tiny.tokenizer())
+        task(tmp_path, **fields).score(tokenized.llama(), tokenized.tokenizer())

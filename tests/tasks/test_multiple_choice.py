@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-import tiny
-from scalora.errors import ScaloraError
+from helpers import tokenized
+from scalora.common.errors import ScaloraError
 from scalora.tasks import MultipleChoiceSpec, TaskSpec, build_task
 
 ROWS = [
@@ -18,7 +18,7 @@ ROWS = [
 
 
 def task(tmp_path, rows=ROWS, **fields):
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = tokenized.write_jsonl(tmp_path / "rows.jsonl", rows)
     fields = {"prompt": "what {question} is ", **fields}
     return build_task(MultipleChoiceSpec(data={"train": path, "test": path}, **fields))
 
@@ -31,10 +31,10 @@ def naive(model, prompt, following):
     return [logprobs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("make", [tokenized.llama, tokenized.gpt2])
 @pytest.mark.parametrize("normalize", ["none", "length", "choice-tokens"])
 def test_score_equals_a_naive_loop(tmp_path, make, normalize):
-    model, tokenizer = make(), tiny.tokenizer()
+    model, tokenizer = make(), tokenized.tokenizer()
     score = task(tmp_path, normalize=normalize).score(model, tokenizer, batch_size=3)
     nll, right, hits = 0.0, [], 0
     for row, answer, prediction in zip(ROWS, [0, 2, 2, 1, 1], score.predictions, strict=True):
@@ -58,9 +58,9 @@ def test_score_equals_a_naive_loop(tmp_path, make, normalize):
     assert (score.primary, score.higher_is_better, score.truncated) == ("accuracy", True, 0)
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("make", [tokenized.llama, tokenized.gpt2])
 def test_batch_size_does_not_matter(tmp_path, make):
-    model, tokenizer = make(), tiny.tokenizer()
+    model, tokenizer = make(), tokenized.tokenizer()
     scores = [task(tmp_path).score(model, tokenizer, batch_size=size) for size in (1, 2, 32)]
     for score in scores[1:]:
         assert score.metrics == pytest.approx(scores[0].metrics, rel=1e-4)
@@ -70,12 +70,12 @@ def test_batch_size_does_not_matter(tmp_path, make):
 def test_choices_of_one_token_need_one_sequence(tmp_path):
     rows = [{"question": q, "answer": 0} for q in ("the cat", "sky is blue", "dog")]
     fixed = task(tmp_path, rows, choices=[" yes", " no", " why"])
-    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    model, tokenizer = tokenized.llama(), tokenized.tokenizer()
     shapes = []
     model.register_forward_hook(lambda _m, _a, output: shapes.append(tuple(output.logits.shape)))
     seen = []
     fast = fixed.score(model, tokenizer, batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert shapes == [(2, 1, tiny.SIZE), (1, 1, tiny.SIZE)]
+    assert shapes == [(2, 1, tokenized.SIZE), (1, 1, tokenized.SIZE)]
     assert seen == [(2, 3), (3, 3)]
     # The same rows by way of a longer choice, which every short one is scored beside.
     slow = task(tmp_path, [{**r, "choices": [" yes", " no", " why", " a b"]} for r in rows]).score(model, tokenizer)
@@ -83,26 +83,26 @@ def test_choices_of_one_token_need_one_sequence(tmp_path):
 
 
 def test_mode_and_weights_are_left_alone(tmp_path):
-    model = tiny.llama().train()
+    model = tokenized.llama().train()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    task(tmp_path).score(model, tiny.tokenizer(), autocast=torch.bfloat16)
+    task(tmp_path).score(model, tokenized.tokenizer(), autocast=torch.bfloat16)
     assert model.training
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
     model.eval()
-    task(tmp_path).score(model, tiny.tokenizer())
+    task(tmp_path).score(model, tokenized.tokenizer())
     assert not model.training
 
 
 def test_peft_model(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    plain = task(tmp_path).score(tiny.gpt2(), tiny.tokenizer())
-    adapted = get_peft_model(tiny.gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    assert task(tmp_path).score(adapted, tiny.tokenizer()).metrics == pytest.approx(plain.metrics, rel=1e-5)
+    plain = task(tmp_path).score(tokenized.gpt2(), tokenized.tokenizer())
+    adapted = get_peft_model(tokenized.gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    assert task(tmp_path).score(adapted, tokenized.tokenizer()).metrics == pytest.approx(plain.metrics, rel=1e-5)
 
 
 def test_training_examples(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     dataset = task(tmp_path).train_dataset(tokenizer, "test")
     example = dataset[1]
     assert tokenizer.decode(example["input_ids"]) == "what sky is a b c"
@@ -115,14 +115,14 @@ def test_training_examples(tmp_path):
 
 
 def test_training_loss_is_answer_nll(tmp_path):
-    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    model, tokenizer = tokenized.llama(), tokenized.tokenizer()
     built = task(tmp_path)
     loss = model(**built.collator(tokenizer)(list(built.train_dataset(tokenizer, "test")))).loss
     assert loss.item() == pytest.approx(built.score(model, tokenizer).metrics["answer_nll"], rel=1e-4)
 
 
 def test_long_prompts_lose_their_start(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     short = task(tmp_path, max_length=5)
     dataset = short.train_dataset(tokenizer, "test")
     assert dataset.truncated == 5
@@ -130,13 +130,13 @@ def test_long_prompts_lose_their_start(tmp_path):
     assert tokenizer.decode(dataset[4]["input_ids"]) == "b c d is f"
     assert all(len(example["input_ids"]) <= 5 and example["labels"][-1] != -100 for example in dataset)
     # Each sequence counts: all 13 but the second row's "red", whose four tokens fit.
-    assert short.score(tiny.llama(), tokenizer).truncated == 12
+    assert short.score(tokenized.llama(), tokenizer).truncated == 12
     with pytest.raises(ScaloraError, match=r"task\.max_length is 3, but an answer has 3 tokens; set it to 4"):
         task(tmp_path, max_length=3).train_dataset(tokenizer, "test")
 
 
 def test_trailing_space_belongs_to_the_choice(tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tokenized.tokenizer()
     spaced = task(tmp_path).train_dataset(tokenizer, "test")
     rows = [{**row, "choices": [f" {choice}" for choice in row["choices"]]} for row in ROWS]
     assert (
@@ -161,26 +161,28 @@ def test_trailing_space_belongs_to_the_choice(tmp_path):
 )
 def test_mistakes(tmp_path, fields, message):
     with pytest.raises(ScaloraError, match=message):
-        task(tmp_path, **fields).train_dataset(tiny.tokenizer())
+        task(tmp_path, **fields).train_dataset(tokenized.tokenizer())
 
 
 @pytest.mark.parametrize("choices", ["cat or dog", ["cat"], ["cat", ""], [1, 2]])
 def test_choices_that_are_none(tmp_path, choices):
     with pytest.raises(ScaloraError, match="the column choices must hold a list of two or more texts"):
-        task(tmp_path, [{"question": "a", "choices": choices, "answer": 0}]).score(tiny.llama(), tiny.tokenizer())
+        task(tmp_path, [{"question": "a", "choices": choices, "answer": 0}]).score(
+            tokenized.llama(), tokenized.tokenizer()
+        )
 
 
 def test_no_validation_data(tmp_path):
     with pytest.raises(ScaloraError, match=r"task\.data\.validation: there is no validation data"):
-        task(tmp_path).score(tiny.llama(), tiny.tokenizer(), "validation")
+        task(tmp_path).score(tokenized.llama(), tokenized.tokenizer(), "validation")
 
 
 def test_metrics_that_are_not_finite(tmp_path):
-    model = tiny.llama()
+    model = tokenized.llama()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
     with pytest.raises(ScaloraError, match="metric nll is nan"):
-        task(tmp_path).score(model, tiny.tokenizer())
+        task(tmp_path).score(model, tokenized.tokenizer())
 
 
 def test_spec_is_discriminated_by_kind():
@@ -194,7 +196,7 @@ def test_spec_is_discriminated_by_kind():
 @pytest.mark.parametrize("end", ["", " ", "\n"])
 def test_real_tokens_agree_with_the_harness(end):
     harness = pytest.importorskip("lm_eval.api.model").TemplateLM
-    from scalora.models import load_model
+    from scalora.models.load import load_model
     from scalora.tasks.completion import encode
 
     tokenizer = load_model("smollm2-135m-instruct", head="causal-lm")[1]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from ..methods import MethodSpec, build_method
-from ..recipes import Recipe, parse_recipe, read_value
+from ..runs.recipe import Recipe, parse_recipe, read_value
 
 Stage = Literal["tune", "final"]
 CURVE_RANKS = (1, 2, 4, 8, 16, 32)

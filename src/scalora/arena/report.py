@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ..files import write_text
+from ..common.files import write_text
 from . import figures
 from .plan import Comparison, Contender
 from .statistics import (

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import ScaloraError
-from ..files import check_writable, write_json
-from ..provenance import environment, git_revision
+from ..common.disk_layout import QUEUE, RESULTS
+from ..common.environment import environment, git_revision
+from ..common.errors import ScaloraError
+from ..common.files import check_writable, write_json
 from .plan import Comparison, Trial
+from .queue import BEAT, Store
 from .report import write_report
 from .statistics import Results, chosen_rates
-from .store import BEAT, FILE, Store
 from .trial import check_recipe, run_trial
 
 Tell = Callable[[str], None]
@@ -73,7 +74,7 @@ def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = Fals
         ScaloraError: every trial would fail alike, or the folder takes no writing; the message says why.
     """
     check_writable(folder, "--output")
-    if (folder / FILE).exists():
+    if (folder / QUEUE).exists():
         results = Store(folder, comparison).results()
         wanted = comparison.tuning() + _final(comparison, results)
         if all(t in results and not (retry and "error" in results[t]) for t in wanted):
@@ -99,7 +100,7 @@ def write_results(store: Store, comparison: Comparison, folder: Path, command: s
             for t, result in sorted(results.items())
         ],
     }
-    write_json(folder / "results.json", content)
+    write_json(folder / RESULTS, content)
     write_report(comparison, results, content, folder / "report.html")
     return content
 

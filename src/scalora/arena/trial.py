@@ -14,8 +14,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ScaloraError
-from ..recipes import Recipe, parse_recipe
+from ..common.errors import ScaloraError
+from ..runs.recipe import Recipe, parse_recipe
 from .plan import Comparison, Trial
 
 # What is kept of a run's metrics: what the report shows.
@@ -85,7 +85,7 @@ def _processes() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scalora.training"])
+    context.set_forkserver_preload(["scalora.runs.training"])
     return context
 
 
@@ -96,7 +96,7 @@ def _main(place: Path) -> None:
     with (place / "stderr").open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from ..quiet import quiet
+    from ..common.quiet import quiet
 
     quiet()
     order = json.loads((place / "order.json").read_text(encoding="utf-8"))
@@ -110,8 +110,8 @@ def _main(place: Path) -> None:
 
 def _follow(recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False) -> dict[str, Any]:
     """Train and score on a split; without one only load."""
-    from ..loading import check
-    from ..training import train
+    from ..runs.loading import check
+    from ..runs.training import train
 
     if split is None:
         check(recipe)

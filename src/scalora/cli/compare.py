@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import ScaloraError
-from ..quiet import quiet
+from ..common.errors import ScaloraError
+from ..common.quiet import quiet
 from .guard import guarded, leave, require
 
 
@@ -20,16 +20,16 @@ def run(
 ) -> None:  # fmt: skip
     """Run or continue a comparison; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
-        from ..recipes import load_recipe
+        from ..runs.recipe import load_recipe
 
         recipe = load_recipe(recipe_path, overrides)
         quiet()
         require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
+        from ..arena.queue import Store
         from ..arena.report import COLUMNS, in_words, table
         from ..arena.run import check_comparison, run_comparison
         from ..arena.statistics import curve_verdict
-        from ..arena.store import Store
 
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:

@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from ..quiet import quiet
+from ..common.quiet import quiet
 from .guard import guarded
 
 _PACKAGES = (
@@ -102,10 +102,10 @@ def _index() -> str:
 
 
 def _cached() -> list[tuple[str, str, str]]:
-    from .. import assets
+    from ..common import packaged
 
     rows = [
-        (name, "cached" if assets.is_cached(name) else "fetched on first use", asset.summary)
-        for name, asset in assets.ASSETS.items()
+        (name, "cached" if packaged.is_cached(name) else "fetched on first use", asset.summary)
+        for name, asset in packaged.ASSETS.items()
     ]
-    return [*rows, ("cache folder", str(assets.cache_dir()), "set SCALORA_CACHE to move it")]
+    return [*rows, ("cache folder", str(packaged.cache_dir()), "set SCALORA_CACHE to move it")]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..quiet import quiet
+from ..common.quiet import quiet
 from .guard import guarded
 
 
@@ -20,7 +20,7 @@ def run(
     """Export and print what was kept and how it compares; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
         quiet()
-        from ..export import export
+        from ..runs.export.export import export
 
         console = Console()
         done = export(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from rich.table import Table
 from .guard import guarded
 
 if TYPE_CHECKING:
-    from ..artefact import Artefact
+    from ..runs.export.artefact import Artefact
 
 
 def run(path: str, *, as_json: bool) -> None:
     """Print what lies at ``path``; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
-        from ..artefact import find_artefact
+        from ..runs.export.artefact import find_artefact
 
         report = describe(find_artefact(path))
         if as_json:
@@ -30,9 +30,9 @@ def run(path: str, *, as_json: bool) -> None:
 
 def describe(artefact: Artefact) -> dict[str, Any]:
     """Everything there is to say, for JSON."""
-    from ..artefact import read_factors
-    from ..energies import by_kind, layer_figures
-    from ..run_folder import CHECKPOINTS
+    from ..common.disk_layout import CHECKPOINTS
+    from ..runs.export.artefact import read_factors
+    from ..runs.export.layer_figures import by_kind, layer_figures
 
     export, log = artefact.export, artefact.trainer.get("log_history") or [{}]
     figured, layers = _with_parts(artefact), []
@@ -113,8 +113,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _with_parts(artefact: Artefact) -> Artefact:
     """The newest checkpoint in place of a run's joined adapter, where it is the same update still in its two parts."""
-    from ..artefact import find_artefact
-    from ..run_folder import last_checkpoint
+    from ..runs.export.artefact import find_artefact
+    from ..runs.folder import last_checkpoint
 
     if (
         artefact.path != artefact.run

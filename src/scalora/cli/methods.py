@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..quiet import quiet
+from ..common.quiet import quiet
 from .guard import guarded
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..errors import ScaloraError
-from ..quiet import quiet
+from ..common.errors import ScaloraError
+from ..common.quiet import quiet
 from .guard import guarded, leave, require
 
 if TYPE_CHECKING:
-    from ..experiments import Outcome
+    from scalora_papers import Outcome
 
 _SCALES = ("small", "paper")
 
@@ -26,8 +26,8 @@ def run(name: str, *, scale: str, data: str | None, output: str | None, resume: 
     with guarded():
         quiet()
         require("reproduce", "optuna", "scipy", "sklearn")
-        from ..experiments import Setting, all_experiments, find_experiment
-        from ..experiments.run import default_folder, run_experiment
+        from scalora_papers import Setting, all_experiments, find_experiment
+        from scalora_papers.run import default_folder, run_experiment
 
         if not name:
             listing = RichTable("name", "what it is")

@@ -11,18 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
-from ..quiet import quiet
+from ..common.quiet import quiet
 from .guard import guarded, leave
 
 
 def run(recipe_path: str, overrides: list[str], *, resume: bool, overwrite: bool) -> None:
     """Run a recipe; exit codes as :mod:`scalora.cli.guard` says."""
     with guarded():
-        from ..recipes import load_recipe
+        from ..runs.recipe import load_recipe
 
         recipe = load_recipe(recipe_path, overrides)
         quiet()
-        from ..training import Interrupted, train
+        from ..runs.training import Interrupted, train
 
         console = Console()
         title = f"[b]{recipe.method.name}[/b] on {recipe.model}, rank {recipe.method.rank}"
@@ -48,7 +48,7 @@ def live_watcher(console: Console) -> Any:
     """A watcher that draws progress bars on a terminal, and prints plain lines elsewhere."""
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-    from ..training import Watcher
+    from ..runs.training import Watcher
 
     class Live(Watcher, TrainerCallback):
         def __init__(self) -> None:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from .base import Adapted, Method, MethodSpec, Spectrum
 from .peft_any import PREFIX, peft_method
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ScaloraError
-from ..models import Head
+from ..common.disk_layout import ALPHA_STATE
+from ..common.errors import ScaloraError
+from ..models.heads import Head
 from .base import Adapted, Method
-from .gradients import batch_loss
-from .wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
-
-STATE_FILE = "alpha_optimizer.pt"
+from .support.gradients import batch_loss
+from .support.wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
 
 
 class AlphaLoraOptions(BaseModel):
@@ -115,7 +114,7 @@ class AlphaCallback(TrainerCallback):
         if self.held_out is None:
             raise ScaloraError("alpha-lora has no held-out rows: train on what Adapted.split_train(dataset) returns")
         if state.global_step > 0:
-            file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", STATE_FILE)
+            file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", ALPHA_STATE)
             self.optimizer.load_state_dict(torch.load(file, weights_only=True))
 
     def on_step_end(
@@ -144,7 +143,7 @@ class AlphaCallback(TrainerCallback):
         self.optimizer.zero_grad()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", STATE_FILE)
+        file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", ALPHA_STATE)
         torch.save(self.optimizer.state_dict(), file)
 
     def _rows(self, update: int, seed: int) -> list[int]:

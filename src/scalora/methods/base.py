@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..errors import ScaloraError
-from ..models import Head
+from ..common.errors import ScaloraError
+from ..models.heads import Head
 
 
 class MethodSpec(BaseModel):

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ScaloraError
-from ..models import Head
+from ..common.errors import ScaloraError
+from ..models.heads import Head
 from .base import Adapted, Method
-from .start import Start
-from .targets import find_heads, find_targets
+from .support.start import Start
+from .support.targets import find_heads, find_targets
 
 
 class Full(Method):

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters import find_layers
-from ..errors import ScaloraError
-from ..fused import fuse_lora
-from ..lowrank import singular_values
-from ..models import Head
-from ..plain import Factors, joined_factors, save_plain_lora
+from ..algebra.lowrank import singular_values
+from ..common.errors import ScaloraError
+from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
+from ..layers.lora_forward import fuse_lora
+from ..layers.peft_lora import find_layers
+from ..models.heads import Head
 from .base import Adapted, Method, MethodSpec, Spectrum
 
 

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import find_layers
-from ..errors import ScaloraError
-from ..models import Head
-from ..stores.adapter import ensure_adapter
-from .accumulated import AccumulatedCallback
+from ..common.errors import ScaloraError
+from ..engine.stores.adapter import ensure_adapter
+from ..layers.peft_lora import find_layers
+from ..models.heads import Head
 from .base import Adapted, Method
-from .gradients import mean_gradients
 from .lora import lora_model, lora_spectra, save_plain
+from .support.accumulated import AccumulatedCallback
+from .support.gradients import mean_gradients
 
 
 class LoraGaOptions(BaseModel):

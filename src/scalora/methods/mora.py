@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models import Head
+from ..models.heads import Head
 from .base import Adapted, Method
-from .wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
+from .support.wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
 
 Kind = Literal[1, 6]
 

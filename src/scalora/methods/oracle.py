@@ -15,18 +15,18 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import find_layers
-from ..directions import Halves, dense_svd, optimal_adapters
-from ..engine import innermost
-from ..errors import ScaloraError
-from ..models import Head
-from ..stores import AdapterStore
-from ..stores.adapter import ensure_adapter
-from .accumulated import AccumulatedCallback
+from ..algebra.directions import Halves, dense_svd, optimal_adapters
+from ..common.errors import ScaloraError
+from ..engine.optimizers import innermost
+from ..engine.stores import AdapterStore
+from ..engine.stores.adapter import ensure_adapter
+from ..layers.peft_lora import find_layers
+from ..models.heads import Head
 from .base import Adapted, Method
-from .gradients import FullGradients
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
+from .support.accumulated import AccumulatedCallback
+from .support.gradients import FullGradients
 
 
 class OracleOptions(BaseModel):

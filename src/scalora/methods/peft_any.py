@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ScaloraError
-from ..models import Head
+from ..common.errors import ScaloraError
+from ..models.heads import Head
 from .base import Adapted, Method, MethodSpec, Spectrum
 from .lora import peft_loading, task_type, wrap
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters import AdapterLayer, find_layers
-from ..hadamard import fuse_hira
-from ..models import Head
-from ..plain import joined_factors
+from ..engine.plain_lora import joined_factors
+from ..layers.hira_forward import fuse_hira
+from ..layers.peft_lora import AdapterLayer, find_layers
+from ..models.heads import Head
 from .base import Adapted, Method
 from .lora import lora_config, lora_model, lora_spectra, save_plain, task_type, wrap
 from .peft_any import merged_adapted

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import AdapterLayer, find_layers
-from ..engine import innermost
-from ..errors import ScaloraError
-from ..models import Head
-from ..stores import AdapterStore
-from ..stores.adapter import ensure_adapter
-from .accumulated import AccumulatedCallback
+from ..common.errors import ScaloraError
+from ..engine.optimizers import innermost
+from ..engine.stores import AdapterStore
+from ..engine.stores.adapter import ensure_adapter
+from ..layers.peft_lora import AdapterLayer, find_layers
+from ..models.heads import Head
 from .base import Adapted, Method
 from .lora import lora_model, lora_spectra, save_plain
+from .support.accumulated import AccumulatedCallback
 
 
 class ReLoraOptions(BaseModel):

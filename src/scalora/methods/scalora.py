@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters import find_layers
-from ..config import ScaLoraConfig
-from ..integrations.trainer import ScaLoraCallback
-from ..models import Head
-from ..plain import joined_factors
+from ..engine.config import ScaLoraConfig
+from ..engine.plain_lora import joined_factors
+from ..engine.trainer import ScaLoraCallback
+from ..layers.peft_lora import find_layers
+from ..models.heads import Head
 from .base import Adapted, Method, MethodSpec
 from .lora import lora_model, lora_spectra, save_plain
-from .start import Start
+from .support.start import Start
 
 
 def _options(**preset: Any) -> type[BaseModel]:

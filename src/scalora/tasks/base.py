@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.utils.data import Dataset
 
-from ..data import DataSpec, Row, Splits, load_splits
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
+from .data.rows import DataSpec, Row, Splits, load_splits
 
 Split = Literal["train", "validation", "test"]
 Progress = Callable[[int, int], None]

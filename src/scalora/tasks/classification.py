@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..data import DataSpec
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .data.rows import DataSpec
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
 

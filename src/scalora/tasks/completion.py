@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..data import DataSpec
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .data.rows import DataSpec
 from .generation import extract, generate
 
 Pair = tuple[list[int], list[int]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 
 ROWS = "rows"  # as the name of a task: the rows at hand
 

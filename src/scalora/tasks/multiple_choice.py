@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..data import DataSpec, Row
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset
 from .completion import encode, examples, token_logprobs, truncate
+from .data.rows import DataSpec, Row
 from .harness import ROWS, HarnessScore, Question, evaluate
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ..data import DataSpec
-from ..errors import ScaloraError
+from ..common.errors import ScaloraError
 from .base import Prediction, Progress, Score, Split, Task, TokenDataset, evaluating
+from .data.rows import DataSpec
 
 
 class VectorsSpec(BaseModel):

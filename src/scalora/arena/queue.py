@@ -1,0 +1,133 @@
+"""Where trials wait, run and are kept: an optuna study on sqlite, shared by any number of workers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from ..common.disk_layout import QUEUE
+from ..common.errors import ScaloraError
+from ..runs.recipe import parse_recipe
+from .plan import Comparison, Trial, parse_contender, shared_parts
+
+BEAT = 60.0  # seconds between signs of life of a running trial
+_SILENCE = 10 * BEAT  # after which a worker counts as dead
+
+
+class Store:
+    """The trials of one comparison.
+
+    Raises:
+        ScaloraError: the folder holds a comparison of another recipe.
+    """
+
+    def __init__(self, folder: Path, comparison: Comparison) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{(folder / QUEUE).resolve()}"
+        self.study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
+        self.running: dict[Trial, optuna.Trial] = {}  # in this process
+        recipe = comparison.recipe.model_dump(mode="json")
+        # A store of an earlier version lacks what recipes could not say then: it meant what is the default now.
+        stored = {key: self.study.user_attrs.get("recipe", recipe).get(key, value) for key, value in recipe.items()}
+        mine, theirs = shared_parts(comparison.recipe), shared_parts(parse_recipe(stored, str(folder)))
+        for key, value in mine.items():
+            if theirs[key] != value:
+                raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
+        self.study.set_user_attr("recipe", recipe)
+
+    def enqueue(self, trials: list[Trial], *, retry: bool = False) -> None:
+        """Add those that are not there yet, those whose worker died, and with ``retry`` those that failed."""
+        settled: set[Trial] = set()
+        for frozen in self._frozen():
+            if frozen.state == TrialState.RUNNING and not _worker_lives(frozen):
+                self.study.tell(frozen.number, state=TrialState.FAIL)
+            elif frozen.state not in (TrialState.FAIL, TrialState.PRUNED) or (
+                "result" in frozen.user_attrs and not retry
+            ):
+                settled.add(_trial(frozen))
+        for trial in trials:
+            if trial not in settled:
+                self.study.enqueue_trial(
+                    {}, user_attrs={"trial": [trial.stage, str(trial.contender), trial.lr, trial.seed]}
+                )
+
+    def take(self, wanted: Collection[Trial]) -> Trial | None:
+        """The next of the wanted trials that waits; None when none does.
+
+        Waiting trials that nobody wants here are dropped on the way: left by a command that asked for other methods or
+        rates. A worker that still wants them puts them back.
+        """
+        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            asked = self.study.ask()
+            if "trial" in asked.user_attrs:  # else another worker took the last one meanwhile
+                trial = _decode(asked.user_attrs["trial"])
+                if trial in wanted:
+                    self.running[trial] = asked
+                    self.beat(trial)
+                    return trial
+            self.study.tell(asked, state=TrialState.PRUNED)
+        return None
+
+    def beat(self, trial: Trial) -> None:
+        """A sign of life of a trial this process has taken."""
+        with suppress(UpdateFinishedTrialError):  # this process slept so long that another has taken over
+            self.running[trial].set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
+
+    def finish(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Keep the result of a trial this process has taken; one with an ``error`` counts as failed."""
+        asked = self.running.pop(trial)
+        with suppress(UpdateFinishedTrialError):
+            asked.set_user_attr("result", result)
+            if "error" in result:
+                self.study.tell(asked, state=TrialState.FAIL)
+            else:
+                self.study.tell(asked, result["after"][result["primary"]])
+
+    def results(self) -> dict[Trial, dict[str, Any]]:
+        """All results so far, failures included, except of a failed trial that is being tried again."""
+        found: dict[Trial, dict[str, Any]] = {}
+        for frozen in self._frozen():
+            if "result" in frozen.user_attrs:
+                found[_trial(frozen)] = frozen.user_attrs["result"]
+            elif not frozen.state.is_finished() and "error" in found.get(_trial(frozen), ()):
+                del found[_trial(frozen)]
+        return found
+
+    def _frozen(self) -> list[FrozenTrial]:
+        return [f for f in self.study.get_trials(deepcopy=False) if "trial" in f.user_attrs]
+
+
+def _worker_lives(frozen: FrozenTrial) -> bool:
+    """Whether the process that took a trial still runs: it was heard of lately and, if it is of this machine, exists.
+
+    Its existence alone proves nothing: after a restart its number may be another's, and machines share names.
+    """
+    host, pid, seen = frozen.user_attrs.get("alive", ("", -1, 0.0))
+    if time.time() > seen + _SILENCE:
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    return _decode(frozen.user_attrs["trial"])
+
+
+def _decode(values: list[Any]) -> Trial:
+    stage, contender, lr, seed = values
+    return Trial(stage, parse_contender(contender, 0), lr, seed)

@@ -1,0 +1,23 @@
+"""Every file and folder name that we write, or that PEFT and transformers write for us."""
+
+from __future__ import annotations
+
+# A checkpoint or an adapter: PEFT's weights, the folder of the accumulated adapter (and its name), and our own files.
+WEIGHTS, ACCUMULATED = "adapter_model.safetensors", "accumulated"
+STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
+
+# A run; and the last file of a folder that is complete.
+RECIPE, METRICS, CHECKPOINTS, ADAPTER = "recipe.yaml", "metrics.json", "checkpoints", "adapter"
+SEAL = "seal.json"
+
+# An adapter with layers of its own (mora, alpha-lora), and the state of α's optimizer in its checkpoints.
+TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
+ALPHA_STATE = "alpha_optimizer.pt"
+
+# An export: what it was made from and how good it is; the dense difference, and parameters that are replaced.
+EXPORT = "export.json"
+DELTA, REPLACED = "delta.safetensors", "replaced.safetensors"
+
+# A comparison or an experiment: every result, and the queue of trials.
+RESULTS, QUEUE = "results.json", "trials.sqlite3"

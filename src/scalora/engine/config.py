@@ -1,0 +1,90 @@
+"""What a user can set, with the meaning of every field."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ..algebra.scaling import Method
+from ..common.errors import ScaloraError
+
+Accumulate = Literal["adapter", "base"]
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaLoraConfig:
+    """Settings of ScaLoRA (arXiv 2510.23818); the defaults need no tuning.
+
+    Raises:
+        ScaloraError: a value is out of range; the message names field, value and range.
+    """
+
+    interval: int | None = _help(
+        10,
+        "Optimizer steps from one rescaling to the next; 1 is the paper's ScaLoRA, 10 its ScaLoRA-I. None: no column "
+        "is rescaled (with refresh).",
+    )
+    refresh: int | None = _help(
+        None,
+        "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
+        "(Theorem 1), the old ones' update kept. None: never.",
+    )
+    scaling: Method = _help(
+        "paper",
+        "How the factors are found: 'paper' (Theorem 5 where all its factors are positive, else Theorem 3), "
+        "'nonnegative' (the constrained optimum, in every layer), 'scalar' (Theorem 3 only) or "
+        "'normalize' (every column to norm sqrt(c), an ablation).",
+    )
+    lipschitz: float | None = _help(
+        None,
+        "L of c = 1/(L*lr), with the base learning rate at attach time. None calibrates c per layer at the first "
+        "rescaling, so that the adapters keep their initial scale: nothing to tune.",
+    )
+    accumulate: Accumulate = _help(
+        "adapter",
+        "Where the moved differences go: 'adapter' (a second, frozen low-rank adapter; the base model is never "
+        "written) or 'base' (added to the base weights, as in the paper).",
+    )
+    capacity: int | None = _help(
+        None, "Rank that the accumulated adapter keeps when it is recompressed; None is 8 times the LoRA rank."
+    )
+    floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
+
+    def __post_init__(self) -> None:
+        if self.interval is not None:
+            _require_int("interval", self.interval, 1)
+        if self.refresh is not None:
+            _require_int("refresh", self.refresh, 2)
+        if self.interval is None and self.refresh is None:
+            raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
+        _require_choice("scaling", self.scaling, get_args(Method))
+        _require_choice("accumulate", self.accumulate, get_args(Accumulate))
+        if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):
+            raise ScaloraError(f"lipschitz is {self.lipschitz!r}: it must be a positive number, or None to calibrate c")
+        if self.capacity is not None:
+            _require_int("capacity", self.capacity, 1)
+            if self.accumulate == "base":
+                raise ScaloraError(
+                    f"capacity is {self.capacity} but accumulate='base' keeps no adapter: leave capacity out"
+                )
+        if not (_is_number(self.floor) and 0 < self.floor < 1):
+            raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ScaloraError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ScaloraError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,246 @@
+"""One event, from gradients to moved difference, and the optimizer hook that fires it.
+
+Every ``interval`` optimizer steps, after backward, accumulation and clipping and before the update (Algorithm 1 of
+arXiv 2510.23818): form the Gram products, solve for (α, β), move s·A diag(1 − α∘β) Bᵀ to the store, rescale A, B, their
+gradients and the optimizer's state. Layers of one shape are handled together; nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..algebra.gram import product_norm
+from ..algebra.precision import exact_matmul
+from ..algebra.scaling import calibrate, solve_scaling
+from ..common.errors import ScaloraError
+from ..layers.fingerprint import base_fingerprint
+from ..layers.lora_forward import fuse
+from ..layers.peft_lora import AdapterLayer, find_layers
+from ..layers.sharding import differing, local, part, settle, whole
+from .config import ScaLoraConfig
+from .groups import Stacked, grouped, live_layers, on_device, stacked
+from .guards import Watch
+from .history import Collector, Event, History
+from .optimizers import carry_state, innermost, state_powers
+from .refresh.refresh import Refresh
+from .stores import AdapterStore, BaseStore, Store
+
+
+class ScaLora:
+    """The handle of :func:`attach`: rescales the adapters before optimizer steps until :meth:`detach`."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig) -> None:
+        self.config = config
+        self.optimizer = innermost(optimizer)
+        state_powers(self.optimizer)
+        if any(
+            isinstance(getattr(hook, "__self__", None), ScaLora)
+            for hook in self.optimizer._optimizer_step_pre_hooks.values()
+        ):
+            raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
+        self.model = model
+        self.layers = find_layers(model)
+        settle(model)
+        self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
+        self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
+        for layer in self.layers:
+            fuse(layer.module)
+        self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
+        self.store: Store = (
+            AdapterStore(model, self.layers, config.capacity)
+            if config.accumulate == "adapter"
+            else BaseStore(model, self.layers)
+        )
+        self.step = 0  # optimizer steps seen
+        self.history = History()
+        self.refresh = None
+        if config.refresh is not None:
+            sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes)
+        self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def stats(self) -> list[Event]:
+        """What happened at each event so far; reading it waits for the device."""
+        return self.history.events()
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(α, β) of the latest event by layer, each (r,); empty before the first."""
+        return dict(zip((layer.name for layer in self.layers), self.history.factors(), strict=False))
+
+    def detach(self) -> None:
+        """Stop rescaling. The model keeps its function, the store its content."""
+        self._hook.remove()
+        if self.refresh:
+            self.refresh.detach()
+
+    def check_ranks(self, group: Any = None) -> None:
+        """Make sure that all processes hold bitwise the same adapters, factors and accumulated update. A collective.
+
+        Costs a gather of what is sharded and a checksum of every tensor: for tests and for finding faults.
+
+        Args:
+            group: the processes that train this model; all of them by default.
+
+        Raises:
+            ScaloraError: a layer differs between processes.
+        """
+        differ = set()
+        for layer in self.layers:
+            frozen = layer.frozen()
+            moved = [frozen.A, frozen.Bt] if self.config.accumulate == "adapter" else [layer.base_weight]
+            if differing(whole([layer.A, layer.Bt, *moved]), group):
+                differ.add(layer.name)
+        state = torch.cat([self.constants, *(torch.cat(pair) for pair in self.history.factors())])
+        if differing([state], group):
+            differ.add("factors")
+        if differ:
+            raise ScaloraError(
+                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and "
+                "let DDP or FSDP2 reduce every gradient before optimizer.step()"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is neither the model's state nor the optimizer's; tensors, numbers and strings only.
+
+        With a sharded model a collective (every process must call it), and the same on all.
+        """
+        return {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "layers": {layer.name: layer.rank for layer in self.layers},
+            "base": self._base(),
+            "constants": self.constants.clone(),
+            "history": self.history.state(),
+            "store": self.store.state_dict(),
+            "refresh": self.refresh.state_dict() if self.refresh else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
+        """
+        for name, value in dataclasses.asdict(self.config).items():
+            if state["config"].get(name) != value:
+                saved = state["config"].get(name)
+                raise ScaloraError(
+                    f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
+                )
+        ranks = {layer.name: layer.rank for layer in self.layers}
+        if state["layers"].keys() != ranks.keys():
+            raise ScaloraError("the saved run adapted other layers: resume with the same model and target_modules")
+        for name, rank in state["layers"].items():
+            if rank != ranks[name]:
+                raise ScaloraError(f"layer {name} has rank {ranks[name]}, but had {rank}: resume with the same rank")
+        if state["base"] != (base := self._base()):
+            raise ScaloraError(
+                f"the base model is another than the saved run's (fingerprint {base}, there {state['base']}): resume "
+                "with the model that it was trained on"
+            )
+        self.step = int(state["step"])
+        self.constants.copy_(state["constants"])
+        self.history.load(state["history"])
+        self.store.load_state_dict(state["store"])
+        if self.refresh:
+            self.refresh.load_state_dict(state["refresh"])
+
+    def _base(self) -> str:
+        """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
+        written = [layer.base.weight for layer in self.layers] if self.config.accumulate == "base" else []
+        return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
+            raise ScaloraError(
+                "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
+            )
+        self.watch.check()
+        with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+            refreshed = self.refresh is not None and self.refresh.before_step(self.step)
+            if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
+                self._event()
+        self.step += 1
+
+    @torch.no_grad()
+    def _event(self) -> None:
+        groups = grouped(self.layers)
+        stacks = [stacked(group) for group in groups]
+        self.constants = self.constants.to(stacks[0].A.device)
+        sound = self._sound(stacks)
+        # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
+        taken = not self.store.full or bool(sound)
+        if self.store.full and taken:
+            self.store.make_room()
+        params, factors, carried = [], [], []
+        event = Collector()
+        for group, (A, B, gram) in zip(groups, stacks, strict=True):
+            live = live_layers(group, sound)
+            index = on_device(tuple(group.members), torch.long, self.constants.device)
+            c = self.constants[index]
+            c = torch.where(c.isnan() & live, calibrate(gram), c)
+            self.constants[index] = c
+            alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
+            alpha, beta = (_representable(torch.where(live[:, None], f, 1.0), A.dtype) for f in (alpha, beta))
+            difference = 1 - alpha * beta
+            scale = on_device(tuple(layer.scale for layer in group.layers), torch.float64, A.device)
+            if taken:  # adapters that are no longer finite must not reach the store: 0·NaN is NaN
+                A_sound, B_sound = torch.where(sound, A, 0.0), torch.where(sound, B, 0.0)
+                self.store.add(group.layers, A_sound, difference * scale[:, None], B_sound)
+            size = product_norm(gram, torch.ones_like(difference))
+            moved = torch.where(size > 0, product_norm(gram, difference) / size, 0.0)
+            event.collect(group.members, alpha, beta, torch.where(live, kind, 0), moved)
+            for p_A, p_Bt, a, b in zip(group.A, group.Bt, alpha.to(A.dtype), beta.to(A.dtype), strict=True):
+                params += [p_A, p_Bt]
+                factors += [a, part(b[:, None], p_Bt)]
+                # The gradient of A diag(α) is g_A diag(β), and the other way round.
+                carried += [b, part(a[:, None], p_Bt)]
+        if taken:
+            self.store.end_event()
+        torch._foreach_mul_([local(p) for p in params], factors)
+        carry_state(self.optimizer, params, carried)
+        self.history.append(self.step, event, self.store.discarded_share(self.constants[0]))
+
+    def _sound(self, stacks: list[Stacked]) -> Tensor:
+        """Whether this step's gradients are finite and the step will be taken; a tensor, so that nothing waits."""
+        device = stacks[0].A.device
+        traces = [t.sum().to(device) for s in stacks for t in (s.gram.gAgA, s.gram.gBgB)]
+        sound = torch.isfinite(torch.stack(traces)).all()
+        found_inf = getattr(
+            self.optimizer, "found_inf", None
+        )  # fused optimizers own loss scaling and may skip the step
+        return sound if found_inf is None else sound & (found_inf.to(device) == 0).all()
+
+
+def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLoraConfig) -> Tensor:
+    """c/s² per layer, float64: 1/(L·lr·s²), or NaN where it is still to be calibrated."""
+    device = layers[0].A.device
+    if config.lipschitz is None:
+        return torch.full((len(layers),), torch.nan, dtype=torch.float64, device=device)
+    rates = {id(p): float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups for p in g["params"]}
+    for layer in layers:
+        pair = rates[id(layer.A)], rates[id(layer.Bt)]
+        if pair[0] != pair[1] or pair[0] <= 0:
+            raise ScaloraError(
+                f"lipschitz={config.lipschitz} needs one positive learning rate for both matrices of a layer, but "
+                f"{layer.name} has {pair[0]} and {pair[1]}: use lipschitz=None, which calibrates c"
+            )
+    values = [1 / (config.lipschitz * rates[id(layer.A)] * layer.scale**2) for layer in layers]
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor, float64, as the adapter's dtype will hold it.
+
+    In bf16 and fp16 a general factor would round every entry of the adapter; powers of two round none.
+    """
+    if torch.finfo(dtype).bits < 32:
+        return torch.exp2(torch.log2(factor).round())
+    return factor.to(dtype).double()

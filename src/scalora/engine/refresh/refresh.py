@@ -1,0 +1,170 @@
+"""Every N optimizer steps: new adapters along the gradient's top singular directions (Theorem 1 of arXiv 2510.23818).
+
+All steps between two refreshes gather sketches of the gradient (:mod:`.sketch`): the first half GΩ, the second, on
+other batches, GᵀQ, each of 2r columns. At the refresh, before the optimizer's update, the adapters become singular
+directions of QZᵀ, s(AB^T − ÃB̃ᵀ) goes to the store so that the model's function stays, Ã and B̃ get the gradients that
+the sketches hold, and the optimizer's state of these two matrices starts anew. The steps after it are shortened, the
+first to 1/(WARMUP + 1): Adam's first steps from an empty state are all of full length, whatever the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...algebra.directions import Directions, optimal_adapters, range_basis, sketched_svd
+from ...common.errors import ScaloraError
+from ...layers.peft_lora import AdapterLayer
+from ...layers.sharding import local, write
+from ..groups import Gathered, Group, gathered, grouped
+from ..stores import Store
+from .sketch import Sketch
+
+WARMUP = 4  # steps after a refresh that are shortened
+
+
+class _Part(NamedTuple):
+    """Layers of one shape: what they are, and what they become."""
+
+    layers: list[AdapterLayer]
+    now: Gathered
+    new: Directions
+
+
+class Refresh:
+    """What :class:`scalora.engine.event.ScaLora` does every ``every`` steps, and before and after.
+
+    Raises:
+        ScaloraError: a layer has no 2r singular directions.
+    """
+
+    def __init__(
+        self, layers: Sequence[AdapterLayer], optimizer: Optimizer, store: Store, every: int, constants: Tensor
+    ) -> None:
+        for layer in layers:
+            m, n = layer.A.shape[0], layer.Bt.shape[1]
+            if 2 * layer.rank > min(m, n):
+                raise ScaloraError(
+                    f"refresh={every} needs two times rank {layer.rank} singular directions, but layer {layer.name} is "
+                    f"{m}×{n}: choose {min(m, n) // 2} or less, or leave the layer out of target_modules"
+                )
+        self.layers = list(layers)
+        self.optimizer = optimizer
+        self.store = store
+        self.every = every
+        self.constants = constants  # c/s² per layer
+        self.sketch = Sketch(self.layers)
+        self.since = WARMUP  # steps since the last refresh, as far as it matters
+        self.steps: list[int] = []  # at which adapters were refreshed
+        self._before: list[Tensor] = []
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def detach(self) -> None:
+        self._hook.remove()
+        self.sketch.close()
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> bool:
+        """To be called before every update, with the step's gradients in place; whether adapters were refreshed."""
+        self.sketch.gather()
+        self.since += 1
+        refreshed = step > 0 and step % self.every == 0 and self.sketch.side == "right"
+        if refreshed:
+            self._refresh(self.sketch.fixed(), self.sketch.close())
+            self.steps.append(step)
+            self.since = 0
+        if step % self.every == 0:
+            self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
+        elif step % self.every == self.every // 2 and self.sketch.side == "left":
+            # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
+            self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
+        if self.since < WARMUP:
+            self._before = [local(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+        return refreshed
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._before:
+            params = [local(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+            share = (self.since + 1) / (WARMUP + 1)
+            torch._foreach_copy_(params, [torch.lerp(b, p, share) for b, p in zip(self._before, params, strict=True)])
+            self._before = []
+
+    def _random(self, step: int, index: int) -> Tensor:
+        """Ω of one layer, the same on every process and in a resumed run."""
+        layer = self.layers[index]
+        generator = torch.Generator().manual_seed(1_000_003 * step + index)
+        return torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
+
+    def _refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
+        parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
+        if not parts:
+            return
+        if self.store.full:
+            self.store.make_room()
+        for layers, now, _ in parts:
+            self._move(1.0, layers, now.A, now.B)
+        self.store.end_event()
+        if self.store.lacks(2):  # now, that it holds the update so far and no adapter's beginning
+            self.store.make_room()
+        # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
+        before, after = (
+            torch.stack([g.double().square().sum() for x in some for g in (x.grad_A, x.grad_B)]).sum()
+            for some in ([part.now for part in parts], [part.new for part in parts])
+        )
+        for part in parts:
+            self._replace(part, (before / after).sqrt().to(part.now.A.dtype))
+        self.store.end_event()
+
+    def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
+        """The layers of one shape that took part in the last steps, and what they become."""
+        now = gathered(group)
+        Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
+        new = optimal_adapters(sketched_svd(Q, Z), now.A.shape[-1], self.constants[group.members].to(Z.device))
+        sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
+        live = [i for i, fit in enumerate(sound.tolist()) if fit]
+        layers = [group.layers[i] for i in live]
+        s = torch.tensor([layer.scale for layer in layers], device=Z.device)[:, None, None]
+        new = Directions(*(x[live].to(now.A.dtype) for x in new))
+        return _Part(
+            layers, Gathered(*(x[live] for x in now)), new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
+        )
+
+    def _replace(self, part: _Part, share: Tensor) -> None:
+        layers, _, new = part
+        self._move(-1.0, layers, new.A, new.B)
+        write([layer.A for layer in layers], list(new.A))
+        write([layer.Bt for layer in layers], list(new.B.mT))
+        for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):
+            for p, gradient in ((layer.A, grad_A), (layer.Bt, grad_B.mT)):
+                if p.grad is not None:
+                    write([p.grad], [gradient * share])
+                self.optimizer.state.pop(p, None)
+
+    def _move(self, sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> None:
+        """Add sign·s·A Bᵀ of layers of one shape to the store."""
+        s = torch.tensor([[sign * layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
+        self.store.add(layers, A, s, B)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "since": self.since,
+            "steps": list(self.steps),
+            "sketch": self.sketch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.since, self.steps = int(state["since"]), list(state["steps"])
+        self.sketch.load_state_dict(state["sketch"])
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(tensor).all()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.where(_is_finite(tensor), tensor, 0.0)

@@ -1,0 +1,81 @@
+"""Differences added to the base weights in place, as in the paper; compensated where those are bf16 or fp16.
+
+An increment of 1e-5 vanishes when it is added to a bf16 weight of 1e-2. What rounding takes away is therefore kept in a
+second buffer of the weight's dtype and given back at the next event (Kahan), which costs that buffer's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ...common.errors import ScaloraError
+from ...layers.peft_lora import AdapterLayer, is_dense, tied_weights
+from ...layers.sharding import held, local, whole, write
+from .peft_tuner import take_over
+from .store import Store
+
+
+class BaseStore(Store):
+    """Writes to the base weights.
+
+    Raises:
+        ScaloraError: a base weight is quantised, or serves elsewhere in the model too.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[AdapterLayer]) -> None:
+        way_out = "choose accumulate='adapter', which never writes to the base"
+        for layer in layers:
+            if not is_dense(layer):
+                raise ScaloraError(
+                    f"accumulate='base' cannot add to layer {layer.name} ({type(layer.base).__name__}: quantised or "
+                    f"not an ordinary matrix): {way_out}"
+                )
+        if tied := tied_weights(model, list(layers)):
+            raise ScaloraError(
+                f"accumulate='base' would change what shares the weight of layer {tied[0].name}: {way_out}"
+            )
+        self.lost: dict[str, Tensor] = {}
+        for layer in layers:
+            self._compensates(layer)
+        self.tuner = next((take_over(m) for m in model.modules() if isinstance(m, PeftModel)), None)
+
+    def end_event(self) -> None:
+        if self.tuner is not None:
+            self.tuner.base_written = True
+
+    def _compensates(self, layer: AdapterLayer) -> bool:
+        """Whether rounding is kept for this layer; asked anew each time, since a model may be cast in mid-run."""
+        half = layer.base_weight.dtype in (torch.bfloat16, torch.float16)
+        if half and layer.name not in self.lost:
+            self.lost[layer.name] = torch.zeros_like(layer.base_weight)
+        return half
+
+    def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
+        working = torch.promote_types(A.dtype, torch.float32)
+        for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
+            spread = layer.base_weight.data
+            weight, P, Q = local(spread), P[held(spread, 0)], Q[held(spread, 1)]
+            if self._compensates(layer):
+                lost = local(self.lost[layer.name])
+                if lost.shape != weight.shape:
+                    raise ScaloraError(
+                        f"layer {layer.name} was sharded after attach(), which accumulate='base' cannot follow where "
+                        "the base is bf16 or fp16: shard the model first, then attach"
+                    )
+                exact = torch.addmm(lost.float(), P.float(), Q.float().T).add_(weight)
+                weight.copy_(exact)
+                lost.copy_(exact.sub_(weight))
+            else:
+                weight.addmm_(P.to(weight.dtype), Q.to(weight.dtype).T)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lost": dict(zip(self.lost, [t.clone() for t in whole(list(self.lost.values()))], strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        write(list(self.lost.values()), [state["lost"][name] for name in self.lost])
+        self.end_event()  # the base that comes with it was written to

@@ -1,1 +1,0 @@
-"""ScaLoRA inside other people's training loops."""

@@ -1,0 +1,1 @@
+"""How one LoRA layer is laid out and computed; who trains it is unknown here."""

@@ -1,0 +1,21 @@
+"""What PEFT's adapter_config.json says of a LoRA, read without importing PEFT, which takes seconds."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+# Fields of LoraConfig that, when set, make it more than s·A Bᵀ on linear layers.
+VARIANTS = (
+    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "alora_invocation_tokens",
+    "arrow_config", "layer_replication", "use_bdlora", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+
+
+def scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """s of a layer, as PEFT finds it (``get_pattern_key``; PEFT itself would take seconds to import)."""
+    patterns = config.get("alpha_pattern") or {}
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    alpha = config["lora_alpha"] if key is None else patterns[key]
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,175 @@
+"""The only file that knows how PEFT lays out A, B, s and the base weight.
+
+PEFT computes ΔW = s·lora_B.weight @ lora_A.weight. In the paper's symbols A (m×r) is ``lora_B.weight`` (out×r),
+B (n×r) is ``lora_A.weight``ᵀ (in×r), and PEFT's gradients already carry s: with c/s² in place of c every formula holds,
+and the difference that moves is s·A diag(1 − α∘β) Bᵀ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..common.disk_layout import ACCUMULATED  # name of the frozen adapter that holds what has been moved
+from ..common.errors import ScaloraError
+from .sharding import plain_class, refuse_flattened
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One adapted weight. Tensors are looked up anew at every use: FSDP2 replaces parameter objects."""
+
+    name: str
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def A(self) -> nn.Parameter:
+        """A, (m, r): ``lora_B.weight``."""
+        return self.module.lora_B[self.adapter].weight  # pyright: ignore
+
+    @property
+    def Bt(self) -> nn.Parameter:
+        """Bᵀ, (r, n): ``lora_A.weight``."""
+        return self.module.lora_A[self.adapter].weight  # pyright: ignore
+
+    @property
+    def scale(self) -> float:
+        """s of ΔW = s·A Bᵀ."""
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer that PEFT wraps."""
+        return self.module.get_base_layer()
+
+    @property
+    def base_weight(self) -> Tensor:
+        """A view of the frozen weight as m×n, whichever way the layer stores it."""
+        weight: Tensor = self.base.weight  # pyright: ignore
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    def frozen(self) -> AdapterLayer:
+        """The accumulated adapter of the same weight."""
+        return AdapterLayer(self.name, self.module, ACCUMULATED)
+
+
+def find_layers(model: nn.Module) -> list[AdapterLayer]:
+    """The LoRA layers that are being trained, in the order of ``model.named_modules()``.
+
+    Raises:
+        ScaloraError: no trainable LoRA layer, several trainable adapters, or a layer whose update is not s·A Bᵀ of its
+            own two matrices (embeddings, convolutions, DoRA and other variants, biases, shared or merged weights), or
+            parameters that FSDP1 or DeepSpeed keeps in flat buffers.
+    """
+    refuse_flattened(model)
+    layers: list[AdapterLayer] = []
+    foreign: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            name = name.removeprefix("module.")  # DistributedDataParallel's
+            layers += [AdapterLayer(name, module, adapter) for adapter in _trained_adapters(name, module)]
+        elif isinstance(module, BaseTunerLayer):
+            foreign.add(type(module).__name__)
+    if not layers:
+        found = f"it has {', '.join(sorted(foreign))} layers" if foreign else "it has no PEFT layers"
+        raise ScaloraError(
+            f"model {type(model).__name__} has no trainable LoRA layer ({found}): wrap it with "
+            "peft.get_peft_model(model, LoraConfig(...)) first, or call model.set_adapter(...) to make one active"
+        )
+    adapters = sorted({layer.adapter for layer in layers})
+    if len(adapters) > 1:
+        raise ScaloraError(
+            f"adapters {', '.join(adapters)} are all being trained: make one active with model.set_adapter(name)"
+        )
+    shared = [id(p) for layer in layers for p in (layer.A, layer.Bt)]
+    for layer in layers:
+        if Counter(shared)[id(layer.A)] > 1 or Counter(shared)[id(layer.Bt)] > 1:
+            raise ScaloraError(f"layer {layer.name} shares its adapter with another layer: give each its own adapter")
+    return layers
+
+
+def is_dense(layer: AdapterLayer) -> bool:
+    """Whether the base weight is an ordinary floating-point matrix that can be added to."""
+    weight = getattr(layer.base, "weight", None)
+    if plain_class(layer.base) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor):
+        return False
+    # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
+    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
+
+
+def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:
+    """Layers whose base weight serves elsewhere in the model too (tied embeddings)."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [layer for layer in layers if owners[id(layer.base.weight)] > 1]
+
+
+def _trained_adapters(name: str, module: LoraLayer) -> list[str]:
+    """Adapters of one layer that are active and being trained, each checked to be a plain s·A Bᵀ."""
+    active = [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A]
+    embedded = [a for a in active if a in module.lora_embedding_A]
+    if embedded and any(p.requires_grad for p in module.lora_embedding_A.parameters()):
+        raise ScaloraError(f"layer {name} adapts an embedding, which is not supported: leave it out of target_modules")
+    trained = [a for a in active if a not in embedded and module.lora_A[a].weight.requires_grad]  # pyright: ignore
+    for adapter in trained:
+        _check(name, module, adapter)
+    return trained
+
+
+def _check(name: str, module: LoraLayer, adapter: str) -> None:
+    base = type(module.get_base_layer()).__name__
+    A, B = module.lora_B[adapter], module.lora_A[adapter]
+    if "Wrapper" in type(module).__name__:  # PEFT's ParamWrapper
+        raise ScaloraError(
+            f"layer {name} adapts a bare parameter: train without it (LoraConfig(target_parameters=None)); only linear "
+            "layers can be rescaled"
+        )
+    if adapter in module.lora_variant or module.use_dora.get(adapter, False):
+        variant = type(module.lora_variant.get(adapter)).__name__
+        raise ScaloraError(
+            f"layer {name} uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
+        )
+    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
+        raise ScaloraError(
+            f"layer {name} adapts a {base}: only linear layers can be rescaled; leave it out of target_modules"
+        )
+    if module.lora_bias.get(adapter, False):
+        raise ScaloraError(f"layer {name} has lora_bias=True: train without it (LoraConfig(lora_bias=False))")
+    if module.merged:
+        raise ScaloraError(f"layer {name} is merged into its base weight: call model.unmerge_adapter() first")
+    if not A.weight.requires_grad:
+        raise ScaloraError(f"layer {name} trains only one of its two adapter matrices: ScaLoRA needs both")
+
+
+def find_peft_model(model: nn.Module) -> PeftModel:
+    """The PeftModel inside compile's, DDP's and other wrappers.
+
+    Raises:
+        ScaloraError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            return module
+    raise ScaloraError(
+        f"model is a {type(model).__name__} without a PeftModel in it, which accumulate='adapter' needs: wrap it with "
+        "peft.get_peft_model(model, LoraConfig(...)), or choose accumulate='base'"
+    )
+
+
+def changes_base(init: bool | str) -> bool:
+    """Whether PEFT has taken the initial adapter out of the base weights."""
+    return isinstance(init, str) and init.lower().split("_niter_")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -1,0 +1,111 @@
+"""Gradients with respect to the frozen weights, for the methods that start from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from ...common.errors import ScaloraError
+from ...layers.peft_lora import AdapterLayer, is_dense
+
+
+class FullGradients:
+    """Gathers G = ∂ℓ/∂W, m×n, of frozen weights in the backward passes between :meth:`open` and :meth:`close`.
+
+    They never appear as ``.grad``, so that neither clipping nor the optimizer sees them.
+
+    Raises:
+        ScaloraError: a weight is quantised.
+    """
+
+    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+        for layer in layers:
+            if not is_dense(layer):
+                raise ScaloraError(
+                    f"the full gradient of layer {layer.name} ({type(layer.base).__name__}) cannot be had: load the "
+                    "model unquantised, or leave the layer out of method.target_modules"
+                )
+        self.layers = layers
+        self.sums: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def open(self) -> None:
+        """From now on gradients are computed and summed up."""
+        self.sums = {}
+        for layer in self.layers:
+            weight = layer.base.weight
+            assert isinstance(weight, nn.Parameter)
+            weight.requires_grad_(True)
+            self._hooks.append(weight.register_post_accumulate_grad_hook(self._gatherer(layer)))
+
+    def close(self) -> dict[str, Tensor]:
+        """The sums by layer name, float32; the weights are as frozen as before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self.layers:
+            layer.base.weight.requires_grad_(False)  # pyright: ignore
+        sums, self.sums = self.sums, {}
+        return sums
+
+    def _gatherer(self, layer: AdapterLayer) -> Any:
+        def gather(weight: Tensor) -> None:
+            assert weight.grad is not None
+            gradient = weight.grad.T if isinstance(layer.base, Conv1D) else weight.grad
+            earlier = self.sums.get(layer.name)
+            self.sums[layer.name] = gradient.float() if earlier is None else earlier + gradient
+            weight.grad = None
+
+        return gather
+
+
+def batch_loss(model: nn.Module, batch: Any, args: TrainingArguments) -> Tensor:
+    """The model's own loss on one collated batch, in the precision that Trainer trains in."""
+    parameter = next(model.parameters())
+    inputs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    with torch.autocast(parameter.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+        return model(**inputs).loss
+
+
+def mean_gradients(
+    model: nn.Module, layers: Sequence[AdapterLayer], loader: DataLoader[Any], args: TrainingArguments, batches: int
+) -> dict[str, Tensor]:
+    """The mean gradient of each layer's frozen weight over the first micro-batches of a shuffled pass, m×n.
+
+    Neither ``loader`` nor the randomness of the run is touched: the training data keep their order.
+    """
+    own = DataLoader(
+        loader.dataset,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(args.seed),
+        collate_fn=loader.collate_fn,
+    )
+    gradients = FullGradients(layers)
+    with torch.random.fork_rng(), _training(model):
+        gradients.open()
+        count = 0
+        for batch, _ in zip(own, range(batches), strict=False):
+            batch_loss(model, batch, args).backward()
+            count += 1
+        sums = gradients.close()
+    model.zero_grad()
+    return {name: total / max(1, count) for name, total in sums.items()}
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)

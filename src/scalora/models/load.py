@@ -1,0 +1,216 @@
+"""Models and their tokenizers, from a packaged alias, a folder, a GGUF file or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common import packaged
+from ..common.errors import ScaloraError
+from ..common.files import damage, digest, is_sealed, seal
+from ..layers.fingerprint import fingerprint
+from .heads import Head
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_DIGITS = "digits-mlp"  # made on the spot by scalora.models.digits
+
+
+def load_model(
+    source: str,
+    *,
+    head: Head,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    config: dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
+
+    A dense network has no tokenizer (None). Any other's pads on the right and always has a pad token. A classification
+    head that the source lacks starts at random; a language-modelling head that it lacks is an error.
+
+    Args:
+        source: a packaged alias (`packaged.ASSETS`), a folder with config.json, a .gguf file, or a hub id.
+        head: what the model shall compute.
+        num_labels: outputs of a classification head (1 for regression); only there, and needed there.
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for that of the source.
+        config: values that replace those of the model's configuration.
+        attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
+
+    Raises:
+        ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
+    """
+    if dtype not in _DTYPES:
+        raise ScaloraError(f"model.dtype is {dtype!r}: it must be one of {', '.join(_DTYPES)}")
+    if (num_labels is not None) != (head == "sequence-classification"):
+        raise ScaloraError(
+            f"num_labels is {num_labels!r} with head {head!r}: a classification head needs it, no other takes it"
+        )
+
+    path = _resolve(source)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from . import digits as dense  # noqa: F401  # makes its class known to transformers
+
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
+    try:
+        configuration: Any = AutoConfig.from_pretrained(path)
+        _check_kind(source, configuration, head)
+        for name, value in (config or {}).items():
+            if not hasattr(configuration, name):
+                raise ScaloraError(
+                    f"config: the configuration of {source!r} has no {name!r}; it has {_names(configuration)}"
+                )
+            setattr(configuration, name, value)
+        # A network that reads vectors has no tokenizer.
+        tokenizer = None if configuration.model_type == "scalora-dense" else AutoTokenizer.from_pretrained(path)
+        if head == "causal-lm":
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=configuration, output_loading_info=True, **options
+            )
+            model, report = loaded
+            if report["missing_keys"]:
+                raise ScaloraError(
+                    f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
+                    "needs; give a checkpoint that was saved with its language-modelling head"
+                )
+        else:
+            configuration.num_labels = num_labels
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, config=configuration, ignore_mismatched_sizes=True, **options
+            )
+    except ScaloraError:
+        raise
+    except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
+        raise _cannot_load(source, error) from error
+    return model, tokenizer and _with_padding(source, model, tokenizer)
+
+
+def backbone_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
+
+    A classification head may have started at random and does not count.
+    """
+    backbone = getattr(model, "base_model", model)
+    return fingerprint(backbone.named_parameters(), type(getattr(model, "config", None)).__name__)
+
+
+def _resolve(source: str) -> str:
+    """The folder or hub id that transformers shall load for `source`."""
+    if source == _DIGITS:
+        from .digits import digits_mlp
+
+        return str(digits_mlp())
+    if source in packaged.ASSETS:
+        if packaged.ASSETS[source].kind != "model":
+            raise ScaloraError(f"model: {source!r} is a packaged data set, not a model; models are {_packaged()}")
+        path = packaged.fetch(source)
+        return str(_convert_gguf(path) if path.suffix == ".gguf" else path)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ScaloraError(f"model: the folder {source!r} has no config.json; give one written by save_pretrained")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ScaloraError(f"model: {source!r} is a file but no .gguf; give a .gguf file or the model's folder")
+        return str(_convert_gguf(path))
+    near = get_close_matches(source, [*packaged.ASSETS, _DIGITS], n=1, cutoff=0.8)
+    if near:
+        raise ScaloraError(f"model: no model {source!r} — did you mean {near[0]!r}?")
+    # A hub id is "name" or "owner/name"; whatever else is not there is a misspelt path.
+    if path.suffix == ".gguf" or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ScaloraError(
+            f"model: there is no file or folder {source!r}; check the path (it is relative to {Path.cwd()})"
+        )
+    return source
+
+
+def _names(configuration: Any) -> str:
+    return ", ".join(sorted(name for name in configuration.to_dict() if not name.startswith("_")))
+
+
+def _packaged() -> str:
+    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "model"), _DIGITS))
+
+
+def _cannot_load(source: str, error: Exception) -> ScaloraError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ScaloraError(
+        f"model: cannot load {source!r} ({reason}); check its spelling and the network, or give a local folder, "
+        f"a .gguf file or a packaged model ({_packaged()})"
+    )
+
+
+def _check_kind(source: str, config: Any, head: Head) -> None:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
+    if head == "sequence-classification":
+        fits = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    else:
+        # transformers would wrap a BERT as a causal model that attends both ways: a number, but a meaningless one.
+        two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not two_way
+    if not fits:
+        other = "classification" if head == "causal-lm" else "causal-lm"
+        raise ScaloraError(
+            f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; try a {other} task"
+        )
+
+
+def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out of attention and loss everywhere, so any token will do; eos is the customary one.
+        if tokenizer.eos_token_id is None:
+            raise ScaloraError(
+                f"model: the tokenizer of {source!r} has neither a pad nor an eos token; add a pad token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    # Decoders with a classification head find a row's last token by comparing with this id.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A folder in the cache with the dequantised float32 weights of `file`, written at the first call."""
+    place = packaged.cache_dir() / "converted" / digest(file)[:16]
+    if is_sealed(place):
+        if reason := damage(place, content=False):
+            raise ScaloraError(f"model: {place}, converted from {file.name}, is damaged ({reason}): delete that folder")
+        return place
+    shutil.rmtree(place, ignore_errors=True)  # of a version that did not seal what it converted
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as temporary:
+        folder = Path(temporary) / "model"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except Exception as error:  # a damaged file breaks its parser in any way there is
+            raise _cannot_load(str(file), error) from error
+        # The weights are plain float32 by now, but these marks would make Trainer and save_pretrained refuse them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        seal(folder)
+        try:
+            folder.rename(place)
+        except OSError:
+            # Another process was faster; its copy holds the same weights.
+            if not place.exists():
+                raise
+    return place

@@ -1,0 +1,171 @@
+"""What watches a run: the order of its data, time, rank of the update, health, checkpoints, and the wish to stop it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from accelerate.data_loader import get_sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..common.errors import ScaloraError
+from ..common.files import seal
+from ..algebra.lowrank import numerical_rank
+from ..methods import Spectrum
+
+POINTS = 10  # measurements of the rank over a run
+
+
+class Ordered(TrainerCallback):
+    """Has batches that are grouped by length come in an order of the seed and the epoch alone.
+
+    transformers takes it from the global random state, which depends on what a method has drawn before, and is not
+    known to a run that is resumed in a later epoch. The first epoch's order is that of a plain Trainer.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = get_sampler(kwargs["train_dataloader"])
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + 1_000_003 * int(state.epoch or 0))
+            torch.empty((), dtype=torch.int64).random_(generator=sampler.generator)  # DataLoader's draw before
+
+
+class StepTimer(TrainerCallback):
+    """Times optimizer steps: forward, backward, update; neither data loading nor measurements."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = False  # the first step
+        self._started = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = True
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def median(self) -> float:
+        """Median seconds of a step; 0 where none was taken."""
+        return median(self.seconds) if self.seconds else 0.0
+
+
+class RankTracker(TrainerCallback):
+    """Measures the rank of the whole update of every layer, some ten times over a run."""
+
+    def __init__(self, spectra: Callable[[], Iterator[tuple[str, Spectrum]]]) -> None:
+        self.spectra = spectra
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = max(1, state.max_steps // POINTS)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            # Among the logs, which a resumed run takes over.
+            log: list[Any] = state.log_history
+            log.append({"step": state.global_step, "rank": rank_by_kind(self.spectra())})
+
+    @staticmethod
+    def history(state: TrainerState) -> list[dict[str, Any]]:
+        """``{"step", "mean", "kinds"}`` of each measurement, those before a resume included."""
+        log: list[Any] = state.log_history
+        return [{"step": entry["step"], **entry["rank"]} for entry in log if "rank" in entry]
+
+
+def rank_by_kind(spectra: Iterator[tuple[str, Spectrum]]) -> dict[str, Any]:
+    """Mean numerical rank per kind of layer (the last part of its name) and over all layers."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for name, (sigma, m, n) in spectra:
+        ranks[name.rsplit(".", 1)[-1]].append(int(numerical_rank(sigma, m, n)))
+    if not ranks:
+        return {"mean": 0.0, "kinds": {}}
+    return {
+        "mean": mean(rank for group in ranks.values() for rank in group),
+        "kinds": {kind: mean(group) for kind, group in ranks.items()},
+    }
+
+
+class Health(TrainerCallback):
+    """Stops a run whose parameters are no longer finite, before the next log or checkpoint.
+
+    Raises:
+        ScaloraError: they are not.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not (control.should_log or control.should_save):
+            return  # each look waits for the device
+        norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            raise ScaloraError(
+                f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
+                f"training.learning_rate (it is {args.learning_rate:g}), lengthen training.warmup_steps, or check the "
+                "data; earlier checkpoints are as they were"
+            )
+
+
+class Sealed(TrainerCallback):
+    """Declares each checkpoint complete once everything is in it, and only then deletes older ones.
+
+    It goes last of all callbacks. What is logged is cut off at each checkpoint, so that a run resumed there logs alike.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep = keep  # checkpoints; None keeps all
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir))
+            seal(folder / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(str(folder), self.keep)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,260 @@
+"""What lies in a folder: a run, a checkpoint, an adapter, a model or an export; from its JSON and safetensors alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...common.errors import ScaloraError
+from ...common.disk_layout import ACCUMULATED, BASE_FILE, STATE_FILE, WEIGHTS
+from ...common.files import damage, is_sealed
+from ...common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
+from ..folder import last_checkpoint
+from ...common.disk_layout import DELTA, EXPORT, PREFIX
+from ...layers.lora_config import VARIANTS, scale
+
+
+Kind = Literal["lora", "peft", "wrapped", "model", "delta"]
+_SETTINGS: dict[str, Kind] = {
+    "adapter_config.json": "peft",  # any of PEFT's methods; "lora" where it is plain LoRA
+    "adapter.json": "wrapped",  # mora, alpha-lora
+    "config.json": "model",
+}
+
+
+class Factors(NamedTuple):
+    """P (m, k), with the scale, and Q (n, k) of one layer's update P Qᵀ."""
+
+    P: Tensor
+    Q: Tensor
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Weights in a folder, what kind they are, and what is known of their origin."""
+
+    path: Path  # as it was asked for
+    folder: Path  # where the weights lie
+    kind: Kind
+    config: dict[str, Any]  # adapter_config.json, adapter.json, config.json or export.json
+    run: Path | None = None  # the run that it belongs to
+    recipe: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None  # of a ScaLoRA checkpoint: step, config, layers
+    trainer: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
+
+    @property
+    def moved(self) -> bool:
+        """Whether accumulate='base' has written to base weights that lie here too."""
+        return (self.folder / BASE_FILE).is_file()
+
+    @property
+    def pair(self) -> bool:
+        """Whether an accumulated adapter lies beside the trained one."""
+        return (self.folder / ACCUMULATED).is_dir()
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps taken, where that is known."""
+        if self.trainer:
+            return self.trainer.get("global_step")
+        return (self.export or self.metrics or {}).get("steps")
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """What a finished run has measured, or what its export remembers."""
+        if self.export is not None:
+            return self.export["scores"]
+        ours = self.metrics is not None and self.folder.name == ADAPTER
+        return {key: self.metrics[key] for key in ("split", "before", "after")} if ours and self.metrics else None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the base model, where it is known."""
+        return (self.metrics or self.export or {}).get("base_fingerprint")
+
+    @property
+    def base(self) -> str | None:
+        """The base model by name or path."""
+        if self.recipe is not None:
+            return self.recipe["model"]
+        return self.config.get("base_model_name_or_path") or self.config.get("base") or (self.export or {}).get("base")
+
+    @property
+    def method(self) -> str:
+        """The method's name, or PEFT's of its type."""
+        if self.recipe is not None:
+            method = self.recipe["method"]
+            return method if isinstance(method, str) else method["name"]
+        if (self.export or {}).get("method"):
+            return str((self.export or {})["method"])
+        return "scalora" if self.state else str(self.config.get("method") or self.config.get("peft_type") or "a model")
+
+
+def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
+    """What lies at ``path``; of a run its result, or its newest checkpoint where it has none yet.
+
+    Of a sealed checkpoint the sizes of all files are compared, ``thorough`` their contents too.
+
+    Raises:
+        ScaloraError: nothing of ours or PEFT's lies there, or it is incomplete or damaged.
+    """
+    path = Path(path).expanduser()
+    if not os.path.lexists(path):
+        raise ScaloraError(f"there is no {str(path)!r}: give the folder of a run, a checkpoint or an adapter")
+    if not path.is_dir():
+        raise ScaloraError(f"{str(path)!r} is a file: give the folder that it lies in")
+    folder, run = path, None
+    if (path / RECIPE).is_file():
+        run, adapter = path, path / ADAPTER
+        newest = adapter if adapter.is_dir() else last_checkpoint(path)
+        if newest is None:
+            raise ScaloraError(f"the run in {str(path)!r} holds neither an adapter nor a checkpoint yet: let it train")
+        folder = newest
+    else:
+        above = path.resolve().parents
+        owner = above[0] if path.resolve().name == ADAPTER else above[1] if len(above) > 1 else above[0]
+        inside = path.resolve().name == ADAPTER or path.resolve().parent.name == CHECKPOINTS
+        run = owner if inside and (owner / RECIPE).is_file() else None
+    export = read_json(folder / EXPORT) if (folder / EXPORT).is_file() else None
+    kind, config = _kind(folder, path, export)
+    trainer = folder / "trainer_state.json"
+    artefact = Artefact(
+        path, folder, kind, config, run,
+        recipe=_read_recipe(run / RECIPE) if run else None,
+        metrics=read_json(run / METRICS) if run and (run / METRICS).is_file() else None,
+        export=export,
+        state=_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None,
+        trainer=read_json(trainer) if trainer.is_file() else {},
+    )  # fmt: skip
+    if is_sealed(folder) and (reason := damage(folder, content=thorough)):
+        raise ScaloraError(f"checkpoint {folder} is damaged ({reason}): take another one")
+    _check_complete(artefact)
+    return artefact
+
+
+def read_factors(artefact: Artefact) -> dict[str, tuple[Factors, Factors | None]]:
+    """Trained and accumulated factors of every layer of a LoRA, by the name of the layer in the base model.
+
+    Raises:
+        ScaloraError: a file is missing or damaged.
+    """
+    trained = _factors(artefact.folder)
+    accumulated = _factors(artefact.folder / ACCUMULATED) if artefact.pair else {}
+    if accumulated and set(accumulated) != set(trained):
+        other = sorted(set(accumulated) ^ set(trained))[0]
+        raise ScaloraError(
+            f"{artefact.folder}: the trained and the {ACCUMULATED} adapter differ in layer {other}: they do not belong "
+            "together; take another checkpoint"
+        )
+    return {name: (factors, _used(accumulated[name]) if accumulated else None) for name, factors in trained.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; raises ScaloraError where it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ScaloraError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise ScaloraError(f"{path} holds no JSON object: the folder is not what it seems; give another")
+    return content
+
+
+def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Kind, dict[str, Any]]:
+    if (folder / DELTA).is_file():
+        return "delta", export or {}
+    found = next((name for name in _SETTINGS if (folder / name).is_file()), None)
+    if found is None:
+        nested = max(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
+        hint = f"did you mean {str(nested)!r}?" if nested else "give the folder of a run, a checkpoint or an adapter"
+        raise ScaloraError(f"{str(folder)!r} holds no {', '.join(_SETTINGS)}: {hint}")
+    config = read_json(folder / found)
+    plain = config.get("peft_type") == "LORA" and not any(config.get(name) for name in VARIANTS)
+    if plain and all(re.search(r"\.lora_[AB]\.weight$", n) for n in _names(folder / WEIGHTS) if ".lora_" in n):
+        return "lora", config
+    return _SETTINGS[found], config
+
+
+def _check_complete(artefact: Artefact) -> None:
+    """A part that is missing would change the function without a word."""
+    if artefact.state is None:
+        return
+    accumulate = artefact.state["config"]["accumulate"]
+    whole, lacking = (artefact.pair, f"{ACCUMULATED}/") if accumulate == "adapter" else (artefact.moved, BASE_FILE)
+    if not whole:
+        raise ScaloraError(
+            f"checkpoint {artefact.folder} lacks {lacking}, where a part of the update lies: take a whole checkpoint"
+        )
+
+
+def _factors(folder: Path) -> dict[str, Factors]:
+    config, tensors = read_json(folder / "adapter_config.json"), read_tensors(folder / WEIGHTS)
+    found: dict[str, Factors] = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_B.weight"):  # PEFT's B is the paper's A
+            name = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
+            Bt = tensors.get(f"{key.removesuffix('.lora_B.weight')}.lora_A.weight")
+            if Bt is None or Bt.shape[0] != A.shape[1]:
+                raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
+            found[name] = Factors(A * scale(config, name, A.shape[1]), Bt.mT)
+    return found
+
+
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _used(factors: Factors) -> Factors:
+    used = factors.P.any(0) & factors.Q.any(0)
+    return Factors(factors.P[:, used], factors.Q[:, used])
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict) or not {"model", "method", "task"} <= set(content):
+        raise ScaloraError(f"{path} is no recipe: put back the one that `scalora train` wrote")
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> ScaloraError:
+    if isinstance(error, FileNotFoundError):
+        return ScaloraError(f"{path} is missing: give a complete folder")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ScaloraError(f"{path} cannot be read ({reason}): it is damaged or not yours to read; take another copy")

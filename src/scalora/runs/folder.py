@@ -1,0 +1,161 @@
+"""The folder of one run: claimed before anything expensive starts, held by one process, and never half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from ..common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
+from ..common.errors import ScaloraError
+from ..common.files import damage, is_sealed, write_text
+
+if TYPE_CHECKING:
+    from .recipe import Recipe  # itself slow to import
+
+_LOCK = ".lock"
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # what torch.save's errors name
+
+
+class RunFolder:
+    """A writable folder that holds nothing, or just what is to be resumed; ours until :meth:`release`.
+
+    With ``overwrite`` an earlier run's folder is kept as ``<output>.previous``.
+
+    Raises:
+        ScaloraError: it holds another run, another process works in it, there is nothing to resume, what is to be
+            resumed is damaged, or it cannot be written.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        self.path = Path(recipe.output).expanduser()
+        self.previous: Path | None = None  # an earlier run that made room for this one
+        self.checkpoint: Path | None = None  # to resume from
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        try:
+            if resume:
+                _check_resumable(self.path, recipe)
+            elif not _is_free(self.path):
+                if not overwrite:
+                    raise ScaloraError(
+                        f"output is {str(self.path)!r}, which is not empty: choose another (--set output=...), "
+                        "continue it (--resume), or replace it (--overwrite keeps it as .previous)"
+                    )
+                self.previous = _set_aside(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = _lock(self.path)
+            if resume:
+                self.checkpoint = _sound_checkpoint(self.path)
+            write_text(self.path / RECIPE, text)
+        except OSError as error:
+            raise ScaloraError(
+                f"output is {str(self.path)!r}, which cannot be written: {error.strerror or error}"
+            ) from error
+
+    def release(self) -> None:
+        """Let others in. Where the run came to nothing, without checkpoint or adapter, no shell stays behind."""
+        if last_checkpoint(self.path) is None and not (self.path / ADAPTER).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self.previous is not None and self.previous.exists():
+                os.replace(self.previous, self.path)
+        self._held.release()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full, or takes no writing, into one message.
+
+    Raises:
+        ScaloraError: something could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_CANNOT_WRITE):
+            raise
+        for checkpoint in _checkpoints(folder):
+            if not is_sealed(checkpoint):  # the one that did not fit
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        done = last_checkpoint(folder)
+        way_on = f"then continue from {done.name} with --resume" if done else "then start again"
+        raise ScaloraError(
+            f"output is {str(folder)!r}, which could not be written ({' '.join(str(error).split())[:200]}): make room "
+            f"there, {way_on}"
+        ) from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; one that was being written when the run was killed is not."""
+    return max(filter(is_sealed, _checkpoints(folder)), key=_step, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether there is nothing that a run could lose: no folder, an empty one, or the shell of a run killed early."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    shell = RECIPE in names and last_checkpoint(folder) is None
+    return names <= ({_LOCK, RECIPE, CHECKPOINTS, f".{RECIPE}.tmp"} if shell else {_LOCK})
+
+
+def _set_aside(folder: Path) -> Path:
+    if not folder.is_dir() or not (folder / RECIPE).exists():
+        raise ScaloraError(f"output is {str(folder)!r}, which is not a run of scalora: it will not be replaced")
+    previous = folder.with_name(folder.name + ".previous")
+    held = _lock(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(folder, previous)
+    held.release()
+    return previous
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held by this process until it releases it or ends, however it ends."""
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ScaloraError(
+            f"output is {str(folder)!r}, where another run is at work: wait for it, or choose another "
+            "(--set output=...)"
+        ) from None
+    return lock
+
+
+def _check_resumable(folder: Path, recipe: Recipe) -> None:
+    if (folder / METRICS).exists():
+        raise ScaloraError(
+            f"the run in {str(folder)!r} is finished: there is nothing to resume (--overwrite starts anew)"
+        )
+    if last_checkpoint(folder) is None:
+        raise ScaloraError(f"there is no checkpoint in {str(folder)!r} to resume from: start it without --resume")
+    try:
+        saved = dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ScaloraError(f"{folder / RECIPE} is not the recipe that the run wrote: put it back to resume") from error
+    for key, value in recipe.model_dump(mode="json").items():
+        if saved.get(key) != value:
+            raise ScaloraError(f"{key} differs from that of the run in {str(folder)!r}: resume with the same recipe")
+
+
+def _sound_checkpoint(folder: Path) -> Path:
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint is not None
+    if reason := damage(checkpoint):
+        raise ScaloraError(f"{checkpoint} is damaged ({reason}): delete it to resume from the checkpoint before it")
+    return checkpoint

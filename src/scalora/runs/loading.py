@@ -1,0 +1,96 @@
+"""All that a recipe names, loaded and checked against one another: rows, model, training arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from .callbacks import StepTimer
+from ..common.errors import ScaloraError
+from ..methods.support.targets import find_heads, find_targets
+from ..models.load import load_model
+from .recipe import Recipe
+from ..common.disk_layout import CHECKPOINTS
+from ..tasks import Task, build_task
+from ..tasks.base import Collator, TokenDataset
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What every method starts from; the model is on the CPU, and nothing has been adapted yet."""
+
+    task: Task
+    arguments: TrainingArguments
+    model: Any
+    tokenizer: Any  # None where the model reads vectors
+    heads: list[str]  # names of modules that start at random
+    dataset: TokenDataset
+    collator: Collator
+
+
+def load(recipe: Recipe) -> Loaded:
+    """Load a recipe's data and model.
+
+    Raises:
+        ScaloraError: something is missing, cannot be read, or does not go with the rest; the message names it.
+    """
+    task, arguments = build_task(recipe.task), _arguments(recipe)
+    _ = task.splits
+    set_seed(arguments.seed)  # a classification head starts at random
+    model, tokenizer = load_model(
+        recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
+        config=recipe.config, attn_implementation=recipe.attn_implementation,
+    )  # fmt: skip
+    if arguments.label_smoothing_factor and task.head == "causal-lm":
+        raise ScaloraError(
+            f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
+            "on the plain likelihood of their answers; leave it out"
+        )
+    if task.tokens != (tokenizer is not None):
+        reads, wants = ("tokens", "vectors") if tokenizer else ("vectors", "tokens")
+        raise ScaloraError(f"model: {recipe.model!r} reads {reads}, but task.kind {recipe.task.kind!r} gives {wants}")
+    heads = [name for name, _ in find_heads(model, task.head)]
+    if recipe.head_learning_rate is not None and not heads:
+        raise ScaloraError(
+            f"head_learning_rate is {recipe.head_learning_rate:g}, but this model has no classification head that "
+            "starts at random: leave it out"
+        )
+    dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
+    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator)
+
+
+def check(recipe: Recipe) -> None:
+    """Load what a recipe names and train nothing: what fails here would fail with every method.
+
+    Raises:
+        ScaloraError: as :func:`load`, or no module is targeted.
+    """
+    loaded = load(recipe)
+    find_targets(loaded.model, recipe.method, loaded.task.head)
+
+
+@contextmanager
+def setting_up(timer: StepTimer | None = None) -> Iterator[None]:
+    """Until the first step begins, whatever fails does so because of the training arguments."""
+    try:
+        yield
+    except ScaloraError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
+        if timer is not None and timer.began:
+            raise
+        raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    output = Path(recipe.output).expanduser() / CHECKPOINTS
+    # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
+    ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
+    with setting_up():
+        return TrainingArguments(output_dir=str(output), **{**ours, **recipe.training})

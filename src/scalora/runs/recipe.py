@@ -1,0 +1,190 @@
+"""A recipe: one YAML file that says what is trained, on what, how, and where the result goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from ..common.errors import ScaloraError
+from ..methods import MethodSpec
+from ..tasks import TaskSpec
+
+# What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 5,
+    "report_to": "none",
+    "save_total_limit": 2,
+    "dataloader_pin_memory": False,
+}
+_OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "overwrite_output_dir")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a text; people do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class Recipe(BaseModel):
+    """Everything that decides the outcome of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
+    dtype: str = Field(default="float32", description="dtype of the base weights.")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Values that replace those of the model's configuration, e.g. cls_dropout."
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="transformers' name of an attention kernel (eager, sdpa, …); None is its choice."
+    )
+    task: TaskSpec
+    method: MethodSpec
+    training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments by their own names.")
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False,
+        description="Learning rate of a classification head, which starts at random; None is training.learning_rate.",
+    )  # fmt: skip
+    score_batch_size: int = Field(default=32, ge=1, description="Sequences scored at a time.")
+    output: str = Field(description="Folder for the results.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("training")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from transformers import TrainingArguments
+
+        known = {f.name for f in dataclasses.fields(TrainingArguments)} - set(_OURS)
+        types = get_type_hints(TrainingArguments)
+        for name, given in value.items():
+            if name in _OURS:
+                raise ValueError(f"{name} is decided by scalora itself (output, --resume): leave it out")
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"TrainingArguments has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+            try:
+                value[name] = TypeAdapter(types[name]).validate_python(given)
+            except ValidationError as error:
+                raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from error
+            if isinstance(given, float) and not math.isfinite(given):
+                raise ValueError(f"{name} is {given!r}: it must be a finite number")
+        return {**_TRAINING_DEFAULTS, **value}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.subkey=value`` each, the value in YAML.
+
+    Raises:
+        ScaloraError: the file is missing or no YAML, or a key or value is wrong; the message names it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ScaloraError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ScaloraError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ScaloraError(f"recipe {path} must be a mapping with model, task, method and output, got {content!r:.60}")
+    for override in overrides:
+        _set(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe's content; raises ScaloraError naming the field."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ScaloraError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
+
+
+def read_value(text: str) -> Any:
+    """A value as a recipe would have it; raises ScaloraError where it is not valid YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ScaloraError(f"the value {text!r} is not valid YAML") from error
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ScaloraError(f"--set {override!r}: write key=value, e.g. --set training.learning_rate=1e-3")
+    *parents, last = key.split(".")
+    place: dict[str, Any] = content
+    for parent in parents:
+        child: Any = place.get(parent)
+        if isinstance(child, str) and parent == "method":
+            child = {"name": child}
+        place[parent] = child = {} if child is None else child
+        if not isinstance(child, dict):
+            raise ScaloraError(f"--set {override!r}: {parent} is {child!r}, which has no parts")
+        place = child
+    try:
+        place[last] = read_value(value)
+    except ScaloraError as error:
+        raise ScaloraError(f"--set {override!r}: {error}") from error
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {name!r}; {hint}"
+    if error["type"] == "missing":
+        return f"key {name!r} is missing"
+    if error["type"].startswith("union_tag"):
+        return f"{name}.kind: {error['msg']}"
+    if error["type"] == "value_error":  # ours, which names the value itself where that helps
+        return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name} is {error.get('input')!r:.60}: {error['msg']}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Names of the fields of the section at a location of a validation error."""
+    from ..tasks.data.rows import DataSpec
+    from ..tasks import ClassificationSpec, CompletionSpec, MultipleChoiceSpec, VectorsSpec
+
+    sections: dict[str, type[BaseModel]] = {
+        "multiple_choice": MultipleChoiceSpec,
+        "completion": CompletionSpec,
+        "classification": ClassificationSpec,
+        "vectors": VectorsSpec,
+        "method": MethodSpec,
+        "data": DataSpec,
+    }
+    for part in reversed(location):
+        if part in sections:
+            return list(sections[part].model_fields)
+    return list(Recipe.model_fields)

@@ -1,0 +1,227 @@
+"""One run of a recipe, from data to a scored, saved adapter. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
+from ..common.errors import ScaloraError
+from ..common.files import write_json
+from ..engine.trainer import ScaLoraCallback
+from .loading import load, setting_up
+from ..methods import Adapted, build_method
+from ..models.load import backbone_fingerprint
+from .plots import draw_curves, draw_rank
+from ..common.environment import environment, peak_memory
+from .recipe import Recipe
+from ..common.disk_layout import ADAPTER, METRICS
+from .folder import RunFolder, last_checkpoint, writing
+from ..tasks import Score, Split
+from collections.abc import Collection
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Interrupted(Exception):
+    """The run was stopped from outside; its last checkpoint, if there is one."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind, in memory; the same is on disk in ``folder``."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    before: Score | None
+    after: Score
+    loading: list[str]  # lines of Python that load the result
+
+
+class Watcher:
+    """What a run tells while it goes on; the command line draws it, others may ignore it."""
+
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+    def phase(self, text: str) -> None:
+        """A new phase begins."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Sequences scored so far."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    split: Split = "test",
+    baseline: bool = True,
+    ranks: bool = True,
+    watcher: Watcher | None = None,
+) -> RunResult:
+    """Run a recipe and score it on ``split``, with ``baseline`` before training too (and on any validation data after).
+
+    Without ``ranks`` the rank of the update is not measured: dense updates need an SVD of every layer, ten times a run.
+
+    Leaves in ``recipe.output``: recipe.yaml (resolved), adapter/, checkpoints/, metrics.json, curves.png, rank.png; or
+    nothing at all where the run fails before its first checkpoint.
+
+    Raises:
+        ScaloraError: bad input, with one clear message.
+        Interrupted: Ctrl-C or SIGTERM; the checkpoint to resume from is named.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ScaloraError(
+            f"WORLD_SIZE is {processes}: recipes run in one process; for many devices use Trainer or accelerate with "
+            "scalora's callback (examples/distributed)"
+        )
+    place = RunFolder(recipe, resume=resume, overwrite=overwrite)
+    try:
+        return _train(recipe, place, split, baseline, ranks, watcher or Watcher())
+    except KeyboardInterrupt:
+        raise Interrupted(last_checkpoint(place.path)) from None
+    finally:
+        place.release()
+
+
+def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher) -> RunResult:
+    folder, method = place.path, build_method(recipe.method)
+
+    watcher.phase("loading data and model")
+    loaded = load(recipe)
+    task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
+    base = backbone_fingerprint(model)
+    model.to(arguments.device)
+
+    def score(split: Split) -> Score:
+        autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        return task.score(
+            adapted.model, loaded.tokenizer, split, batch_size=recipe.score_batch_size, autocast=autocast,
+            progress=watcher.progress,
+        )  # fmt: skip
+
+    set_seed(arguments.seed)  # adapters start alike, whatever was drawn before
+    adapted = method.adapt(model, task.head)
+    before = None
+    if baseline:
+        watcher.phase("scoring before training")
+        before = score(split)
+
+    watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
+    if ranks and adapted.remember:
+        adapted.remember()
+    timer, stop = StepTimer(), StopOnSignal()
+    tracker = [RankTracker(adapted.spectra)] if ranks else []
+    sealed = Sealed(arguments.save_total_limit)
+    arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
+    watching = [Ordered(), timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
+    started = time.perf_counter()
+    try:
+        with writing(folder), setting_up(timer):
+            trainer = _trainer(adapted, arguments, dataset, loaded.collator, watching)
+            if recipe.head_learning_rate is not None:
+                set_head_rate(trainer.create_optimizer(), adapted.model, loaded.heads, recipe.head_learning_rate)
+            trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
+    finally:
+        stop.restore()
+    if stop.received is not None:
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - started
+
+    watcher.phase("scoring after training")
+    after = score(split)
+    validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
+    watcher.phase("saving")
+    trainable, total = _count(adapted.model)
+    rank = rank_by_kind(adapted.spectra()) if ranks else None
+    with writing(folder):
+        loading = ([] if task.tokens else ["import scalora.models.digits"]) + adapted.save(folder / ADAPTER)
+    log = [entry for entry in trainer.state.log_history if "rank" not in entry]
+    metrics = {
+        "split": split,
+        "before": before.metrics if before else None,
+        "after": after.metrics,
+        "validation": validation,
+        "primary": after.primary,
+        "higher_is_better": after.higher_is_better,
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "seconds_per_step": timer.median(),
+        "peak_memory_bytes": peak_memory(),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "adapter_bytes": sum(p.stat().st_size for p in (folder / ADAPTER).rglob("*") if p.is_file()),
+        "rank": rank,
+        "ranks": RankTracker.history(trainer.state),
+        "truncated": {"train": dataset.truncated, split: after.truncated},
+        "events": _events(adapted),
+        "log": log,
+        "base_fingerprint": base,
+        "environment": environment(),
+    }
+    with writing(folder):
+        _leave(folder, metrics, recipe.method.rank)
+    return RunResult(folder, metrics, before, after, loading)
+
+
+def _leave(folder: Path, metrics: dict[str, Any], r: int) -> None:
+    draw_curves(metrics["log"], folder / "curves.png")
+    draw_rank(metrics["ranks"], metrics["events"], r, folder / "rank.png")
+    write_json(folder / METRICS, metrics)  # last: its presence says that the run is complete
+
+
+def _trainer(
+    adapted: Adapted, arguments: TrainingArguments, dataset: Any, collator: Any, callbacks: list[TrainerCallback]
+) -> Trainer:
+    optimizer = adapted.optimizer(arguments) if adapted.optimizer else None
+    trainer = Trainer(
+        adapted.model,  # pyright: ignore[reportArgumentType]
+        arguments,
+        train_dataset=adapted.split_train(dataset) if adapted.split_train else dataset,
+        data_collator=collator,
+        callbacks=[*adapted.callbacks, *callbacks],
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(PrinterCallback)  # the watcher tells what is logged
+    # First of all, so that trackers (report_to) see its figures too.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, ScaLoraCallback))
+    return trainer
+
+
+def _count(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable parameters, and all of them (accumulated ones included)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def _events(adapted: Adapted) -> list[dict[str, Any]]:
+    handles = [c.handle for c in adapted.callbacks if isinstance(c, ScaLoraCallback) and c.handle]
+    return [vars(event) for handle in handles for event in handle.stats]
+
+
+def set_head_rate(optimizer: Optimizer, model: nn.Module, heads: Collection[str], lr: float) -> None:
+    """Give the trained parameters below ``heads`` parameter groups of their own, with this learning rate.
+
+    Args:
+        optimizer: one that has not taken a step; its groups are otherwise kept.
+        model: whose parameters it holds.
+        heads: names of the head's modules in the plain model; wrappers may have put names before and behind them.
+        lr: the rate before any schedule, which must be built after this.
+    """
+    within = {id(p) for name, p in model.named_parameters() if not set(heads).isdisjoint(name.split("."))}
+    for group in list(optimizer.param_groups):
+        head = [p for p in group["params"] if id(p) in within]
+        if head:
+            group["params"] = [p for p in group["params"] if id(p) not in within]
+            optimizer.add_param_group({**group, "params": head, "lr": lr})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

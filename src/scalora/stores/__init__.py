@@ -1,7 +1,0 @@
-"""Where moved differences go."""
-
-from .adapter import AdapterStore
-from .base import BaseStore
-from .store import Store
-
-__all__ = ["AdapterStore", "BaseStore", "Store"]

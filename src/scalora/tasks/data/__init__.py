@@ -1,0 +1,1 @@
+"""Rows for a task, from files, packaged data or the hub."""

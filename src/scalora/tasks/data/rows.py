@@ -1,0 +1,190 @@
+"""Rows for a task: read from files, packaged data or the hub, renamed, checked and split.
+
+Data sets here are small, so rows are plain dicts held in lists.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...common import packaged
+from ...common.errors import ScaloraError
+from .forms import Row, adapt
+from .tables import READERS, Table, read_jsonl, read_tsv
+
+DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
+
+
+class DataSpec(BaseModel):
+    """Where rows come from and how many are used.
+
+    A source is a packaged alias, a .json/.jsonl/.csv/.tsv/.parquet file, or a hub id (`owner/name`, or
+    `owner/name:config`). Without a source of their own, validation and test rows are split off from train.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    folder: str = "."
+    """The folder that relative paths of files start from."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    train_size: int | None = Field(default=None, ge=1)
+    validation_size: int | None = Field(default=None, ge=1)
+    test_size: int | None = Field(default=None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+    """Rows whose columns hold more than this together are left out, of every split."""
+    columns: dict[str, str] = {}
+    """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
+    values: dict[str, list[str | int]] = {}
+    """Our name -> all that the column may hold; a row with another value is refused, by its place in the file."""
+    seed: int = 0
+
+
+class Splits(NamedTuple):
+    """Rows to train on, to choose a checkpoint by (if any), and to report on."""
+
+    train: list[Row]
+    validation: list[Row] | None
+    test: list[Row]
+
+
+def load_splits(spec: DataSpec, required: Sequence[str]) -> Splits:
+    """The rows of every split, cut down to the `required` columns, under our names.
+
+    Rows split off from train come from one shuffle (by `spec.seed`) of its distinct rows: first test, then validation,
+    then train; so no row is in two splits, and the test split does not depend on the other sizes.
+
+    Raises:
+        ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
+    """
+    if spec.test is None and spec.test_size is None:
+        raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
+    train = _load(spec, "train", spec.train, required)
+    if spec.test is None or (spec.validation is None and spec.validation_size):
+        # A row that occurs twice could otherwise be trained on and tested on.
+        train = list({json.dumps(row, sort_keys=True, default=str): row for row in train}.values())
+    train = _shuffled(train, spec.seed)
+    test, train = _held_out(spec, "test", required, train)
+    validation, train = _held_out(spec, "validation", required, train)
+    if spec.train_size is not None:
+        train = _take("train", train, spec.train_size)
+    return Splits(train, validation or None, test)
+
+
+def _held_out(spec: DataSpec, name: str, required: Sequence[str], train: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of one split (none if it is not asked for), and what is left of train."""
+    source, size = getattr(spec, name), getattr(spec, f"{name}_size")
+    if source is None:
+        return (_take(name, train, size, spare=1), train[size:]) if size else ([], train)
+    rows = _load(spec, name, source, required)
+    return (_take(name, _shuffled(rows, spec.seed), size) if size else rows), train
+
+
+def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+    return random.Random(seed).sample(rows, len(rows))
+
+
+def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
+    if size + spare > len(rows):
+        raise ScaloraError(
+            f"task.data.{name}_size is {size}, but there are only {len(rows)} rows for it"
+            f"{' and training' if spare else ''}; lower it"
+        )
+    return rows[:size]
+
+
+def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> list[Row]:
+    table = _read(name, source, spec, headerless=_are_positions(spec.columns))
+    if not table.rows:
+        raise ScaloraError(f"task.data.{name}: {source} holds no rows")
+    rows = adapt(source, table.rows, lambda number: f"{source}{table.line(number)}, row {number}")
+    wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
+    allowed = {ours: [str(value) for value in values] for ours, values in spec.values.items()}
+    for number, row in enumerate(rows, 1):
+        for ours, theirs in wanted.items():
+            value = row.get(theirs)
+            if value is not None and (ours not in allowed or str(value) in allowed[ours]):
+                continue
+            where = f"row {number} of {source}{table.line(number)}"
+            if theirs not in row:
+                raise _no_column(row, ours, theirs, source if number == 1 else where)
+            if value is None:
+                raise ScaloraError(f"task.data.{name}: column {theirs!r} is null in {where}; fill or drop it")
+            where += " (the label is hidden: this split has no labels)" if str(value) in ("", "-1") else ""
+            raise ScaloraError(f"task.data.{name}: column {theirs!r} is {value!r} in {where}; use {allowed[ours]}")
+    kept = [{ours: row[theirs] for ours, theirs in wanted.items()} for row in rows]
+    if spec.max_characters is None:
+        return kept
+    lengths = [sum(len(str(value)) for value in row.values()) for row in kept]
+    if min(lengths) > spec.max_characters:
+        raise ScaloraError(
+            f"task.data.max_characters is {spec.max_characters}, but the shortest row of {source} has {min(lengths)}"
+        )
+    return [row for row, length in zip(kept, lengths, strict=True) if length <= spec.max_characters]
+
+
+def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
+    near = get_close_matches(theirs, row, n=1)
+    hint = f" — did you mean {near[0]!r}?" if near else f" (columns maps our names to theirs; we need {ours!r})"
+    return ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
+
+
+def _are_positions(columns: dict[str, str]) -> bool:
+    return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
+
+
+def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> Table:
+    if source in DIGITS:
+        from ...models.digits import digit_rows
+
+        return Table(digit_rows(source), [])
+    if source in packaged.ASSETS:
+        if packaged.ASSETS[source].kind != "data":
+            raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
+        return read_jsonl(packaged.fetch(source))
+    path = Path(spec.folder).expanduser() / Path(source).expanduser()
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise ScaloraError(
+                f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
+                f"{Path(spec.folder).expanduser().resolve()})"
+            )
+        try:
+            return read_tsv(path, headerless) if path.suffix == ".tsv" else READERS[path.suffix](path)
+        except UnicodeDecodeError as error:
+            raise ScaloraError(f"task.data.{name}: {source} is not UTF-8 text ({error}); convert it") from error
+    if path.exists() or source.startswith(("/", ".", "~")):
+        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(READERS)}")
+    near = get_close_matches(source, [*packaged.ASSETS, *DIGITS], n=1, cutoff=0.8)
+    if near:
+        raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
+    return Table(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
+
+
+def _packaged() -> str:
+    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "data"), *DIGITS))
+
+
+def _read_hub(name: str, source: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    repository, _, config = source.partition(":")
+    try:
+        return load_dataset(repository, config or None, split=split).to_list()
+    except Exception as error:  # the hub, its client and dataset scripts fail in too many ways to list
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ScaloraError(
+            f"task.data.{name}: cannot load {source!r}, split {split!r}, from the hub ({reason}); check its spelling, "
+            f"{name}_split and the network, or give a file or packaged data ({_packaged()})"
+        ) from error

@@ -1,0 +1,59 @@
+"""Quantised bases, as transformers loads them: the accumulated adapter beside them, never the dense merge into them."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+import scalora
+from helpers import models
+from helpers.attached import run
+from scalora import ScaLoraConfig, ScaloraError
+
+
+def _torchao(name):
+    return TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), name)())
+
+
+# What quantises activations too turns a rounding of the sum into a step of its own.
+QUANTISED = {
+    "bitsandbytes-4bit": (
+        "bitsandbytes",
+        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        1e-5,
+    ),
+    "bitsandbytes-8bit": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 5e-3),
+    "torchao-int8": ("torchao", lambda: _torchao("Int8WeightOnlyConfig"), 1e-5),
+    "torchao-int8-dynamic": ("torchao", lambda: _torchao("Int8DynamicActivationInt8WeightConfig"), 5e-3),
+    "torchao-float8": ("torchao", lambda: _torchao("Float8WeightOnlyConfig"), 1e-5),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_a_quantised_base(case, tmp_path):
+    library, config, tolerance = QUANTISED[case]
+    pytest.importorskip(library)
+    # bitsandbytes counts in blocks of 64
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=models.VOCABULARY, **sizes)).save_pretrained(tmp_path)
+
+    def load():
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config(), dtype=torch.float32, device_map="cpu"
+        )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # in eval mode it would repack the weights, for good
+        return model
+
+    torch.manual_seed(2)
+    model = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=models.TARGETS["llama"]))
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=3e-3)
+    with pytest.raises(ScaloraError, match=r"quantised or not an ordinary matrix.*choose accumulate='adapter'"):
+        scalora.attach(model, optimizer, ScaLoraConfig(accumulate="base"))
+    run(model, optimizer, tolerance=tolerance)
+    path = scalora.save_plain_lora(model, tmp_path / "plain")
+    again = PeftModel.from_pretrained(load(), path)
+    torch.testing.assert_close(models.logits(again, "llama"), models.logits(model, "llama"), rtol=0, atol=tolerance)

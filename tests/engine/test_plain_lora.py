@@ -1,0 +1,116 @@
+"""What users take away: a plain LoRA adapter, loaded in a process that has never heard of scalora."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import scalora
+from helpers import models
+from scalora.engine.plain_lora import Truncation, joined_factors
+
+CODE = """
+import sys, torch
+sys.modules["scalora"] = None  # any import of it would fail
+sys.path.insert(0, {tests!r})
+from helpers import models
+from peft import PeftModel
+model = PeftModel.from_pretrained(models.base({kind!r}), {path!r})
+torch.save(models.logits(model, {kind!r}), {out!r})
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_plain_peft_reproduces_the_logits_in_a_fresh_process(tmp_path, kind):
+    model = models.lora(kind, r=3, rank_pattern={"value|v_proj|c_attn": 2})
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+    models.train(model, optimizer, kind, 9)
+    path = scalora.save_plain_lora(model, tmp_path / "adapter")
+    tests, out = str(Path(models.__file__).parents[1]), str(tmp_path / "out.pt")
+    code = CODE.format(tests=tests, kind=kind, path=str(path), out=out)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), models.logits(model, kind), rtol=0, atol=1e-5)
+    assert not (tmp_path / "adapter.tmp").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_peft_loads_the_pair_of_adapters_too(tmp_path, kind):
+    """save_pretrained on the trained model: both adapters, as plain PEFT knows them."""
+    model = models.lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+    models.train(model, optimizer, kind, 6)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(models.base(kind), tmp_path)
+    again.load_adapter(tmp_path / "accumulated", "accumulated")
+    again.base_model.set_adapter(["default", "accumulated"])
+    # Not bitwise: the two layers add in another order.
+    torch.testing.assert_close(models.logits(again, kind), models.logits(model, kind), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_is_replaced_as_a_whole_and_unused_columns_are_left_out(tmp_path):
+    model = models.lora("llama")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "stale").write_text("")
+    models.train(model, optimizer, "llama", 3)  # the first event moves nothing, two more move r columns each
+    scalora.save_plain_lora(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "stale").exists()
+    assert joined_factors(handle.layers[0])[0].shape[1] == 3 * 4
+
+
+def test_plain_lora_is_saved_as_it_is(tmp_path):
+    model = models.lora("llama")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    models.train(model, optimizer, "llama", 2)
+    scalora.save_plain_lora(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(models.base("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(models.logits(again, "llama"), models.logits(model, "llama"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_truncated_adapter_loads_in_plain_peft(tmp_path, kind):
+    model = models.lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+    models.train(model, optimizer, kind, 4)
+    truncation = Truncation(rank=5)
+    scalora.save_plain_lora(model, tmp_path / "adapter", truncation)
+    for layer in handle.layers:  # what the loaded adapter must compute: the dense best approximation
+        P, Q = joined_factors(layer)
+        U, sigma, Vt = torch.linalg.svd(P @ Q.mT)
+        best = U[:, :5] * sigma[:5] @ Vt[:5] - P @ Q.mT
+        with torch.no_grad():
+            layer.base_weight.add_(best)
+        share = 1 - sigma[5:].square().sum() / sigma.square().sum()
+        assert truncation.kept[layer.name].energy == pytest.approx(float(share), abs=1e-5)
+    again = PeftModel.from_pretrained(models.base(kind), tmp_path / "adapter")
+    torch.testing.assert_close(models.logits(again, kind), models.logits(model, kind), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.0}, {"energy": float("nan")}]
+)
+def test_a_truncation_needs_one_sensible_aim(options):
+    with pytest.raises(scalora.ScaloraError, match=r"^(rank|energy) is"):
+        Truncation(**options)
+
+
+def test_an_update_of_nothing_is_truncated_to_nothing(tmp_path):
+    model = models.lora("llama")
+    for aim in ({"rank": 2}, {"energy": 0.9}):
+        scalora.save_plain_lora(model, tmp_path / "adapter", Truncation(**aim))
+        again = PeftModel.from_pretrained(models.base("llama"), tmp_path / "adapter")
+        assert torch.equal(models.logits(again, "llama"), models.logits(models.base("llama"), "llama"))
+
+
+def test_a_truncation_does_not_hide_that_the_base_was_rewritten(tmp_path):
+    model = models.lora("llama", init_lora_weights="pissa")
+    for factors in (joined_factors, Truncation(rank=2)):
+        with pytest.raises(scalora.ScaloraError, match="has changed the base weights"):
+            scalora.save_plain_lora(model, tmp_path / "adapter", factors)

@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from helpers import tokenized
+from scalora.common.errors import ScaloraError
+from scalora.common.files import digest, seal
+from scalora.models.load import backbone_fingerprint, load_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(model, tokenizer=None):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        (tokenizer or tokenized.tokenizer()).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def test_causal_lm_from_a_folder(saved):
+    original = tokenized.llama()
+    model, tokenizer = load_model(saved(original), head="causal-lm")
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", "<pad>")
+    assert backbone_fingerprint(model) == backbone_fingerprint(original)
+
+
+def test_dtype_and_fingerprint(saved):
+    folder = saved(tokenized.llama())
+    half, _ = load_model(folder, head="causal-lm", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    assert backbone_fingerprint(half) == backbone_fingerprint(tokenized.llama())
+    with torch.no_grad():
+        half.model.layers[1].mlp.up_proj.weight *= 1.1
+    assert backbone_fingerprint(half) != backbone_fingerprint(tokenized.llama())
+    assert backbone_fingerprint(tokenized.gpt2()) != backbone_fingerprint(tokenized.llama())
+
+
+def test_fingerprint_ignores_a_random_head(saved):
+    folder = saved(tokenized.llama())
+    first, _ = load_model(folder, head="sequence-classification", num_labels=2)
+    second, _ = load_model(folder, head="sequence-classification", num_labels=3)
+    assert second.config.num_labels == 3
+    assert not torch.equal(first.score.weight, second.score.weight[:2])
+    assert backbone_fingerprint(first) == backbone_fingerprint(second)
+
+
+def test_eos_stands_in_for_a_missing_pad_token(saved):
+    tokenizer = tokenized.tokenizer()
+    tokenizer.pad_token = None
+    model, loaded = load_model(saved(tokenized.gpt2(), tokenizer), head="causal-lm")
+    assert loaded.pad_token == "<eos>"
+    assert model.config.pad_token_id == loaded.pad_token_id
+
+
+def test_no_pad_and_no_eos(saved):
+    tokenizer = tokenized.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ScaloraError, match="neither a pad nor an eos token"):
+        load_model(saved(tokenized.gpt2(), tokenizer), head="causal-lm")
+
+
+def test_bert_is_no_causal_lm(saved):
+    folder = saved(tokenized.bert())
+    with pytest.raises(ScaloraError, match="is a bert model and cannot be a causal-lm model"):
+        load_model(folder, head="causal-lm")
+    model, _ = load_model(folder, head="sequence-classification", num_labels=2)
+    assert torch.equal(model.classifier.weight, tokenized.bert().classifier.weight)
+
+
+def test_a_checkpoint_without_its_lm_head(saved):
+    with pytest.raises(ScaloraError, match=r"has no lm_head\.weight"):
+        load_model(saved(tokenized.llama().model), head="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("smollm2-135m-instrct", "did you mean 'smollm2-135m-instruct'"),
+        ("sarcasm", "is a packaged data set, not a model"),
+        ("./no/such/folder", "there is no file or folder"),
+        ("models/some.gguf", "there is no file or folder"),
+        ("nobody/nothing-at-all", "cannot load 'nobody/nothing-at-all'"),
+    ],
+)
+def test_sources_that_are_not_there(source, message):
+    with pytest.raises(ScaloraError, match=message):
+        load_model(source, head="causal-lm")
+
+
+def test_folders_and_files_of_the_wrong_kind(tmp_path):
+    with pytest.raises(ScaloraError, match=r"no config\.json"):
+        load_model(str(tmp_path), head="causal-lm")
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"")
+    with pytest.raises(ScaloraError, match=r"no \.gguf"):
+        load_model(str(file), head="causal-lm")
+
+
+def test_a_broken_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALORA_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF but not really")
+    with pytest.raises(ScaloraError, match="cannot load"):
+        load_model(str(file), head="causal-lm")
+    assert not list((tmp_path / "cache" / "converted").iterdir())
+
+
+def test_a_cut_conversion_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALORA_CACHE", str(tmp_path))
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    place = tmp_path / "converted" / digest(file)[:16]
+    tokenized.llama().save_pretrained(place)
+    tokenized.tokenizer().save_pretrained(place)
+    seal(place)
+    load_model(str(file), head="causal-lm")
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ScaloraError, match=r"some\.gguf, is damaged \(model\.safetensors has .* bytes.*delete"):
+        load_model(str(file), head="causal-lm")
+
+
+def test_a_cut_model_is_one_message(tmp_path):
+    tokenized.llama().save_pretrained(tmp_path)
+    tokenized.tokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ScaloraError, match="cannot load"):
+        load_model(str(tmp_path), head="causal-lm")
+
+
+def test_arguments():
+    with pytest.raises(ScaloraError, match=r"model\.dtype is 'int8'"):
+        load_model("x", head="causal-lm", dtype="int8")
+    with pytest.raises(ScaloraError, match="num_labels is None"):
+        load_model("x", head="sequence-classification")
+
+
+@pytest.mark.real
+def test_real_gguf_trains_and_saves(tmp_path):
+    model, tokenizer = load_model("smollm2-135m-instruct", head="causal-lm")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path)

@@ -1,0 +1,91 @@
+import pytest
+import yaml
+
+from scalora import ScaloraError
+from scalora.runs.recipe import load_recipe, parse_recipe
+
+GOOD = {
+    "model": "somewhere/model",
+    "task": {
+        "kind": "multiple_choice", "data": {"train": "x.jsonl", "test_size": 5},
+        "prompt": "{q}", "choices": [" a", " b"],
+    },
+    "method": {"name": "scalora-i", "rank": 4},
+    "training": {"learning_rate": 1e-3},
+    "output": "runs/x",
+}  # fmt: skip
+
+
+def _write(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_a_good_recipe_and_its_overrides(tmp_path):
+    text = yaml.safe_dump(GOOD).replace("0.001", "1e-3")
+    recipe = load_recipe(
+        _write(tmp_path, text),
+        ["training.learning_rate=5e-4", "method=lora", "task.data.train_size=7", "method.rank=2", "output=runs/y z"],
+    )
+    assert recipe.training["learning_rate"] == 5e-4
+    assert (recipe.method.name, recipe.method.rank, recipe.method.scaled_alpha) == ("lora", 2, 4)
+    assert recipe.task.data.train_size == 7
+    assert recipe.output == "runs/y z"
+    assert load_recipe(_write(tmp_path, text)).training["learning_rate"] == 1e-3
+    # What is written beside the results is a recipe again, and the same one.
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
+        ({"method": {"name": "lora", "rnak": 3}}, "unknown key 'method.rnak'; did you mean 'rank'"),
+        ({"method": {"name": "lora", "rank": 0}}, "method.rank is 0"),
+        ({"task": {**GOOD["task"], "promt": "x"}}, "promt'; did you mean 'prompt'"),
+        ({"task": {**GOOD["task"], "data": {"trian": "x"}}}, "trian'; did you mean 'train'"),
+        ({"task": {**GOOD["task"], "kind": "multiple"}}, "task.kind"),
+        ({"training": {"lerning_rate": 1}}, "lerning_rate'; did you mean 'learning_rate'"),
+        ({"training": {"output_dir": "x"}}, "output_dir is decided by scalora"),
+        ({"training": 3}, "training is 3"),
+        ({"head_learning_rate": 0}, "head_learning_rate is 0"),
+        ({"head_learning_rate": float("inf")}, "head_learning_rate is inf"),
+        ({"output": None}, "output is None"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, change, words):
+    with pytest.raises(ScaloraError, match=words):
+        load_recipe(_write(tmp_path, {**GOOD, **change}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "must be a mapping"),
+        ("- a\n- b", "must be a mapping"),
+        ("a: [1", "not valid YAML"),
+        ("model: x", "missing"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, words):
+    with pytest.raises(ScaloraError, match=words):
+        load_recipe(_write(tmp_path, content))
+
+
+def test_missing_file_and_bad_overrides(tmp_path):
+    with pytest.raises(ScaloraError, match="cannot be read"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(ScaloraError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ScaloraError, match="UTF-8"):
+        load_recipe(tmp_path / "binary.yaml")
+    for override, words in (
+        ("rank", "key=value"),
+        ("=3", "key=value"),
+        ("model.x=1", "has no parts"),
+        ("output=[", "not valid"),
+    ):
+        with pytest.raises(ScaloraError, match=words):
+            load_recipe(_write(tmp_path, GOOD), [override])
