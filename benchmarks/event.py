@@ -67,7 +67,7 @@ class Ground:
             self.event()
 
     def event(self) -> None:
-        self.handle._event()
+        self.handle.rescale()
 
     def adam(self) -> None:
         self.optimizer.step()
@@ -169,7 +169,7 @@ def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any
         }
         if store == "adapter":
             content[store]["factorisations"] = factorisations(ground.handle.layers)
-            content[store]["recompression"] = best(ground.handle.store.make_room) / SLOTS
+            content[store]["recompression"] = best(ground.handle.store.recompress) / SLOTS
     return content
 
 

@@ -33,8 +33,8 @@ from scalora.common.environment import environment, git_revision
 from scalora.common.files import write_json
 from scalora.engine.event import ScaLora
 from scalora.engine.stores.adapter import SLOTS, AdapterStore
-from scalora.layers.hira_forward import FusedHira
-from scalora.layers.lora_forward import FusedLinear
+from scalora.layers.hira_forward import HiraForward
+from scalora.layers.lora_forward import LoraForward
 from scalora.layers.peft_lora import ACCUMULATED
 from scalora.methods import MethodSpec, build_method
 from scalora.models.load import load_model
@@ -64,7 +64,7 @@ METHODS = (
     "lora@4r",
     "full",
 )
-PEFTS = {FusedLinear: lora.layer.Linear, FusedHira: hira.layer.Linear}  # what our layers stand in for
+PEFTS = {LoraForward: lora.layer.Linear, HiraForward: hira.layer.Linear}  # what our layers stand in for
 _MEASURED_EVENTS = 3 * SLOTS
 
 
@@ -95,9 +95,9 @@ class Runner:
         self.handle: ScaLora | None = next(filter(None, handles), None)
         self.events: list[float] = []  # seconds of each
         if self.handle is not None:
-            self.handle._event = self._timed(self.handle._event)
+            self.handle.rescale = self._timed(self.handle.rescale)
             if self.handle.refresh is not None:
-                self.handle.refresh._refresh = self._timed(self.handle.refresh._refresh)
+                self.handle.refresh.refresh = self._timed(self.handle.refresh.refresh)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         self.backward(batch)
@@ -131,7 +131,7 @@ class Runner:
         slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
         self.backward(batch)
         for _ in range(slots):
-            self.handle._event()
+            self.handle.rescale()
         self.optimizer.zero_grad()
 
     def event_seconds(self, batch: dict[str, torch.Tensor]) -> float:
@@ -143,7 +143,7 @@ class Runner:
         self.events.clear()
         self.backward(batch)
         for _ in range(_MEASURED_EVENTS):
-            self.handle._event()
+            self.handle.rescale()
         self.optimizer.zero_grad()
         return sum(self.events) / len(self.events) / self.handle.config.interval
 

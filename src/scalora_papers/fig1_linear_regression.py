@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scalora.algebra.lowrank import numerical_rank
-from scalora.algebra.scaling import Method, optimal_scaling
+from scalora.algebra.scaling import ScalingMethod, optimal_scaling
 
 from .base import Experiment, Outcome, Setting, Table
 
@@ -71,7 +71,7 @@ def keep(G: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Adapters:
     return A, B
 
 
-def rescale(G: Tensor, A: Tensor, B: Tensor, c: Tensor, *, method: Method) -> Adapters:
+def rescale(G: Tensor, A: Tensor, B: Tensor, c: Tensor, *, method: ScalingMethod) -> Adapters:
     """An event of ScaLoRA, by the library's own solver."""
     alpha, beta, _ = optimal_scaling(A, B, G @ B, G.mT @ A, c=c, method=method)
     return A * alpha[..., None, :], B * beta[..., None, :]

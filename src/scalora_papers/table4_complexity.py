@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from scalora.engine.attach import attach
 from scalora.engine.config import Accumulate, ScaLoraConfig
 from scalora.engine.event import ScaLora
+from scalora.engine.stores import AdapterStore
 from scalora.engine.stores.adapter import SLOTS
 
 from .base import Experiment, Outcome, Setting, Table
@@ -113,12 +114,13 @@ def measure(size: Size, store: Accumulate, *, interval: int, steps: int, device:
     step()
     backward()
     for _ in range(_WIDTH):  # until every slot is in use: from here on the store is in its steady state
-        handle._event()
+        handle.rescale()
     handle.step = 0  # an event comes first
     clock = Clock(device)
-    handle._event = clock.timed("factors", handle._event)
-    handle.store.add = clock.timed("merge" if store == "base" else "append", handle.store.add)
-    handle.store.make_room = clock.timed("recompress", handle.store.make_room)
+    handle.rescale = clock.timed("factors", handle.rescale)
+    handle.store.receive = clock.timed("merge" if store == "base" else "append", handle.store.receive)
+    if isinstance(handle.store, AdapterStore):
+        handle.store.recompress = clock.timed("recompress", handle.store.recompress)
     timed_step = clock.timed("step" if store == "base" else "beside", step)
     for _ in range(steps):
         timed_step()
@@ -130,7 +132,7 @@ def memory(size: Size, store: Accumulate, dtype: torch.dtype) -> dict[str, Any]:
     """Bytes of tensors, counted one by one: LoRA's own A and B, the store's, and what one event leaves besides."""
     model, handle = _attached(size, store, 1, "cpu", dtype)
     layer = handle.layers[0]
-    frozen = {"A": layer.frozen().A, "Bt": layer.frozen().Bt} if store == "adapter" else {}
+    frozen = {"A": layer.frozen().lora_B, "Bt": layer.frozen().lora_A} if store == "adapter" else {}
     model(torch.randn(2, size.n, dtype=dtype)).square().mean().backward()
     before = _bytes(handle.state_dict())
     handle.optimizer.step()
@@ -138,7 +140,7 @@ def memory(size: Size, store: Accumulate, dtype: torch.dtype) -> dict[str, Any]:
         **size._asdict(),
         "store": store,
         "model": str(dtype).removeprefix("torch."),
-        "A and B": _bytes({"A": layer.A, "Bt": layer.Bt}),
+        "A and B": _bytes({"A": layer.lora_B, "Bt": layer.lora_A}),
         "buffers of the store": _bytes(frozen) + _bytes(handle.store.state_dict()),
         "left by an event besides": _bytes(handle.state_dict()) - before,
     }

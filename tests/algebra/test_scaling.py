@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from scalora.algebra import reference
 from scalora.algebra.gram import gram_products, product_norm
-from scalora.algebra.scaling import Kind, calibrate, optimal_scaling
+from scalora.algebra.scaling import SolutionKind, calibrate, optimal_scaling
 
 METHODS = ("paper", "nonnegative", "scalar", "normalize")
 
@@ -50,7 +50,7 @@ def test_objective_equals_the_reference_on_1000_problems(method):
         c = float(torch.rand((), generator=generator) * 3 + 0.01)
         spread = float(torch.rand((), generator=generator))
         G, A, B = _problem(seed, m, n, r, case=CASES[seed % len(CASES)], spread=spread)
-        ours, theirs = _solve(G, A, B, c=c, method=method), reference.optimal_scaling(G, A, B, c=c, method=method)
+        ours, theirs = _solve(G, A, B, c=c, method=method), reference.reference_scaling(G, A, B, c=c, method=method)
         scale = c**2 * float(G.double().square().sum())
         got = reference.objective(G, A, B, ours.alpha, ours.beta, c)
         best = reference.objective(G, A, B, theirs.alpha, theirs.beta, c)
@@ -60,10 +60,10 @@ def test_objective_equals_the_reference_on_1000_problems(method):
     assert (
         kinds
         == {
-            "paper": {Kind.COLUMN, Kind.SCALAR},
-            "nonnegative": {Kind.NONNEGATIVE},
-            "scalar": {Kind.SCALAR},
-            "normalize": {Kind.NORMALIZE},
+            "paper": {SolutionKind.COLUMN, SolutionKind.SCALAR},
+            "nonnegative": {SolutionKind.NONNEGATIVE},
+            "scalar": {SolutionKind.SCALAR},
+            "normalize": {SolutionKind.NORMALIZE},
         }[method]
     )
 
@@ -132,7 +132,7 @@ def test_a_layer_without_a_usable_gradient_is_left_alone(method, what):
     else:
         c = float("nan")
     alpha, beta, kind = optimal_scaling(A, B, g_A, g_B, c=c, method=method)
-    assert kind == Kind.NONE
+    assert kind == SolutionKind.NONE
     assert (alpha == 1).all()
     assert (beta == 1).all()
 

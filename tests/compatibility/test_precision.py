@@ -102,7 +102,7 @@ def lowered(request):
 @pytest.mark.parametrize("accumulate", ["adapter", "base"])
 def test_lowered_matmul_precision(lowered, accumulate):
     model, optimizer, handle = attached(accumulate=accumulate, lr=1e-2)
-    inner, errors = handle._event, []
+    inner, errors = handle.rescale, []
 
     def whole(layer):
         own = layer.A.double() @ layer.Bt.double() * layer.scale
@@ -114,7 +114,7 @@ def test_lowered_matmul_precision(lowered, accumulate):
         pairs = zip(handle.layers, before, strict=True)
         errors.append(max((whole(layer) - W).abs().max().item() for layer, W in pairs))
 
-    handle._event = event
+    handle.rescale = event
     models.train(model, optimizer, "llama", 8)  # a recompression, which keeps everything here, among them
     assert max(errors) < 1e-7
     assert max(event.moved for event in handle.stats) > 1e-3

@@ -13,7 +13,7 @@ import scalora
 from helpers import models, two_processes
 from helpers.two_processes import spawn
 from scalora import ScaloraError
-from scalora.layers.sharding import is_sharded, whole
+from scalora.layers.sharding import gather_full, is_sharded
 
 CASES = [("llama", "adapter"), ("gpt2", "base")]  # Conv1D: the base weight is sharded along the other dimension
 
@@ -94,7 +94,7 @@ def test_what_an_event_sends():
 def _bytes(rank):
     """The formula of docs/devices.md."""
     model, optimizer, handle = two_processes.sharded("llama", "adapter")
-    sent, gather, inner = [], dist.all_gather_into_tensor, handle._event
+    sent, gather, inner = [], dist.all_gather_into_tensor, handle.rescale
 
     def counting(output, input, **options):
         sent.append(output.nbytes - input.nbytes)  # what the other processes hold
@@ -105,7 +105,7 @@ def _bytes(rank):
         inner()
         dist.all_gather_into_tensor = gather
 
-    handle._event = event
+    handle.rescale = event
     two_processes.train(model, optimizer, "llama", rank, steps=1)
 
     def half(size):
@@ -135,10 +135,12 @@ def _forms(rank):
         handle.check_ranks()
 
     model, optimizer, handle = two_processes.sharded("gpt2", "base", dtype=torch.bfloat16)
-    inner, errors = handle._event, []
+    inner, errors = handle.rescale, []
 
     def total(layer):
-        W, lost, A, Bt = whole([layer.base_weight, handle.store.lost[layer.name], layer.A.detach(), layer.Bt.detach()])
+        W, lost, A, Bt = gather_full(
+            [layer.base_weight, handle.store.lost[layer.name], layer.A.detach(), layer.Bt.detach()]
+        )
         return W.double() + lost.double() + layer.scale * A.double() @ Bt.double()
 
     def event():
@@ -146,12 +148,12 @@ def _forms(rank):
         inner()
         errors.extend(float((total(x) - W).abs().max()) for x, W in zip(handle.layers, before, strict=True))
 
-    handle._event = event
+    handle.rescale = event
     two_processes.train(model, optimizer, "gpt2", rank, steps=4)
     assert 0 < max(errors) < 1e-5  # a bf16 weight of 0.02 alone would be off by 1e-4
     handle.check_ranks()
     state = handle.state_dict()["store"]["lost"]
-    assert all(torch.equal(state[name], whole([lost])[0]) for name, lost in handle.store.lost.items())
+    assert all(torch.equal(state[name], gather_full([lost])[0]) for name, lost in handle.store.lost.items())
 
 
 def test_what_flattens_or_replaces_adapters_is_refused():
@@ -180,7 +182,7 @@ def _refused(rank):
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
     with pytest.raises(ScaloraError, match="leave tensor parallelism out"):
-        whole([DTensor.from_local(torch.zeros(2, 2), mesh, [Shard(0), Shard(1)])])
+        gather_full([DTensor.from_local(torch.zeros(2, 2), mesh, [Shard(0), Shard(1)])])
 
 
 def test_deepspeed_is_refused_by_name():

@@ -26,7 +26,7 @@ def test_the_first_event_of_fresh_adapters_moves_nothing_and_calibrates():
     model, _optimizer, handle = attached()
     start = models.logits(model, "llama")
     model(**models.batch("llama")).loss.backward()
-    handle._event()
+    handle.rescale()
     assert torch.equal(models.logits(model, "llama"), start)
     # Kaiming-uniform(a=√5) has variance 1/(3n): squared column norms of 1/3, which the gradients weigh a little.
     assert ((handle.constants > 0.15) & (handle.constants < 0.7)).all()
@@ -39,7 +39,7 @@ def test_a_step_with_non_finite_gradients_moves_nothing(bad):
     model(**models.batch("llama")).loss.backward()
     models.trainable(model)[0].grad[0, 0] = bad
     before = [(layer.A.clone(), layer.Bt.clone(), accumulated(layer)) for layer in handle.layers]
-    handle._event()
+    handle.rescale()
     for layer, (A, Bt, moved) in zip(handle.layers, before, strict=True):
         assert torch.equal(layer.A, A)
         assert torch.equal(layer.Bt, Bt)
@@ -145,7 +145,7 @@ def test_a_given_lipschitz_constant_sets_c(lipschitz):
     model, optimizer, handle = attached(lipschitz=lipschitz, scaling="normalize", lr=0.01)
     models.train(model, optimizer, "llama", 1)
     model(**models.batch("llama")).loss.backward()
-    handle._event()
+    handle.rescale()
     c = 1 / (lipschitz * 0.01)
     for layer in handle.layers:
         norms = layer.A.detach().norm(dim=0)

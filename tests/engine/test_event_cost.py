@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import models
-from helpers.attached import accumulated, attached
+from helpers.attached import accumulated, attached, full
 from scalora.engine.stores.adapter import SLOTS
 
 
@@ -27,7 +27,7 @@ class Operations(TorchDispatchMode):
 def _event(handle, model, kind):
     model(**models.batch(kind)).loss.backward()
     with Operations() as seen:
-        handle._event()
+        handle.rescale()
     return seen
 
 
@@ -40,7 +40,7 @@ HOST = {"lift_fresh", "lift_fresh_copy", "lift"}  # torch.tensor(...) of Python 
 def test_an_event_reads_nothing_and_sends_nothing(accumulate, scaling):
     model, optimizer, handle = attached(accumulate=accumulate, scaling=scaling)
     models.train(model, optimizer, "llama", 3)
-    assert not handle.store.full
+    assert not full(handle.store)
     seen = _event(handle, model, "llama")
     assert "mul" in seen.names or "_foreach_mul_" in seen.names  # the watch does see
     assert not seen.names & (READS | HOST)
@@ -60,7 +60,7 @@ def test_in_the_adapter_store_nothing_of_size_m_by_n_is_made():
     layers = len(handle.layers)
     largest = max(a.shape[0] * b.shape[1] for a, b in ((layer.A, layer.Bt) for layer in handle.layers))
     for recompresses in (False, True):
-        while handle.store.full is not recompresses:
+        while full(handle.store) is not recompresses:
             models.train(model, optimizer, "llama", 1)
         assert _event(handle, model, "llama").largest < largest
     assert layers > 1

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import scalora
 from helpers import models
-from helpers.attached import accumulated, attached, watch
+from helpers.attached import accumulated, attached, full, watch
 from scalora import ScaLoraConfig
 from scalora.engine.stores.adapter import SLOTS
 
@@ -42,7 +42,7 @@ def test_in_bf16_an_event_changes_logits_by_no_more_than_one_rounding(kind):
 def test_a_half_precision_base_is_off_by_at_most_one_rounding_per_weight(kind, dtype):
     """However many events: what rounding takes is given back, so W + lost + s·ABᵀ moves only with the optimizer."""
     model, optimizer, handle = attached(kind, dtype, accumulate="base", opt={"eps": 1e-4})  # 1e-8 is zero in fp16
-    inner, errors = handle._event, []
+    inner, errors = handle.rescale, []
 
     def whole(layer):
         lost = handle.store.lost[layer.name].double()
@@ -55,7 +55,7 @@ def test_a_half_precision_base_is_off_by_at_most_one_rounding_per_weight(kind, d
             max((whole(layer) - W).abs().max().item() for layer, W in zip(handle.layers, before, strict=True))
         )
 
-    handle._event = event
+    handle.rescale = event
     models.train(model, optimizer, kind, 12)
     ulp = torch.finfo(dtype).eps
     for layer in handle.layers:
@@ -71,17 +71,17 @@ def test_half_precision_adapters_are_rescaled_without_any_rounding():
         layer.A.data, layer.Bt.data = layer.A.data.bfloat16(), layer.Bt.data.bfloat16()
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
-    inner, exact = handle._event, []
+    inner, exact = handle.rescale, []
 
     def event():
         before = [(layer.A.double() @ layer.Bt.double()) * layer.scale + accumulated(layer) for layer in handle.layers]
-        recompressed = handle.store.full
+        recompressed = full(handle.store)
         inner()
         after = [(layer.A.double() @ layer.Bt.double()) * layer.scale + accumulated(layer) for layer in handle.layers]
         if not recompressed:
             exact.append(all(torch.allclose(x, y, rtol=0, atol=1e-7) for x, y in zip(before, after, strict=True)))
 
-    handle._event = event
+    handle.rescale = event
     models.train(model, optimizer, "llama", 8)
     assert all(exact)
     assert handle.stats[-1].moved > 0
@@ -105,8 +105,8 @@ def test_a_recompression_changes_the_weights_by_what_it_reports():
     model, optimizer, handle = attached(capacity=4)
     models.train(model, optimizer, "llama", SLOTS + 1)  # capacity 4 = r: one slot more at the beginning
     before = [accumulated(layer) for layer in handle.layers]
-    assert handle.store.full
-    handle.store.make_room()
+    assert full(handle.store)
+    handle.store.recompress()
     for layer, whole, discarded in zip(handle.layers, before, handle.store.discarded, strict=True):
         lost = (whole - accumulated(layer)).square().sum()
         torch.testing.assert_close(lost.float(), discarded, rtol=1e-3, atol=1e-9)
@@ -135,7 +135,7 @@ def test_adapters_that_became_nan_do_not_reach_the_store(accumulate):
     models.trainable(model)[0].data.fill_(float("nan"))
     base = handle.layers[0].base_weight.clone()
     model(**models.batch("llama")).loss.backward()
-    handle._event()
+    handle.rescale()
     assert torch.equal(handle.layers[0].base_weight, base)
     if accumulate == "adapter":
         assert torch.isfinite(accumulated(handle.layers[0])).all()

@@ -86,7 +86,7 @@ class Life(RuleBasedStateMachine):
         return self.model(INPUTS)
 
     def _about_to_recompress(self) -> bool:
-        return self.handle.store.lacks(1 if self.config.refresh is None else 3)
+        return getattr(self.handle.store, "free", 3) < (1 if self.config.refresh is None else 3)
 
     @rule(seed=st.integers(0, 1000), size=st.sampled_from([0.0, 1.0, 100.0]), clear=st.booleans())
     def step(self, seed, size, clear):

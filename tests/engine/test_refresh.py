@@ -20,14 +20,14 @@ def attached(kind="llama", every=4, lr=3e-3, optimizer_cls=torch.optim.AdamW, lo
 
 def watched(handle, act):
     """Call `act` before and after every refresh."""
-    inner, seen = handle.refresh._refresh, []
+    inner, seen = handle.refresh.refresh, []
 
     def refresh(*sketches):
         before = act()
         inner(*sketches)
         seen.append((before, act()))
 
-    handle.refresh._refresh = refresh
+    handle.refresh.refresh = refresh
     return seen
 
 
@@ -114,7 +114,7 @@ def test_many_refreshes_do_not_drift():
 
 def test_a_recompression_sees_the_whole_update_and_nothing_else():
     model, optimizer, handle = attached(every=2, lr=1e-3)
-    layer, make_room, seen = handle.layers[0], handle.store.make_room, []
+    layer, make_room, seen = handle.layers[0], handle.store.recompress, []
 
     def held(layer):
         return layer.scale * layer.A.detach() @ layer.Bt.detach()
@@ -123,7 +123,7 @@ def test_a_recompression_sees_the_whole_update_and_nothing_else():
         seen.append((handle.step, held(layer.frozen())))
         make_room()
 
-    handle.store.make_room = watched_room
+    handle.store.recompress = watched_room
     changes = watched(handle, lambda: held(layer.frozen()) + held(layer))
     models.train(model, optimizer, "llama", 41)
     whole = dict(zip(handle.refresh.steps, (before for before, _ in changes), strict=True))
@@ -215,13 +215,13 @@ def test_a_layer_that_took_no_part_keeps_its_adapters():
     model, optimizer, handle = attached()
     idle = handle.layers[0]
     before = idle.A.detach().clone(), idle.Bt.detach().clone()
-    inner = handle.refresh._refresh
+    inner = handle.refresh.refresh
 
     def refresh(left, right):
         right[0].zero_()
         inner(left, right)
 
-    handle.refresh._refresh = refresh
+    handle.refresh.refresh = refresh
     idle.module.lora_A[idle.adapter].requires_grad_(False)
     idle.module.lora_B[idle.adapter].requires_grad_(False)
     for group in optimizer.param_groups:

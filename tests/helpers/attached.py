@@ -15,17 +15,22 @@ def attached(
     return model, optimizer, scalora.attach(model, optimizer, ScaLoraConfig(**{"interval": 1, **config}))
 
 
+def full(store):
+    """Whether the next event recompresses."""
+    return getattr(store, "free", 1) < 1
+
+
 def watch(handle, model, kind):
     """Record how much each event changes the logits, and whether a recompression was part of it."""
-    changes, inner = [], handle._event
+    changes, inner = [], handle.rescale
 
     def event():
-        recompressed = handle.store.full
+        recompressed = full(handle.store)
         before = models.logits(model, kind)
         inner()
         changes.append(((models.logits(model, kind) - before).abs().max().item(), recompressed))
 
-    handle._event = event
+    handle.rescale = event
     return changes
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import scalora
 from helpers import models
 from scalora import ScaLoraConfig
-from scalora.layers.sharding import whole
+from scalora.layers.sharding import gather_full
 
 _WARM = ["accelerate", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(_WARM)
@@ -106,12 +106,12 @@ def figures(handle):
     """Adapters, accumulated update and factors of every layer, whole."""
     found = {}
     for layer in handle.layers:
-        found[layer.name, "A"], found[layer.name, "B"] = whole([layer.A.detach(), layer.Bt.detach()])
+        found[layer.name, "A"], found[layer.name, "B"] = gather_full([layer.A.detach(), layer.Bt.detach()])
         if handle.config.accumulate == "adapter":
-            P, Q = whole([layer.frozen().A, layer.frozen().Bt])
+            P, Q = gather_full([layer.frozen().A, layer.frozen().Bt])
             found[layer.name, "moved"] = P @ Q
         else:
-            found[layer.name, "base"] = whole([layer.base_weight])[0]
+            found[layer.name, "base"] = gather_full([layer.base_weight])[0]
         found[layer.name, "alpha"], found[layer.name, "beta"] = handle.factors[layer.name]
     return found
 

@@ -10,7 +10,7 @@ from peft import HiraConfig, PeftModel, get_peft_model
 from peft.tuners.hira.layer import Linear
 
 from helpers import models
-from scalora.layers.hira_forward import FusedHira, fuse_hira, hadamard_linear
+from scalora.layers.hira_forward import HiraForward, fuse_hira, hadamard_linear
 
 
 @given(
@@ -57,7 +57,7 @@ def _run(model, kind, autocast=False):
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 def test_values_and_gradients_are_pefts(kind, precision):
     plain, fused = _pair(kind)
-    assert sum(isinstance(m, FusedHira) for m in fused.modules()) == sum(type(m) is Linear for m in plain.modules())
+    assert sum(isinstance(m, HiraForward) for m in fused.modules()) == sum(type(m) is Linear for m in plain.modules())
     (logits, gradients), (mine, mine_gradients) = (_run(m, kind, precision == "autocast") for m in (plain, fused))
     tolerance = 2e-6 if precision == "float32" else 0.05
     torch.testing.assert_close(mine, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max()))
@@ -81,7 +81,7 @@ def test_out_of_the_ordinary_it_steps_aside(change, monkeypatch):
     kind = "gpt2" if change == "conv1d" else "llama"
     options = {"hira_dropout": 0.5} if change == "dropout" else {"fan_in_fan_out": True} if change == "conv1d" else {}
     model, fused = _pair(kind, **options)
-    layers = [module for module in fused.modules() if isinstance(module, FusedHira)]
+    layers = [module for module in fused.modules() if isinstance(module, HiraForward)]
     if change == "two adapters":
         fused.add_adapter("other", model.peft_config["default"])
         fused.base_model.set_adapter(["default", "other"])

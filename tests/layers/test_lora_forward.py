@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import scalora
 from helpers import models
-from scalora.layers.lora_forward import FusedLinear, fuse, fuse_lora
+from scalora.layers.adopt import adopt
+from scalora.layers.lora_forward import LoraForward, fuse_lora, shorten
 from scalora.layers.peft_lora import find_layers
 
 
@@ -22,7 +23,7 @@ def _pair(kind="llama", dtype=torch.float32, **options):
     handle.detach()
     fused = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, FusedLinear):
+        if isinstance(module, LoraForward):
             module.__class__ = Linear
     return model, fused
 
@@ -39,7 +40,7 @@ def _run(model, kind, autocast=False):
 def test_values_and_gradients_are_pefts(kind, precision):
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     plain, fused = _pair(kind, dtype)
-    assert sum(isinstance(m, FusedLinear) for m in fused.modules()) == len(find_layers(fused))
+    assert sum(isinstance(m, LoraForward) for m in fused.modules()) == len(find_layers(fused))
     (logits, gradients), (mine, mine_gradients) = (_run(m, kind, precision == "autocast") for m in (plain, fused))
     tolerance = 2e-6 if precision == "float32" else 0.05  # of roundings to bf16, of which there are fewer here
     torch.testing.assert_close(mine, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max()))
@@ -54,7 +55,7 @@ def test_plain_lora_is_trained_and_saved_the_same(kind, tmp_path):
         model = models.lora(kind)
         if way:
             fuse_lora(model)
-            assert any(isinstance(module, FusedLinear) for module in model.modules())
+            assert any(isinstance(module, LoraForward) for module in model.modules())
         models.train(model, torch.optim.SGD(models.trainable(model), lr=0.1), kind, 4)
         model.save_pretrained(tmp_path / str(way))
         results.append(load_file(tmp_path / str(way) / "adapter_model.safetensors"))
@@ -77,7 +78,7 @@ def test_out_of_the_ordinary_it_steps_aside(options, monkeypatch):
     monkeypatch.setattr(Linear, "forward", lambda self, x, *a, **k: calls.append(1) or forward(self, x, *a, **k))
     layers = [module for module in model.modules() if type(module) is Linear]
     for module in layers:
-        module.__class__ = FusedLinear
+        adopt(module, LoraForward)
     model.train()(**models.batch("llama"))
     assert len(calls) == len(layers)
 
@@ -86,7 +87,7 @@ def test_listeners_on_the_adapters_are_heard():
     model = models.lora("llama")
     layers = find_layers(model)
     for layer in layers:
-        fuse(layer.module)
+        shorten(layer.module)
     heard = []
     layers[0].module.lora_A["default"].register_forward_hook(lambda *_: heard.append(1))
     model(**models.batch("llama"))
@@ -110,6 +111,6 @@ def test_disabled_and_merged_models_compute_what_peft_computes():
 
 def test_a_single_vector_is_an_input_too():
     _, fused = _pair("llama")
-    layer = next(m for m in fused.modules() if isinstance(m, FusedLinear))
+    layer = next(m for m in fused.modules() if isinstance(m, LoraForward))
     x = torch.randn(2, layer.in_features)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])

@@ -12,33 +12,28 @@ from transformers.pytorch_utils import Conv1D
 import scalora
 from helpers import models
 from scalora.layers import lora_forward as fused
-from scalora.layers.lora_forward import FusedLinear
-from scalora.layers.products import Adapter, frozen_weight, merged_linear, pays
+from scalora.layers.lora_forward import LoraForward
+from scalora.layers.products import Adapter, frozen_weight, merged_linear, merging_is_cheaper
 
 
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     trained=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=3),
-    zero=st.sampled_from([None, "Bt", "A"]),
     shape=st.sampled_from([(3,), (2, 4), (1, 2, 3)]),
     biased=st.booleans(),
     inner=st.booleans(),
 )
-def test_it_is_the_definition(ranks, trained, zero, shape, biased, inner):
+def test_it_is_the_definition(ranks, trained, shape, biased, inner):
     m, n = 7, 5
     W, bias = torch.randn(m, n).double(), torch.randn(m).double().requires_grad_() if biased else None
     adapters = [
-        Adapter(torch.randn(r, n).double().requires_grad_(Bt), torch.randn(m, r).double().requires_grad_(A), 0.5 + i)
-        for i, (r, (Bt, A)) in enumerate(zip(ranks, trained, strict=False))
+        Adapter(torch.randn(r, n).double().requires_grad_(A), torch.randn(m, r).double().requires_grad_(B), 0.5 + i)
+        for i, (r, (A, B)) in enumerate(zip(ranks, trained, strict=False))
     ]
-    if zero == "A":
-        adapters.append(Adapter(torch.randn(2, n).double(), torch.zeros(m, 2).double().requires_grad_(), zero=zero))
-    if zero == "Bt":
-        adapters.append(Adapter(torch.zeros(2, n).double().requires_grad_(), torch.randn(m, 2).double(), zero=zero))
     x = torch.randn(*shape, n).double().requires_grad_(inner)
     wanted = nn.functional.linear(x, W, bias)
-    for Bt, A, scale, _ in adapters:
-        wanted = wanted + scale * (x @ Bt.mT) @ A.mT
+    for A, B, scale in adapters:
+        wanted = wanted + scale * (x @ A.mT) @ B.mT
     found = merged_linear(x, W, bias, adapters)
     torch.testing.assert_close(found, wanted)
     leaves = [x, bias, *(matrix for each in adapters for matrix in each[:2])]
@@ -60,13 +55,13 @@ def test_a_model_computes_what_it_computes_without(kind, autocast, monkeypatch):
     merged = []
     monkeypatch.setattr(fused, "merged_linear", lambda *a: merged.append(1) or merged_linear(*a))
     for way in (False, True):
-        monkeypatch.setattr(fused, "pays", lambda x, W, way=way: way)
+        monkeypatch.setattr(fused, "merging_is_cheaper", lambda x, W, way=way: way)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(**models.batch(kind))
         output.loss.backward()
         outcomes.append([output.logits.float(), *(p.grad for p in models.trainable(model))])
-    assert len(merged) == sum(isinstance(module, FusedLinear) for module in model.modules())
+    assert len(merged) == sum(isinstance(module, LoraForward) for module in model.modules())
     tolerance = 0.05 if autocast else 1e-5
     for thin, thick in zip(*outcomes, strict=True):
         assert (thin - thick).norm() <= tolerance * thin.norm() + 1e-9
@@ -83,7 +78,7 @@ def test_in_bf16_it_is_about_as_near_to_the_truth(monkeypatch):
     for seed in range(10):
         truth = exact(**models.batch("llama", seed)).logits
         for way in errors:
-            monkeypatch.setattr(fused, "pays", lambda x, W, way=way: way)
+            monkeypatch.setattr(fused, "merging_is_cheaper", lambda x, W, way=way: way)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 errors[way] += float((model(**models.batch("llama", seed)).logits - truth).norm())
     assert errors[True] <= 1.15 * errors[False]
@@ -105,11 +100,11 @@ def test_no_more_weights_wait_for_backward_than_without_adapters(dtype, waiting)
 
 def test_many_tokens_make_it_pay():
     W = torch.empty(384, 384)
-    assert pays(torch.empty(16, 64, 384), W)
-    assert not pays(torch.empty(1, 1, 384), W)
+    assert merging_is_cheaper(torch.empty(16, 64, 384), W)
+    assert not merging_is_cheaper(torch.empty(1, 1, 384), W)
     # 240 tokens: 1.25 times the weight's size. Under autocast the sum is formed once, else a second time for backward.
-    assert pays(torch.empty(240, 384, dtype=torch.bfloat16), W)
-    assert not pays(torch.empty(240, 384), W)
+    assert merging_is_cheaper(torch.empty(240, 384, dtype=torch.bfloat16), W)
+    assert not merging_is_cheaper(torch.empty(240, 384), W)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,20 @@ from scalora.layers.products import Adapter, add_adapters
 
 
 def _definition(result, x, adapters):
-    for Bt, A, scale, _ in adapters:
-        result = result + scale * (x @ Bt.mT) @ A.mT
+    for A, B, scale in adapters:
+        result = result + scale * (x @ A.mT) @ B.mT
     return result
 
 
 def _adapters(ranks, trained, dtype, m=7, n=5):
-    """Matrices of these ranks; `trained` holds (Bᵀ, A) for each."""
+    """Matrices of these ranks; `trained` holds (lora_A, lora_B) for each."""
     return [
         Adapter(
-            torch.randn(r, n, dtype=dtype).requires_grad_(of_Bt), torch.randn(m, r, dtype=dtype).requires_grad_(of_A), s
+            torch.randn(r, n, dtype=dtype).requires_grad_(of_lora_A),
+            torch.randn(m, r, dtype=dtype).requires_grad_(of_lora_B),
+            s,
         )
-        for r, (of_Bt, of_A), s in zip(ranks, trained, (1.0, 2.0, 0.3), strict=False)
+        for r, (of_lora_A, of_lora_B), s in zip(ranks, trained, (1.0, 2.0, 0.3), strict=False)
     ]
 
 
@@ -40,26 +42,6 @@ def test_it_is_the_definition(ranks, trained, shape, inner):
     wanted = _definition(result, x, adapters)
     torch.testing.assert_close(found, wanted)
     gradients = (torch.autograd.grad((out * weights).sum(), leaves) for out in (found, wanted))
-    for g, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(g, theirs)
-
-
-@pytest.mark.parametrize("zero", ["Bt", "A"])
-@pytest.mark.parametrize("others", [0, 1, 2])
-def test_a_zero_matrix_gets_its_gradient_and_changes_nothing(zero, others):
-    m, n, k = 7, 5, 3
-    basis = torch.randn(k, n, dtype=torch.float64) if zero == "A" else torch.randn(m, k, dtype=torch.float64)
-    leaf = torch.zeros((m, k) if zero == "A" else (k, n), dtype=torch.float64, requires_grad=True)
-    matrices = (basis, leaf) if zero == "A" else (leaf, basis)
-    plain = _adapters([2, 4][:others], [(True, True), (False, False)], torch.float64)
-    x = torch.randn(2, 4, n, dtype=torch.float64, requires_grad=True)
-    result = torch.randn(2, 4, m, dtype=torch.float64, requires_grad=True)
-    leaves = [leaf, x, result, *(t for each in plain for t in each[:2] if t.requires_grad)]
-    found = add_adapters(result, x, [Adapter(*matrices, 2.0, zero), *plain])
-    wanted = _definition(result, x, [Adapter(*matrices, 2.0), *plain])
-    torch.testing.assert_close(found, wanted)
-    gradients = [torch.autograd.grad((out * out).sum(), leaves) for out in (found, wanted)]
-    assert gradients[0][0].any()
     for g, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(g, theirs)
 

@@ -14,7 +14,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from ..common.shapes import Float
-from .scaling import Kind, Method
+from .scaling import ScalingMethod, SolutionKind
 
 
 class ReferenceScaling(NamedTuple):
@@ -22,7 +22,7 @@ class ReferenceScaling(NamedTuple):
 
     alpha: Float[Tensor, "r"]
     beta: Float[Tensor, "r"]
-    kind: Kind
+    kind: SolutionKind
 
 
 def objective(
@@ -39,13 +39,13 @@ def objective(
     return float((c * G - G @ B @ B.T - A @ A.T @ G).square().sum())
 
 
-def optimal_scaling(
+def reference_scaling(
     G: Float[Tensor, "m n"],
     A: Float[Tensor, "m r"],
     B: Float[Tensor, "n r"],
     *,
     c: float,
-    method: Method = "paper",
+    method: ScalingMethod = "paper",
     floor: float = 1e-2,
 ) -> ReferenceScaling:
     """The factors of :func:`scalora.algebra.scaling.optimal_scaling` from the full gradient G = ∂ℓ/∂W.
@@ -63,32 +63,32 @@ def optimal_scaling(
 
     if method == "normalize":
         if not influence.any():
-            return ReferenceScaling(torch.ones(r).double(), torch.ones(r).double(), Kind.NONE)
+            return ReferenceScaling(torch.ones(r).double(), torch.ones(r).double(), SolutionKind.NONE)
         v = np.where(norms.numpy() > 0, c / np.maximum(norms.numpy(), 1e-300), 1.0)
-        return _pack(v, r, Kind.NORMALIZE)
+        return _pack(v, r, SolutionKind.NORMALIZE)
     if not influence.any():
-        return _pack(np.ones(2 * r), r, Kind.NONE)
+        return _pack(np.ones(2 * r), r, SolutionKind.NONE)
 
     target = (c * G).flatten().numpy()
-    v, kind = np.ones(2 * r), Kind.SCALAR
+    v, kind = np.ones(2 * r), SolutionKind.SCALAR
     used, size = M[:, influence], np.linalg.norm(M[:, influence], axis=0)
     if method == "nonnegative":
         # |target| is scaled to one and the columns too, so that the solver's tolerances mean the same everywhere.
         scale = np.linalg.norm(target)
         low = bound[influence] * size / scale
         solution = lsq_linear(used / size, target / scale, bounds=(low, np.inf), method="bvls", tol=1e-15)
-        v[influence], kind = solution.x * scale / size, Kind.NONNEGATIVE
+        v[influence], kind = solution.x * scale / size, SolutionKind.NONNEGATIVE
     else:
         y = np.linalg.lstsq(used / size, target, rcond=1e-9)[0]
         if method == "paper" and (y > 0).all():
-            v[influence], kind = y / size, Kind.COLUMN
+            v[influence], kind = y / size, SolutionKind.COLUMN
         else:
             v[influence] = _scalar(M, target, r)[influence]
     v[influence] = np.maximum(v, bound)[influence]
     return _pack(v, r, kind)
 
 
-def optimal_adapters(G: Float[Tensor, "m n"], r: int, c: float) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
+def reference_adapters(G: Float[Tensor, "m n"], r: int, c: float) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
     """Ã, B̃ of :func:`scalora.algebra.directions.optimal_adapters`, from a dense SVD of G (Theorem 1)."""
     U, _, Vt = np.linalg.svd(G.double().numpy())
     return torch.from_numpy(np.sqrt(c) * U[:, 0 : 2 * r : 2]), torch.from_numpy(np.sqrt(c) * Vt[1 : 2 * r : 2].T)
@@ -146,6 +146,6 @@ def _scalar(M: np.ndarray, target: np.ndarray, r: int) -> np.ndarray:
     return np.repeat(value, r)
 
 
-def _pack(v: np.ndarray, r: int, kind: Kind) -> ReferenceScaling:
+def _pack(v: np.ndarray, r: int, kind: SolutionKind) -> ReferenceScaling:
     factors = torch.from_numpy(np.sqrt(v))
     return ReferenceScaling(factors[:r], factors[r:], kind)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..common.disk_layout import BASE_FILE, STATE_FILE, WEIGHTS
 from ..common.errors import ScaloraError
+from ..layers.lora_forward import LoraForward
 from ..layers.peft_lora import ACCUMULATED, find_peft_model
-from ..layers.sharding import is_sharded, settle, whole
-from ..layers.sharding import write as copy_whole
+from ..layers.sharding import copy_into, gather_full, is_sharded, reshard
 from .event import ScaLora
 from .stores.peft_tuner import activate
 
@@ -50,10 +50,10 @@ def save_moved(handle: ScaLora, model: nn.Module, folder: Path, write: bool = Tr
     """
     if handle.config.accumulate == "base":
         names, path = [layer.name for layer in handle.layers], folder / BASE_FILE
-        tensors = whole([layer.base_weight.detach() for layer in handle.layers])
+        tensors = gather_full([layer.base_weight.detach() for layer in handle.layers])
     elif _any_sharded(model):
         state = get_peft_model_state_dict(find_peft_model(model), adapter_name=ACCUMULATED)
-        names, tensors, path = list(state), whole(list(state.values())), folder / ACCUMULATED / WEIGHTS
+        names, tensors, path = list(state), gather_full(list(state.values())), folder / ACCUMULATED / WEIGHTS
     else:
         return
     if write:
@@ -66,9 +66,9 @@ def load_moved(handle: ScaLora, model: nn.Module, folder: Path) -> None:
     """Put back the accumulated update of a checkpoint: its second adapter, or its base weights."""
     if handle.config.accumulate == "base":
         weights = _load(folder / BASE_FILE)
-        settle(model)
+        reshard(model)
         with torch.no_grad():
-            copy_whole([layer.base_weight for layer in handle.layers], [weights[x.name] for x in handle.layers])
+            copy_into([layer.base_weight for layer in handle.layers], [weights[x.name] for x in handle.layers])
     else:
         load_accumulated(model, folder)
 
@@ -84,11 +84,14 @@ def load_accumulated(model: nn.Module, folder: Path) -> None:
         raise ScaloraError(f"checkpoint {folder} holds no {ACCUMULATED!r} adapter: it was not written by a ScaLoRA run")
     peft_model = find_peft_model(model)
     if _any_sharded(model):  # PEFT would copy whole tensors into sharded ones
-        settle(model)
+        reshard(model)
         weights = _load(path / WEIGHTS)
         state = get_peft_model_state_dict(peft_model, adapter_name=ACCUMULATED)
         with torch.no_grad():
-            copy_whole(list(state.values()), [weights[name] for name in state])
+            copy_into(list(state.values()), [weights[name] for name in state])
+        for module in model.modules():
+            if isinstance(module, LoraForward):
+                module.used_columns = None
     else:
         peft_model.load_adapter(str(path), ACCUMULATED, is_trainable=True)  # True: stay in training mode
     activate(model)

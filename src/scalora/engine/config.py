@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..algebra.scaling import Method
+from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError
 
 Accumulate = Literal["adapter", "base"]
@@ -34,7 +34,7 @@ class ScaLoraConfig:
         "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
         "(Theorem 1), the old ones' update kept. None: never.",
     )
-    scaling: Method = _help(
+    scaling: ScalingMethod = _help(
         "paper",
         "How the factors are found: 'paper' (Theorem 5 where all its factors are positive, else Theorem 3), "
         "'nonnegative' (the constrained optimum, in every layer), 'scalar' (Theorem 3 only) or "
@@ -62,7 +62,7 @@ class ScaLoraConfig:
             _require_int("refresh", self.refresh, 2)
         if self.interval is None and self.refresh is None:
             raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
-        _require_choice("scaling", self.scaling, get_args(Method))
+        _require_choice("scaling", self.scaling, get_args(ScalingMethod))
         _require_choice("accumulate", self.accumulate, get_args(Accumulate))
         if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):
             raise ScaloraError(f"lipschitz is {self.lipschitz!r}: it must be a positive number, or None to calibrate c")

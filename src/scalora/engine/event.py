@@ -19,16 +19,16 @@ from ..algebra.precision import exact_matmul
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
-from ..layers.lora_forward import fuse
+from ..layers.lora_forward import shorten
 from ..layers.peft_lora import AdapterLayer, find_layers
-from ..layers.sharding import differing, local, part, settle, whole
+from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .config import ScaLoraConfig
-from .groups import Stacked, grouped, live_layers, on_device, stacked
-from .guards import Watch
+from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parameter, stack_with_gram
+from .guards import Guards
 from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
 from .refresh.refresh import Refresh
-from .stores import AdapterStore, BaseStore, Store
+from .stores import AdapterStore, BaseStore, Move, Store
 
 
 class ScaLora:
@@ -45,11 +45,11 @@ class ScaLora:
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
         self.layers = find_layers(model)
-        settle(model)
-        self.watch = Watch(model, self.optimizer, self.layers, config.accumulate)
-        self.watch.check(starting=True)  # refuses what it cannot handle, before anything is changed
+        reshard(model)
+        self.guards = Guards(model, self.optimizer, self.layers, config.accumulate)
+        self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
         for layer in self.layers:
-            fuse(layer.module)
+            shorten(layer.module)  # pyright: ignore[reportArgumentType]
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)
@@ -80,13 +80,10 @@ class ScaLora:
         if self.refresh:
             self.refresh.detach()
 
-    def check_ranks(self, group: Any = None) -> None:
+    def check_ranks(self) -> None:
         """Make sure that all processes hold bitwise the same adapters, factors and accumulated update. A collective.
 
         Costs a gather of what is sharded and a checksum of every tensor: for tests and for finding faults.
-
-        Args:
-            group: the processes that train this model; all of them by default.
 
         Raises:
             ScaloraError: a layer differs between processes.
@@ -95,10 +92,10 @@ class ScaLora:
         for layer in self.layers:
             frozen = layer.frozen()
             moved = [frozen.A, frozen.Bt] if self.config.accumulate == "adapter" else [layer.base_weight]
-            if differing(whole([layer.A, layer.Bt, *moved]), group):
+            if differing(gather_full([layer.A, layer.Bt, *moved])):
                 differ.add(layer.name)
         state = torch.cat([self.constants, *(torch.cat(pair) for pair in self.history.factors())])
-        if differing([state], group):
+        if differing([state]):
             differ.add("factors")
         if differ:
             raise ScaloraError(
@@ -162,61 +159,59 @@ class ScaLora:
             raise ScaloraError(
                 "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
             )
-        self.watch.check()
+        self.guards.check()
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
             if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
-                self._event()
+                self.rescale()
         self.step += 1
 
     @torch.no_grad()
-    def _event(self) -> None:
-        groups = grouped(self.layers)
-        stacks = [stacked(group) for group in groups]
-        self.constants = self.constants.to(stacks[0].A.device)
-        sound = self._sound(stacks)
-        # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
-        taken = not self.store.full or bool(sound)
-        if self.store.full and taken:
-            self.store.make_room()
-        params, factors, carried = [], [], []
-        event = Collector()
-        for group, (A, B, gram) in zip(groups, stacks, strict=True):
-            live = live_layers(group, sound)
-            index = on_device(tuple(group.members), torch.long, self.constants.device)
-            c = self.constants[index]
-            c = torch.where(c.isnan() & live, calibrate(gram), c)
-            self.constants[index] = c
-            alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
-            alpha, beta = (_representable(torch.where(live[:, None], f, 1.0), A.dtype) for f in (alpha, beta))
-            difference = 1 - alpha * beta
-            scale = on_device(tuple(layer.scale for layer in group.layers), torch.float64, A.device)
-            if taken:  # adapters that are no longer finite must not reach the store: 0·NaN is NaN
-                A_sound, B_sound = torch.where(sound, A, 0.0), torch.where(sound, B, 0.0)
-                self.store.add(group.layers, A_sound, difference * scale[:, None], B_sound)
-            size = product_norm(gram, torch.ones_like(difference))
-            moved = torch.where(size > 0, product_norm(gram, difference) / size, 0.0)
-            event.collect(group.members, alpha, beta, torch.where(live, kind, 0), moved)
-            for p_A, p_Bt, a, b in zip(group.A, group.Bt, alpha.to(A.dtype), beta.to(A.dtype), strict=True):
-                params += [p_A, p_Bt]
-                factors += [a, part(b[:, None], p_Bt)]
-                # The gradient of A diag(α) is g_A diag(β), and the other way round.
-                carried += [b, part(a[:, None], p_Bt)]
-        if taken:
-            self.store.end_event()
-        torch._foreach_mul_([local(p) for p in params], factors)
-        carry_state(self.optimizer, params, carried)
-        self.history.append(self.step, event, self.store.discarded_share(self.constants[0]))
+    def rescale(self) -> None:
+        """One event, now: what is otherwise done before every ``interval``-th optimizer step (Algorithm 1).
 
-    def _sound(self, stacks: list[Stacked]) -> Tensor:
+        The gradients of that step must be in place. Layers without gradients, and all of them where a gradient is not
+        finite, keep their columns.
+        """
+        groups = grouped(self.layers)
+        stacks = [stack_with_gram(group) for group in groups]
+        self.constants = self.constants.to(stacks[0].A.device)
+        finite = self._gradients_finite(stacks)
+        moves, scaled, record = [], [], Collector()
+        for group, stack in zip(groups, stacks, strict=True):
+            alpha, beta = self._factors(group, stack, finite, record)
+            s = on_device(tuple(layer.scale for layer in group.layers), torch.float64, stack.A.device)
+            moves.append(Move(group.layers, stack.A, (1 - alpha * beta) * s[:, None], stack.B))
+            scaled += per_parameter(group, alpha, beta)
+        self.store.receive(moves, valid=finite)
+        params, factors, gradient_factors = zip(*scaled, strict=True)
+        torch._foreach_mul_([local_shard(p) for p in params], factors)
+        carry_state(self.optimizer, params, gradient_factors)
+        self.history.append(self.step, record, self.store.discarded_share(self.constants[0]))
+
+    def _factors(self, group: Group, stack: Stacked, finite: Tensor, record: Collector) -> tuple[Tensor, Tensor]:
+        """α and β (L, r), float64, of layers of one shape; 1 where there is no usable gradient."""
+        usable = has_gradient(group, finite)
+        index = on_device(tuple(group.members), torch.long, self.constants.device)
+        c = self.constants[index]
+        c = torch.where(c.isnan() & usable, calibrate(stack.gram), c)
+        self.constants[index] = c
+        alpha, beta, kind = solve_scaling(stack.gram, c=c, method=self.config.scaling, floor=self.config.floor)
+        alpha, beta = (_representable(torch.where(usable[:, None], f, 1.0), stack.A.dtype) for f in (alpha, beta))
+        size = product_norm(stack.gram, torch.ones_like(alpha))
+        moved = torch.where(size > 0, product_norm(stack.gram, 1 - alpha * beta) / size, 0.0)
+        record.collect(group.members, alpha, beta, torch.where(usable, kind, 0), moved)
+        return alpha, beta
+
+    def _gradients_finite(self, stacks: list[Stacked]) -> Tensor:
         """Whether this step's gradients are finite and the step will be taken; a tensor, so that nothing waits."""
         device = stacks[0].A.device
         traces = [t.sum().to(device) for s in stacks for t in (s.gram.gAgA, s.gram.gBgB)]
-        sound = torch.isfinite(torch.stack(traces)).all()
+        finite = torch.isfinite(torch.stack(traces)).all()
         found_inf = getattr(
             self.optimizer, "found_inf", None
         )  # fused optimizers own loss scaling and may skip the step
-        return sound if found_inf is None else sound & (found_inf.to(device) == 0).all()
+        return finite if found_inf is None else finite & (found_inf.to(device) == 0).all()
 
 
 def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLoraConfig) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..algebra.gram import Gram, gram_products
 from ..layers.peft_lora import AdapterLayer
-from ..layers.sharding import whole
+from ..layers.sharding import gather_full, shard_of
 
 
 class Group(NamedTuple):
@@ -53,29 +54,40 @@ def grouped(layers: list[AdapterLayer]) -> list[Group]:
     return list(groups.values())
 
 
-def gathered(group: Group) -> Gathered:
+def gather_group(group: Group) -> Gathered:
     """Adapters and gradients of one group; what is sharded is gathered (a collective)."""
     params = [*group.A, *group.Bt]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    full, count = whole([*params, *gradients]), len(group.A)
+    full, count = gather_full([*params, *gradients]), len(group.A)
     A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
     return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
 
 
-def stacked(group: Group) -> Stacked:
+def stack_with_gram(group: Group) -> Stacked:
     """Adapters of one group and the products of adapters and gradients (a collective where they are sharded)."""
-    now = gathered(group)
+    now = gather_group(group)
     return Stacked(now.A, now.B, gram_products(*now))
 
 
-def live_layers(group: Group, sound: Tensor) -> Tensor:
-    """``sound`` (0-d) for each layer whose two matrices have a gradient, else False; (L), nothing waits for the device.
+def has_gradient(group: Group, finite: Tensor) -> Tensor:
+    """``finite`` (0-d) for each layer whose two matrices have a gradient, else False: (L), without waiting.
 
     A layer that was not used, or is frozen again, stays as it is.
     """
-    no = torch.zeros_like(sound)
+    no = torch.zeros_like(finite)
     used = (A.grad is not None and Bt.grad is not None for A, Bt in zip(group.A, group.Bt, strict=True))
-    return torch.stack([sound if each else no for each in used])
+    return torch.stack([finite if each else no for each in used])
+
+
+def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each parameter with the factor of its columns and that of its gradient; α and β are (L, r).
+
+    The gradient of A diag(α) is g_A diag(β), and the other way round (Lemmas 2 and 4).
+    """
+    dtype = group.A[0].dtype
+    for A, Bt, a, b in zip(group.A, group.Bt, alpha.to(dtype), beta.to(dtype), strict=True):
+        yield A, a, b
+        yield Bt, shard_of(b[:, None], Bt), shard_of(a[:, None], Bt)
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ from ..layers.peft_lora import ACCUMULATED, AdapterLayer
 from .optimizers import state_powers
 
 
-class Watch:
+class Guards:
     """Notices adapters that were deleted, switched off, merged, replaced or cast since ScaLoRA was attached."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, layers: list[AdapterLayer], accumulate: str) -> None:

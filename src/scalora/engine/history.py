@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.scaling import Kind
+from ..algebra.scaling import SolutionKind
 
-_COLUMNS = len(Kind) + 8  # shares per kind, three quantiles of α, three of β, moved, discarded
+_COLUMNS = len(SolutionKind) + 8  # shares per kind, three quantiles of α, three of β, moved, discarded
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Collector:
         """One row of the history, float64."""
         device = self.parts[0][0].device
         alpha, beta, kind, moved = (torch.cat([part[i].flatten().to(device) for part in self.parts]) for i in range(4))
-        shares = (kind[:, None] == torch.arange(len(Kind), device=device)).double().mean(0)
+        shares = (kind[:, None] == torch.arange(len(SolutionKind), device=device)).double().mean(0)
         spreads = [torch.stack([f.min(), f.median(), f.max()]) for f in (alpha, beta)]
         return torch.cat([shares, *spreads, moved.mean()[None], discarded[None].to(shares)])
 
@@ -84,6 +84,6 @@ class History:
 
 
 def _event(step: int, row: list[float]) -> Event:
-    n = len(Kind)
-    shares = {kind.name.lower(): row[kind] for kind in Kind if row[kind] > 0}
+    n = len(SolutionKind)
+    shares = {kind.name.lower(): row[kind] for kind in SolutionKind if row[kind] > 0}
     return Event(step, shares, tuple(row[n : n + 3]), tuple(row[n + 3 : n + 6]), row[-2], row[-1])  # pyright: ignore

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError
-from ..layers.sharding import local, refuse_flattened_optimizer
+from ..layers.sharding import local_shard, refuse_flattened_optimizer
 
 # Class → {state key: power of the gradient it holds}. Exact classes only: a subclass may mean something else.
 _POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
@@ -78,7 +78,7 @@ def carry_state(optimizer: Optimizer, params: Sequence[Tensor], factors: Sequenc
                 raise ScaloraError(f"{type(optimizer).__name__} keeps an unknown state entry {key!r}: {_WAY_OUT}")
             if power and value is not None:
                 tensors, multipliers = by_power[power]
-                tensors.append(local(value))
+                tensors.append(local_shard(value))
                 multipliers.append(factor.to(value.dtype))
     for power, (tensors, multipliers) in by_power.items():
         for _ in range(power):

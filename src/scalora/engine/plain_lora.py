@@ -18,17 +18,17 @@ from ..common.disk_layout import WEIGHTS
 from ..common.errors import ScaloraError
 from ..common.files import replace_folder
 from ..layers.peft_lora import ACCUMULATED, AdapterLayer, changes_base, find_layers, find_peft_model
-from ..layers.sharding import is_writer, whole
+from ..layers.sharding import gather_full, is_writer
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
 
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
-    A, Bt = whole([layer.A.detach(), layer.Bt.detach()])
+    A, Bt = gather_full([layer.A.detach(), layer.Bt.detach()])
     P, Q = [A * layer.scale], [Bt.mT]
     if ACCUMULATED in layer.module.lora_A:
-        A, Bt = whole([layer.frozen().A.detach(), layer.frozen().Bt.detach()])
+        A, Bt = gather_full([layer.frozen().A.detach(), layer.frozen().Bt.detach()])
         used = A.any(0) & Bt.any(1)
         P.append(A[:, used].to(P[0]))
         Q.append(Bt[used].mT.to(Q[0]))
@@ -137,7 +137,7 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
         name = "base_model.model." + layer.name.split("base_model.model.", 1)[-1]
         state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"] = P, Q.mT
         ranks[name.removeprefix("base_model.model.")] = P.shape[1]
-    return dict(zip(state, whole(list(state.values())), strict=True)), _plain(config, ranks)
+    return dict(zip(state, gather_full(list(state.values())), strict=True)), _plain(config, ranks)
 
 
 def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig) -> None:

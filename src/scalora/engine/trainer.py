@@ -77,9 +77,8 @@ class ScaLoraCallback(TrainerCallback):
         self.handle, self.saved = attach(model, optimizer, self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
-            load_state(self.handle, checkpoint)
             load_moved(self.handle, model, checkpoint)
-            self.handle.store.declare()
+            load_state(self.handle, checkpoint)  # after it: the store then knows which columns are in use
 
     def on_step_end(
         self,

@@ -14,11 +14,12 @@ from peft.tuners.hira.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .adopt import adopt
 from .products import frozen_weight
 from .sharding import is_sharded
 
 
-class FusedHira(Linear):
+class HiraForward(Linear):
     """PEFT's HiRA layer with a shorter forward pass where one plain adapter on a plain weight is asked for."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,10 +47,10 @@ class FusedHira(Linear):
 
 
 def fuse_hira(model: nn.Module) -> None:
-    """Exchange the class of every HiRA layer that is PEFT's own for linear layers."""
+    """Every HiRA layer that is PEFT's own for linear layers takes the short way where it can."""
     for module in model.modules():
         if type(module) is Linear:
-            module.__class__ = FusedHira
+            adopt(module, HiraForward)
 
 
 def hadamard_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -42,6 +42,16 @@ class AdapterLayer:
         return self.module.lora_A[self.adapter].weight  # pyright: ignore
 
     @property
+    def lora_A(self) -> nn.Parameter:
+        """PEFT's name of Bᵀ, (r, n)."""
+        return self.Bt
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """PEFT's name of A, (m, r)."""
+        return self.A
+
+    @property
     def scale(self) -> float:
         """s of ΔW = s·A Bᵀ."""
         return float(self.module.scaling[self.adapter])

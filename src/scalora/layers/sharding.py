@@ -1,8 +1,8 @@
 """Tensors that are spread over processes (FSDP2's DTensors), gathered whole and written in part.
 
-An event is computed in full, and identically, on every process: what it reads is gathered by :func:`whole`, what it
-changes is written to this process's part by :func:`part` and :func:`write`. For ordinary tensors all of these return
-what they were given. Under DDP the parameters and their reduced gradients are whole everywhere: nothing is sent.
+An event is computed in full, and identically, on every process: what it reads is gathered by :func:`gather_full`, what
+it changes is written to this process's shard by :func:`shard_of` and :func:`copy_into`. For ordinary tensors all of
+these return what they were given. Under DDP parameters and reduced gradients are whole everywhere: nothing is sent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+def gather_full(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The full tensors, on every process; those of one mesh and dtype travel in one all-gather.
 
     A collective: with sharded tensors, every process must call it with the same ones in the same order.
@@ -43,7 +43,7 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     batches: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         if is_sharded(tensor):
-            full[i] = local(tensor)  # replicated, unless it is among the sharded ones
+            full[i] = local_shard(tensor)  # replicated, unless it is among the sharded ones
             if (layout := _layout(tensor)) is not None:
                 batches[tensor.device_mesh, layout[0], tensor.dtype].append(i)
     for (mesh, axis, _), index in batches.items():
@@ -51,15 +51,15 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return full
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, sharing its memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()
 
 
-def held(tensor: Tensor, dim: int) -> slice:
+def shard_range(tensor: Tensor, dim: int) -> slice:
     """The indices along ``dim`` that this process holds."""
     if is_sharded(tensor) and (layout := _layout(tensor)) is not None and layout[1] == dim % tensor.ndim:
         axis, _ = layout
@@ -71,17 +71,17 @@ def held(tensor: Tensor, dim: int) -> slice:
     return slice(0, tensor.shape[dim])
 
 
-def part(value: Tensor, like: Tensor) -> Tensor:
-    """What of a full tensor, or of one that broadcasts against ``like``, belongs to this process's part of ``like``."""
+def shard_of(value: Tensor, like: Tensor) -> Tensor:
+    """What of a full tensor, or one that broadcasts against ``like``, belongs to this process's shard of ``like``."""
     if is_sharded(like) and (layout := _layout(like)) is not None:
         dim = layout[1] - like.ndim  # from the right, as broadcasting counts
         if value.ndim >= -dim and value.shape[dim] == like.shape[dim]:
-            mine = held(like, dim)
+            mine = shard_range(like, dim)
             return value.narrow(dim, mine.start, mine.stop - mine.start)
     return value
 
 
-def write(
+def copy_into(
     targets: Sequence[Tensor], values: Sequence[Tensor], corners: Sequence[tuple[int, int]] | None = None
 ) -> None:
     """Copy full matrices into matrices, at (row, column) where given; each process writes its part of sharded ones."""
@@ -93,7 +93,7 @@ def write(
         torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Have FSDP2 put the sharded parameters back in place.
 
     A forward pass without backward leaves full copies there, and what is written to them is lost.
@@ -142,13 +142,13 @@ def is_writer() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def differing(tensors: Sequence[Tensor], group: Any = None) -> list[int]:
+def differing(tensors: Sequence[Tensor]) -> list[int]:
     """Which of some tensors, whole on every process, are not bitwise equal on all of them. A collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     mine = torch.stack([_checksum(t).to(tensors[0].device) for t in tensors])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
     unequal = (torch.stack(everyone) != mine).any(0)
     return unequal.nonzero().flatten().tolist()
 
@@ -196,9 +196,9 @@ def _meet(target: Tensor, value: Tensor, corner: tuple[int, int]) -> tuple[Tenso
         for dim, start in enumerate(corner):
             target = target.narrow(dim, start, value.shape[dim])
         return target, value
-    mine = local(target)
+    mine = local_shard(target)
     for dim, start in enumerate(corner):
-        here = held(target, dim)
+        here = shard_range(target, dim)
         low, high = max(start, here.start), min(start + value.shape[dim], here.stop)
         size = max(high - low, 0)
         mine = mine.narrow(dim, low - here.start if size else 0, size)

@@ -76,7 +76,7 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
     """
     peft_model = wrap(model, lora_config(spec, head, **options), spec)
     for layer in find_layers(peft_model):
-        m, n = layer.A.shape[0], layer.Bt.shape[1]
+        m, n = layer.lora_B.shape[0], layer.lora_A.shape[1]
         if spec.rank > min(m, n):
             raise ScaloraError(
                 f"method.rank is {spec.rank}, but layer {layer.name} is {m}x{n}: choose {min(m, n)} or less"

@@ -79,10 +79,10 @@ class LoraGaCallback(AccumulatedCallback):
                 if layer.name not in gradients:  # a layer that the loss does not depend on stays as LoRA begins
                     continue
                 B, A = initial_factors(gradients[layer.name], layer.rank, self.options.gamma, args.seed)
-                layer.A.copy_(B)
-                layer.Bt.copy_(A)
-                layer.frozen().A.copy_(-layer.scale * B)
-                layer.frozen().Bt.copy_(A)
+                layer.lora_B.copy_(B)
+                layer.lora_A.copy_(A)
+                layer.frozen().lora_B.copy_(-layer.scale * B)
+                layer.frozen().lora_A.copy_(A)
 
 
 def initial_factors(G: Tensor, rank: int, gamma: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def initial_factors(G: Tensor, rank: int, gamma: float, seed: int = 0) -> tuple[
 def require_two_ranks(model: PeftModel, rank: int, method: str) -> None:
     """2r singular directions of the gradient are needed, r for each factor."""
     for layer in find_layers(model):
-        least = min(layer.A.shape[0], layer.Bt.shape[1])
+        least = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
         if 2 * rank > least:
             raise ScaloraError(
                 f"method.rank is {rank}, but {method} needs twice as many directions and layer {layer.name} has "

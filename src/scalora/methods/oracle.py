@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from ..algebra.directions import Halves, dense_svd, optimal_adapters
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
-from ..engine.stores import AdapterStore
+from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
@@ -55,7 +55,7 @@ class Oracle(Method):
         peft_model = lora_model(model, self.spec, head)
         require_two_ranks(peft_model, self.spec.rank, self.name)
         layers = find_layers(peft_model)
-        capacity = self.options.capacity or max(min(layer.A.shape[0], layer.Bt.shape[1]) for layer in layers)
+        capacity = self.options.capacity or max(min(layer.lora_B.shape[0], layer.lora_A.shape[1]) for layer in layers)
         ensure_adapter(peft_model, layers, capacity)
         return Adapted(
             peft_model,
@@ -75,7 +75,7 @@ class OracleCallback(AccumulatedCallback):
         self.layers = find_layers(model)
         self.gradients = FullGradients(self.layers)
         # c/s²: the adapters keep the size that lora_A starts with (scaling.calibrate's choice at t = 0).
-        self.constants = [float(layer.Bt.detach().square().sum(1).mean()) for layer in self.layers]
+        self.constants = [float(layer.lora_A.detach().square().sum(1).mean()) for layer in self.layers]
         self.due = False
 
     def on_train_begin(
@@ -112,35 +112,25 @@ class OracleCallback(AccumulatedCallback):
             return
         self.due = False
         gradients = self.gradients.close()
-        if self.store.full:
-            self.store.make_room()
         pairs = []
         for layer, c in zip(self.layers, self.constants, strict=True):
             G = gradients.get(layer.name)
             usable = G is not None and bool(torch.isfinite(G).all()) and bool(G.any())
             pairs.append(optimal_adapters(dense_svd(G), layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
-        self._move(1.0)
-        if self.store.lacks(2):  # now, that it holds the update so far and no adapter's beginning
-            self.store.make_room()
+        # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
+        self.store.receive([whole_update(layer) for layer in self.layers], spare=2)
         for layer, pair in zip(self.layers, pairs, strict=True):
             if pair is None:
                 continue
-            layer.A.copy_(pair.A)
-            layer.Bt.copy_(pair.B.mT)
-            layer.A.grad = (layer.scale * pair.grad_A).to(layer.A.dtype)
-            layer.Bt.grad = (layer.scale * pair.grad_B.mT).to(layer.Bt.dtype)
-            for param in (layer.A, layer.Bt):
+            layer.lora_B.copy_(pair.A)
+            layer.lora_A.copy_(pair.B.mT)
+            layer.lora_B.grad = (layer.scale * pair.grad_A).to(layer.lora_B.dtype)
+            layer.lora_A.grad = (layer.scale * pair.grad_B.mT).to(layer.lora_A.dtype)
+            for param in (layer.lora_B, layer.lora_A):
                 optimizer.state.pop(param, None)
-        self._move(-1.0)
+        self.store.receive([whole_update(layer, -1.0) for layer in self.layers])
         if self.max_norm:  # Trainer has clipped the gradients of the old adapters
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_norm)
-
-    def _move(self, sign: float) -> None:
-        """Add sign·s·A Bᵀ of every layer to the store."""
-        for layer in self.layers:
-            d = layer.A.new_full((1, layer.rank), sign * layer.scale)
-            self.store.add([layer], layer.A[None], d, layer.Bt.mT[None])
-        self.store.end_event()
 
 
 METHODS = (Oracle,)

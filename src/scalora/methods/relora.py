@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
-from ..engine.stores import AdapterStore
+from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
@@ -112,15 +112,12 @@ class ReLoraCallback(AccumulatedCallback):
     @torch.no_grad()
     def _restart(self, seed: int) -> None:
         # A generator of its own: dropout and the order of the data stay what they are without restarts.
-        generator = torch.Generator(self.layers[0].A.device).manual_seed(seed)
-        if self.store.full:
-            self.store.make_room()
+        generator = torch.Generator(self.layers[0].lora_B.device).manual_seed(seed)
+        self.store.receive([whole_update(layer) for layer in self.layers])
         for layer in self.layers:
-            self.store.add([layer], layer.A[None], layer.A.new_full((1, layer.rank), layer.scale), layer.Bt.mT[None])
             restart_factors(layer, generator)
-            for param in (layer.A, layer.Bt):
+            for param in (layer.lora_B, layer.lora_A):
                 prune_state(self.optimizer, param, self.options.pruning, self._share, generator)
-        self.store.end_event()
 
     @property
     def _share(self) -> float:
@@ -145,8 +142,8 @@ def rewarmup(step: int, every: int, warmup: int) -> float:
 
 def restart_factors(layer: AdapterLayer, generator: torch.Generator) -> None:
     """LoRA's initial state: lora_A Kaiming-uniform with a = √5, lora_B zero."""
-    nn.init.kaiming_uniform_(layer.Bt, a=math.sqrt(5), generator=generator)
-    nn.init.zeros_(layer.A)
+    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5), generator=generator)
+    nn.init.zeros_(layer.lora_B)
 
 
 def prune_state(

@@ -104,7 +104,7 @@ class ScaLoraRefresh(ScaLoraI):
 def _whole_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """What the layers multiply by: the base as it is, plus the adapter's product."""
     for layer in find_layers(model):
-        product = layer.scale * layer.A.detach().float() @ layer.Bt.detach().float()
+        product = layer.scale * layer.lora_B.detach().float() @ layer.lora_A.detach().float()
         yield layer.name, layer.base_weight.detach().float() + product
 
 

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from ...algebra.directions import Directions, optimal_adapters, range_basis, sketched_svd
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
-from ...layers.sharding import local, write
-from ..groups import Gathered, Group, gathered, grouped
-from ..stores import Store
+from ...layers.sharding import copy_into, local_shard
+from ..groups import Gathered, Group, gather_group, grouped
+from ..stores import Move, Store
 from .sketch import Sketch
 
 WARMUP = 4  # steps after a refresh that are shortened
@@ -74,7 +74,7 @@ class Refresh:
         self.since += 1
         refreshed = step > 0 and step % self.every == 0 and self.sketch.side == "right"
         if refreshed:
-            self._refresh(self.sketch.fixed(), self.sketch.close())
+            self.refresh(self.sketch.fixed(), self.sketch.close())
             self.steps.append(step)
             self.since = 0
         if step % self.every == 0:
@@ -83,13 +83,15 @@ class Refresh:
             # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
             self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
         if self.since < WARMUP:
-            self._before = [local(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+            self._before = [
+                local_shard(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())
+            ]
         return refreshed
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._before:
-            params = [local(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
+            params = [local_shard(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
             share = (self.since + 1) / (WARMUP + 1)
             torch._foreach_copy_(params, [torch.lerp(b, p, share) for b, p in zip(self._before, params, strict=True)])
             self._before = []
@@ -100,17 +102,14 @@ class Refresh:
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
         return torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
 
-    def _refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
+    def refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """New adapters from Q (m×k) and Z = GᵀQ (n×k) of every layer; one without a usable sketch keeps its own."""
         parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
         if not parts:
             return
-        if self.store.full:
-            self.store.make_room()
-        for layers, now, _ in parts:
-            self._move(1.0, layers, now.A, now.B)
-        self.store.end_event()
-        if self.store.lacks(2):  # now, that it holds the update so far and no adapter's beginning
-            self.store.make_room()
+        # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
+        self.store.receive([_move(1.0, part.layers, part.now.A, part.now.B) for part in parts], spare=2)
+        self.store.receive([_move(-1.0, part.layers, part.new.A, part.new.B) for part in parts])
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
         before, after = (
             torch.stack([g.double().square().sum() for x in some for g in (x.grad_A, x.grad_B)]).sum()
@@ -118,15 +117,14 @@ class Refresh:
         )
         for part in parts:
             self._replace(part, (before / after).sqrt().to(part.now.A.dtype))
-        self.store.end_event()
 
     def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
         """The layers of one shape that took part in the last steps, and what they become."""
-        now = gathered(group)
+        now = gather_group(group)
         Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
         new = optimal_adapters(sketched_svd(Q, Z), now.A.shape[-1], self.constants[group.members].to(Z.device))
-        sound = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
-        live = [i for i, fit in enumerate(sound.tolist()) if fit]
+        usable = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
+        live = [i for i, fit in enumerate(usable.tolist()) if fit]
         layers = [group.layers[i] for i in live]
         s = torch.tensor([layer.scale for layer in layers], device=Z.device)[:, None, None]
         new = Directions(*(x[live].to(now.A.dtype) for x in new))
@@ -136,19 +134,13 @@ class Refresh:
 
     def _replace(self, part: _Part, share: Tensor) -> None:
         layers, _, new = part
-        self._move(-1.0, layers, new.A, new.B)
-        write([layer.A for layer in layers], list(new.A))
-        write([layer.Bt for layer in layers], list(new.B.mT))
+        copy_into([layer.A for layer in layers], list(new.A))
+        copy_into([layer.Bt for layer in layers], list(new.B.mT))
         for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):
             for p, gradient in ((layer.A, grad_A), (layer.Bt, grad_B.mT)):
                 if p.grad is not None:
-                    write([p.grad], [gradient * share])
+                    copy_into([p.grad], [gradient * share])
                 self.optimizer.state.pop(p, None)
-
-    def _move(self, sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> None:
-        """Add sign·s·A Bᵀ of layers of one shape to the store."""
-        s = torch.tensor([[sign * layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
-        self.store.add(layers, A, s, B)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -160,6 +152,12 @@ class Refresh:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.since, self.steps = int(state["since"]), list(state["steps"])
         self.sketch.load_state_dict(state["sketch"])
+
+
+def _move(sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> Move:
+    """sign·s·A Bᵀ of layers of one shape."""
+    s = torch.tensor([[sign * layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
+    return Move(layers, A, s, B)
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

@@ -1,26 +1,19 @@
-"""Sketches GΩ and GᵀQ of the gradient G of a frozen weight, at the cost of a LoRA adapter of k columns.
-
-A probe is one more adapter whose product is zero: with C = 0 (m×k) the output x(ΩCᵀ) changes nothing, and autograd's
-gradient of C is gᵀ(xΩ) = GΩ; with D = 0 (n×k) in x(DQᵀ) that of D is xᵀ(gQ) = GᵀQ. Micro-batches, autocast, activation
-checkpointing and torch.compile are thereby autograd's business; neither the zero product is formed nor what it would
-pass back. Neither matrix is a parameter of the model: clipping, the optimizer, DDP and checkpoints do not see them.
-"""
+"""Sketches GΩ and GᵀQ of every layer's gradient, summed over steps and processes (:mod:`layers.gradient_sketch`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...layers.lora_forward import make_probed
+from ...layers.adopt import adopt
+from ...layers.gradient_sketch import GradientSketch, Side
+from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
-from ...layers.products import Adapter
-from ...layers.sharding import local
-
-Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
+from ...layers.sharding import local_shard
 
 
 class Sketch:
@@ -30,22 +23,16 @@ class Sketch:
         self.layers = layers
         self.side: Side | None = None
         self.sums: list[Tensor] = []  # over steps and processes; where there is one process, its leaves hold them
-        for layer in layers:
-            make_probed(layer)
+        self._modules = [adopt(layer.module, LoraForward) for layer in layers]  # pyright: ignore[reportArgumentType]
 
     def open(self, side: Side, fixed: Sequence[Tensor]) -> None:
         """Begin to gather GΩ (``"left"``, `fixed` holds Ω, n×k, of each layer) or GᵀQ (``"right"``, Q, m×k)."""
         self.side = side
-        for layer, basis in zip(self.layers, fixed, strict=True):
-            like, k = local(layer.A.detach()), basis.shape[1]
+        for layer, module, basis in zip(self.layers, self._modules, fixed, strict=True):
+            like, k = local_shard(layer.A.detach()), basis.shape[1]
             basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
-            if side == "left":
-                C = basis.new_zeros(layer.A.shape[0], k, requires_grad=True)
-                probe = Adapter(basis.mT.contiguous(), C, zero="A")
-            else:
-                Dt = basis.new_zeros(k, layer.Bt.shape[1], requires_grad=True)
-                probe = Adapter(Dt, basis, zero="Bt")
-            layer.module.probe = probe  # pyright: ignore[reportAttributeAccessIssue]
+            shape = (layer.A.shape[0], k) if side == "left" else (k, layer.Bt.shape[1])
+            module.sketch = GradientSketch(side, basis, basis.new_zeros(shape, requires_grad=True))
         self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in self._leaves()] if _several() else []
 
     @torch.no_grad()
@@ -66,14 +53,14 @@ class Sketch:
         """The sums (m×k or n×k), zero for a layer without gradient; nothing is gathered any more."""
         found = self._totals()
         found = [total if self.side == "left" else total.mT for total in found]
-        for layer in self.layers:
-            layer.module.probe = None  # pyright: ignore[reportAttributeAccessIssue]
+        for module in self._modules:
+            module.sketch = None
         self.sums, self.side = [], None
         return found
 
     def fixed(self) -> list[Tensor]:
         """What :meth:`open` was given, n×k or m×k for each layer; empty while closed."""
-        return [p.Bt.mT if self.side == "left" else p.A for p in self._probes()]
+        return [sketch.basis for sketch in self._sketches()]
 
     def state_dict(self) -> dict[str, Any]:
         names = [layer.name for layer in self.layers]
@@ -95,11 +82,11 @@ class Sketch:
             for leaf, total in zip(self._leaves(), saved, strict=True):
                 leaf.grad = total
 
-    def _probes(self) -> list[Adapter]:
-        return [] if self.side is None else [layer.module.probe for layer in self.layers]  # pyright: ignore
+    def _sketches(self) -> list[GradientSketch]:
+        return [module.sketch for module in self._modules if module.sketch is not None]
 
     def _leaves(self) -> list[Tensor]:
-        return [p.A if self.side == "left" else p.Bt for p in self._probes()]
+        return [sketch.leaf for sketch in self._sketches()]
 
     def _totals(self) -> list[Tensor]:
         if self.sums:

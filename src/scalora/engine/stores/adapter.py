@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ...algebra.lowrank import truncate
 from ...common.errors import ScaloraError
-from ...layers.lora_forward import declare_columns
+from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import ACCUMULATED, AdapterLayer, find_peft_model
-from ...layers.sharding import whole, write
+from ...layers.sharding import copy_into, gather_full
 from .peft_tuner import activate, pair
-from .store import Store
+from .store import Move, Store, only_where
 
 SLOTS = 4  # events from one recompression to the next
 
@@ -33,7 +33,7 @@ class AdapterStore(Store):
         self.layers = [layer.frozen() for layer in layers]
         ranks = [layer.rank for layer in layers]
         self.capacities = _capacities(layers, capacity)
-        in_use = any(bool(A.any()) for layer in self.layers for A in whole([layer.A]))
+        in_use = any(bool(A.any()) for layer in self.layers for A in gather_full([layer.A]))
         # All columns are free at first; of an adapter taken over any may be in use.
         self.free = 0 if in_use else min(layer.rank // r for layer, r in zip(self.layers, ranks, strict=True))
         device = layers[0].A.device
@@ -41,45 +41,51 @@ class AdapterStore(Store):
         self.discarded = torch.zeros(len(layers), device=device)  # squared norm lost so far, per layer
         self.total = torch.zeros(len(layers), device=device)  # squared norm at the last recompression
         self.ranks = ranks
-        self.declare()
+        self._set_used_columns()
 
-    def lacks(self, slots: int) -> bool:
-        return self.free < slots
-
-    def end_event(self) -> None:
+    def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
+        if self.free < 1:
+            # A recompression waits for the device anyway, so it may ask whether there is anything to make room for.
+            if valid is not None and not bool(valid):
+                return
+            self.recompress()
+        for layers, A, d, B in moves:
+            self._add(layers, only_where(valid, A), d, only_where(valid, B))
         self.free -= 1
-        self.declare()
+        if self.free < spare:
+            self.recompress()
+        self._set_used_columns()
 
-    def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
+    def _add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         targets = [layer.frozen() for layer in layers]
         scaled, transposed = A.to(targets[0].A.dtype) * d[:, None, :].to(targets[0].A.dtype), B.mT
         start = targets[0].rank - self.free * layers[0].rank
-        write([t.A for t in targets], list(scaled), [(0, start)] * len(targets))
-        write([t.Bt for t in targets], list(transposed), [(start, 0)] * len(targets))
+        copy_into([t.A for t in targets], list(scaled), [(0, start)] * len(targets))
+        copy_into([t.Bt for t in targets], list(transposed), [(start, 0)] * len(targets))
 
     def discarded_share(self, like: Tensor) -> Tensor:
         share = torch.where(self.total > 0, self.discarded / self.total, 0.0)
         return share.sqrt().mean().to(like)
 
     @torch.no_grad()
-    def make_room(self) -> None:
+    def recompress(self) -> None:
         """Recompress every layer to its capacity; the slots past it are free again."""
         order = sorted(range(len(self.layers)), key=self._shape)
         for _, members in groupby(order, key=self._shape):
             index = list(members)
-            factors = whole([self.layers[i].A for i in index] + [self.layers[i].Bt for i in index])
+            factors = gather_full([self.layers[i].A for i in index] + [self.layers[i].Bt for i in index])
             P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
             capacity = self.capacities[index[0]]
             # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
             settled = capacity if self.settled and P.dtype == torch.float32 else 0
             best = truncate(P, Q, capacity, settled=settled)
             pad = (0, P.shape[-1] - best.P.shape[-1])
-            write([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
-            write([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
+            copy_into([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
+            copy_into([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
             self.discarded[index] += best.discarded.to(self.discarded)
             self.total[index] = best.total.to(self.total)
         self.free, self.settled = SLOTS, True
-        self.declare()
+        self._set_used_columns()
 
     def _shape(self, i: int) -> tuple[int, ...]:
         return (*self.layers[i].A.shape, *self.layers[i].Bt.shape, self.capacities[i])
@@ -96,11 +102,13 @@ class AdapterStore(Store):
         self.free, self.settled = int(state["free"]), bool(state.get("settled"))
         self.discarded.copy_(state["discarded"])
         self.total.copy_(state["total"])
-        self.declare()
+        self._set_used_columns()
 
-    def declare(self) -> None:
+    def _set_used_columns(self) -> None:
+        """Let the forward pass leave out the columns that are zero."""
         for layer, r in zip(self.layers, self.ranks, strict=True):
-            declare_columns(layer, layer.rank - self.free * r)
+            if isinstance(layer.module, LoraForward):
+                layer.module.used_columns = layer.rank - self.free * r
 
 
 def ensure_adapter(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:

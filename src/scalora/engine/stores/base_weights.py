@@ -14,10 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ...common.errors import ScaloraError
+from ...layers.adopt import adopt
 from ...layers.peft_lora import AdapterLayer, is_dense, tied_weights
-from ...layers.sharding import held, local, whole, write
-from .peft_tuner import take_over
-from .store import Store
+from ...layers.sharding import copy_into, gather_full, local_shard, shard_range
+from .peft_tuner import AccumulatedFollows
+from .store import Move, Store, only_where
 
 
 class BaseStore(Store):
@@ -42,9 +43,16 @@ class BaseStore(Store):
         self.lost: dict[str, Tensor] = {}
         for layer in layers:
             self._compensates(layer)
-        self.tuner = next((take_over(m) for m in model.modules() if isinstance(m, PeftModel)), None)
+        models = (m for m in model.modules() if isinstance(m, PeftModel))
+        self.tuner = next((adopt(m.base_model, AccumulatedFollows) for m in models), None)
 
-    def end_event(self) -> None:
+    def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
+        for layers, A, d, B in moves:
+            self._add(layers, only_where(valid, A), d, only_where(valid, B))
+        self._mark()
+
+    def _mark(self) -> None:
+        """From now on the base is no reference any more."""
         if self.tuner is not None:
             self.tuner.base_written = True
 
@@ -55,13 +63,13 @@ class BaseStore(Store):
             self.lost[layer.name] = torch.zeros_like(layer.base_weight)
         return half
 
-    def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
+    def _add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         working = torch.promote_types(A.dtype, torch.float32)
         for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
             spread = layer.base_weight.data
-            weight, P, Q = local(spread), P[held(spread, 0)], Q[held(spread, 1)]
+            weight, P, Q = local_shard(spread), P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
             if self._compensates(layer):
-                lost = local(self.lost[layer.name])
+                lost = local_shard(self.lost[layer.name])
                 if lost.shape != weight.shape:
                     raise ScaloraError(
                         f"layer {layer.name} was sharded after attach(), which accumulate='base' cannot follow where "
@@ -74,8 +82,8 @@ class BaseStore(Store):
                 weight.addmm_(P.to(weight.dtype), Q.to(weight.dtype).T)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lost": dict(zip(self.lost, [t.clone() for t in whole(list(self.lost.values()))], strict=True))}
+        return {"lost": dict(zip(self.lost, [t.clone() for t in gather_full(list(self.lost.values()))], strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        write(list(self.lost.values()), [state["lost"][name] for name in self.lost])
-        self.end_event()  # the base that comes with it was written to
+        copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
+        self._mark()

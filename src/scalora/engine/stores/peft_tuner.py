@@ -12,10 +12,11 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ...common.errors import ScaloraError
+from ...layers.adopt import adopt
 from ...layers.peft_lora import ACCUMULATED, find_peft_model
 
 
-class Tuner(LoraModel):
+class AccumulatedFollows(LoraModel):
     """A LoraModel whose accumulated adapter goes wherever the trained one goes, and stays frozen."""
 
     trained = ""  # the adapter that the accumulated one belongs to
@@ -41,23 +42,13 @@ class Tuner(LoraModel):
         super().disable_adapter_layers()
 
 
-def take_over(peft_model: PeftModel) -> Tuner:
-    """Exchange the class of the model's LoraModel, as FSDP2 does with those of its modules, so that copies keep it."""
-    tuner = peft_model.base_model
-    if not isinstance(tuner, Tuner):
-        cls = type(tuner)
-        tuner.__class__ = Tuner if cls is LoraModel else type(cls.__name__, (Tuner, cls), {})
-    assert isinstance(tuner, Tuner)
-    return tuner
-
-
 def pair(peft_model: PeftModel, trained: str) -> None:
     """From now on whoever switches ``trained`` on or off does the same to the accumulated adapter.
 
     Raises:
         ScaloraError: the accumulated adapter belongs to another one.
     """
-    tuner = take_over(peft_model)
+    tuner = adopt(peft_model.base_model, AccumulatedFollows)
     if tuner.trained not in ("", trained) and ACCUMULATED in peft_model.peft_config:
         raise ScaloraError(
             f"the accumulated adapter of this model belongs to adapter {tuner.trained!r}, and {trained!r} is to be "

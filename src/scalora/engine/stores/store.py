@@ -1,10 +1,10 @@
-"""What the engine asks of a place for moved differences."""
+"""What the engine asks of a place for moved differences: one call."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,34 +12,36 @@ from torch import Tensor
 from ...layers.peft_lora import AdapterLayer
 
 
+class Move(NamedTuple):
+    """A_l diag(d_l) B_lᵀ, to be added to layer l's frozen part; layers of one shape, L of them."""
+
+    layers: Sequence[AdapterLayer]
+    A: Tensor  # (L, m, r)
+    d: Tensor  # (L, r)
+    B: Tensor  # (L, n, r)
+
+
+def whole_update(layer: AdapterLayer, sign: float = 1.0) -> Move:
+    """sign·s·A Bᵀ of one layer as it is now."""
+    return Move([layer], layer.A[None], layer.A.new_full((1, layer.rank), sign * layer.scale), layer.Bt.mT[None])
+
+
 class Store(ABC):
     """Takes s·A diag(1 − α∘β) Bᵀ of each layer, so that the model's function does not change when A, B are rescaled."""
 
-    def lacks(self, slots: int) -> bool:
-        """Whether :meth:`make_room` must come before additions of `slots` times r columns."""
-        return False
+    @abstractmethod
+    def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
+        """Add one move of r columns to every layer that has one.
 
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for an addition of r columns."""
-        return self.lacks(1)
-
-    def make_room(self) -> None:
-        """Called when room is lacking, before an event that is sure to take place."""
-
-    def end_event(self) -> None:
-        """Called after one addition of r columns per layer."""
-
-    def declare(self) -> None:
-        """Tell the layers how much of the store is in use: called whenever its matrices were written to."""
+        Args:
+            moves: no layer in two of them.
+            valid: 0-d; where it is false nothing changes, whatever A and B hold: 0·NaN is NaN.
+            spare: so many calls more must fit afterwards before anything is compressed.
+        """
 
     def discarded_share(self, like: Tensor) -> Tensor:
         """Norm of all that was discarded so far, relative to what was kept at that time; mean over layers, 0-d."""
         return torch.zeros_like(like)
-
-    @abstractmethod
-    def add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        """Add A_l diag(d_l) B_lᵀ to layer l; of one shape. A: (L, m, r), d: (L, r), B: (L, n, r)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -48,3 +50,8 @@ class Store(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
+
+
+def only_where(valid: Tensor | None, tensor: Tensor) -> Tensor:
+    """Zeros where ``valid`` is false, without waiting for the device."""
+    return tensor if valid is None else torch.where(valid, tensor, 0.0)
