@@ -67,7 +67,7 @@ def train(
 
 def live_watcher(console: Console) -> Any:
     """A watcher that draws progress bars on a terminal, and prints plain lines elsewhere."""
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
 
     from ..runs.training import Watcher
 
@@ -95,15 +95,12 @@ def live_watcher(console: Console) -> Any:
         def progress(self, done: int, total: int) -> None:
             self.display.update(self.bar, completed=done, total=total)
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
+        def on_step_end(self, args, state, control, **kwargs) -> None:
             self.display.update(self.bar, completed=state.global_step, total=state.max_steps)
 
-        def on_log(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
+        def on_log(self, args, state, control, **kwargs) -> None:
+            logs = kwargs.get("logs") or {}
+            if "loss" in logs:
                 note = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
                 self.display.update(self.bar, note=note)
                 if not console.is_terminal:
