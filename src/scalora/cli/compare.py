@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -14,15 +16,33 @@ from ..common.quiet import quiet
 from .guard import guarded, leave, require
 
 
-def run(
-    recipe_path: str, overrides: list[str], *, methods: str, lr: str, seeds: int, tuning_seeds: int, output: str,
-    curve: bool, retry: bool,
-) -> None:  # fmt: skip
-    """Run or continue a comparison; exit codes as :mod:`scalora.cli.guard` says."""
+def compare(
+    recipe_path: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Model, data and budget that all share.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="Who competes, separated by commas; method@rank for a rank of its own, e.g. lora,lora@16."),
+    ] = "lora,scalora-i",
+    lr: Annotated[
+        str, typer.Option(help="One grid of learning rates for all, separated by commas.")
+    ] = "3e-4,1e-3,3e-3",
+    seeds: Annotated[int, typer.Option(help="Final runs per method at its chosen rate.")] = 3,
+    tuning_seeds: Annotated[int, typer.Option(help="Runs per method and rate when choosing.")] = 1,
+    output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
+    curve: Annotated[bool, typer.Option(help="First measure LoRA over rank 1 to 32: does rank matter here?")] = True,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
+    ] = None,
+) -> None:
+    """Compare methods on one recipe: each tuned on the same grid, then scored on the test split once per seed.
+
+    Every trial is its own process. The same command continues a comparison that was stopped, and several may work on
+    one at once.
+    """
     with guarded():
         from ..runs.recipe import load_recipe
 
-        recipe = load_recipe(recipe_path, overrides)
+        recipe = load_recipe(recipe_path, set_ or [])
         quiet()
         require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender

@@ -28,8 +28,8 @@ _PACKAGES = (
 )
 
 
-def run() -> None:
-    """Print the report; never fails because something is missing."""
+def doctor() -> None:
+    """Tell versions, devices, and what is reachable and cached."""
     with guarded():
         quiet()
         console = Console()

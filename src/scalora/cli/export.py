@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -13,18 +14,36 @@ from ..common.quiet import quiet
 from .guard import guarded
 
 
-def run(
-    path: str, *, to: str, rank: int | None, energy: float | None, output: str | None, base: str | None,
-    overwrite: bool, examples: int,
-) -> None:  # fmt: skip
-    """Export and print what was kept and how it compares; exit codes as :mod:`scalora.cli.guard` says."""
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
+    to: Annotated[
+        str, typer.Option(help="lora: one plain PEFT LoRA; merged: the whole model; delta: the dense difference.")
+    ] = "lora",
+    rank: Annotated[int | None, typer.Option(help="Truncate the LoRA to this rank; without it, it is exact.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Truncate each layer to the least rank that keeps this share of its squared norm."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder to write; RUN-FORM beside RUN by default.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model, if it is not where the run found it.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Held-out examples to measure the loss on; 0 for none.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Turn a run into what others load: a plain LoRA, a whole model, or a dense difference.
+
+    The result is loaded back and its logits are compared; with a recipe's data, its loss too.
+    """
     with guarded():
         quiet()
-        from ..runs.export.export import export
+        from ..runs.export.export import export as export_run
 
         console = Console()
-        done = export(
-            path, to=to, rank=rank, energy=energy, output=output, base=base, overwrite=overwrite, examples=examples,
+        done = export_run(
+            run, to=to, rank=rank, energy=energy, output=output, base=base, overwrite=overwrite, examples=examples,
             tell=lambda text: console.print(text, highlight=False, soft_wrap=True),
         )  # fmt: skip
         if rank is not None or energy is not None:

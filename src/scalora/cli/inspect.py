@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from ..runs.export.artefact import Artefact
 
 
-def run(path: str, *, as_json: bool) -> None:
-    """Print what lies at ``path``; exit codes as :mod:`scalora.cli.guard` says."""
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, an adapter or an export.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every layer.")] = False,
+) -> None:
+    """Show ranks, norms, sizes and origin of what lies in a folder, without loading a model."""
     with guarded():
         from ..runs.export.artefact import find_artefact
 

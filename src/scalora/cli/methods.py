@@ -9,8 +9,8 @@ from ..common.quiet import quiet
 from .guard import guarded
 
 
-def run() -> None:
-    """Print every method with its options and their defaults."""
+def methods() -> None:
+    """List the methods that a recipe can name, with their options."""
     with guarded():
         quiet()
         from ..methods import all_methods

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -20,8 +21,29 @@ if TYPE_CHECKING:
 _SCALES = ("small", "paper")
 
 
-def run(name: str, *, scale: str, data: str | None, output: str | None, resume: bool, retry: bool, plan: bool) -> None:
-    """Run an experiment, or list them all; exit codes as :mod:`scalora.cli.guard` says."""
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="fig1, table1, …; without it they are listed.")] = "",
+    scale: Annotated[
+        str, typer.Option(help="small: minutes to hours on a laptop; paper: the paper's models and settings.")
+    ] = "small",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder with the GLUE, commonsense and mathematics files, where needed."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder for results; runs/reproduce/NAME-SCALE by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="The same, and run failed trials again.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only check the paper-scale recipes, without weights, and say what they take."),
+    ] = False,
+) -> None:
+    """Rerun a figure or a table of the ScaLoRA paper (2510.23818) or the α-LoRA paper (2510.21345).
+
+    Leaves results.json, tables.md with published and obtained numbers side by side, and the figures.
+    """
     console = Console()
     with guarded():
         quiet()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,14 +16,34 @@ from ..common.quiet import quiet
 from .guard import guarded, leave
 
 
-def run(recipe_path: str, overrides: list[str], *, resume: bool, overwrite: bool) -> None:
-    """Run a recipe; exit codes as :mod:`scalora.cli.guard` says."""
+def train(
+    recipe_path: Annotated[
+        str, typer.Argument(metavar="RECIPE.yaml", help="What is trained, on what, how, and where to.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Replace a value, e.g. training.learning_rate=1e-3; repeatable."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the output folder's last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run; it is kept as <output>.previous.")
+    ] = False,
+) -> None:
+    """Fine-tune by a recipe and score before and after.
+
+    Leaves metrics.json, the resolved recipe, the adapter in PEFT's format, curves.png and rank.png in the output.
+    Ctrl-C finishes the step, saves a checkpoint and exits with 130.
+    """
     with guarded():
         from ..runs.recipe import load_recipe
 
-        recipe = load_recipe(recipe_path, overrides)
+        recipe = load_recipe(recipe_path, set_ or [])
         quiet()
-        from ..runs.training import Interrupted, train
+        from ..runs import training
 
         console = Console()
         title = f"[b]{recipe.method.name}[/b] on {recipe.model}, rank {recipe.method.rank}"
@@ -30,9 +51,9 @@ def run(recipe_path: str, overrides: list[str], *, resume: bool, overwrite: bool
         watcher = live_watcher(console)
         try:
             with watcher.display:
-                result = train(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
+                result = training.train(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
                 watcher.finish()
-        except Interrupted as stopped:
+        except training.Interrupted as stopped:
             again = f"continue with: scalora train {shlex.quote(recipe_path)} --resume"
             where = (
                 f"last checkpoint: {stopped.checkpoint}; {again}"
@@ -46,7 +67,7 @@ def run(recipe_path: str, overrides: list[str], *, resume: bool, overwrite: bool
 
 def live_watcher(console: Console) -> Any:
     """A watcher that draws progress bars on a terminal, and prints plain lines elsewhere."""
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
 
     from ..runs.training import Watcher
 
@@ -74,15 +95,12 @@ def live_watcher(console: Console) -> Any:
         def progress(self, done: int, total: int) -> None:
             self.display.update(self.bar, completed=done, total=total)
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
+        def on_step_end(self, args, state, control, **kwargs) -> None:
             self.display.update(self.bar, completed=state.global_step, total=state.max_steps)
 
-        def on_log(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
+        def on_log(self, args, state, control, **kwargs) -> None:
+            logs = kwargs.get("logs") or {}
+            if "loss" in logs:
                 note = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
                 self.display.update(self.bar, note=note)
                 if not console.is_terminal:

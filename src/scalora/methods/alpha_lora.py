@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.disk_layout import ALPHA_STATE
 from ..common.errors import ScaloraError
@@ -108,41 +108,31 @@ class AlphaCallback(TrainerCallback):
         self.held_out = Subset(dataset, order[:count])
         return Subset(dataset, sorted(order[count:]))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         if self.held_out is None:
             raise ScaloraError("alpha-lora has no held-out rows: train on what Adapted.split_train(dataset) returns")
         if state.global_step > 0:
             file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", ALPHA_STATE)
             self.optimizer.load_state_dict(torch.load(file, weights_only=True))
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         update, due = divmod(state.global_step - 1, self.options.every)
         if due != 0:
             return
         assert self.held_out is not None
         rows = self._rows(update, args.seed)
-        batch = train_dataloader.collate_fn([self.held_out[i] for i in rows])
+        batch = kwargs["train_dataloader"].collate_fn([self.held_out[i] for i in rows])
         for alpha in self.alphas:
             alpha.requires_grad_(True)
         with torch.random.fork_rng():  # dropout must not shift the randomness of the run itself
-            gradients = torch.autograd.grad(batch_loss(model, batch, args), self.alphas, allow_unused=True)
+            gradients = torch.autograd.grad(batch_loss(kwargs["model"], batch, args), self.alphas, allow_unused=True)
         for alpha, gradient in zip(self.alphas, gradients, strict=True):
             alpha.requires_grad_(False)
             alpha.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", ALPHA_STATE)
         torch.save(self.optimizer.state_dict(), file)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..common.errors import ScaloraError
 from ..engine.stores.adapter import ensure_adapter
@@ -61,19 +59,12 @@ class LoraGaCallback(AccumulatedCallback):
         super().__init__(model)
         self.options = options
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0:
             return
         layers = find_layers(self.model)
-        gradients = mean_gradients(self.model, layers, train_dataloader, args, self.options.batches)
+        gradients = mean_gradients(self.model, layers, kwargs["train_dataloader"], args, self.options.batches)
         with torch.no_grad():
             for layer in layers:
                 if layer.name not in gradients:  # a layer that the loss does not depend on stays as LoRA begins

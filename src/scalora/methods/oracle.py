@@ -13,7 +13,7 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..algebra.directions import Halves, dense_svd, optimal_adapters
 from ..common.errors import ScaloraError
@@ -78,31 +78,20 @@ class OracleCallback(AccumulatedCallback):
         self.constants = [float(layer.lora_A.detach().square().sum(1).mean()) for layer in self.layers]
         self.due = False
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if args.fp16:
             raise ScaloraError("training.fp16 scales the loss, which scalora-oracle does not undo: use bf16 or float32")
         self.store = AdapterStore(self.model, self.layers, self.capacity)
         self.max_norm = args.max_grad_norm
-        self.hook = innermost(optimizer).register_step_pre_hook(self._before_step)
+        self.hook = innermost(kwargs["optimizer"]).register_step_pre_hook(self._before_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.due = state.global_step % self.options.interval == 0
         if self.due:
             self.gradients.open()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         super().on_train_end(args, state, control, **kwargs)
         self.hook.remove()
 

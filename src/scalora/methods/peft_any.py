@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
 from ..models.heads import Head
@@ -64,10 +64,8 @@ class PeftMethod(Method):
 class _Allocate(TrainerCallback):
     """AdaLoRA and its like move their budget after each step, while the gradients are still there."""
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        model.base_model.update_and_allocate(state.global_step)
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
 @cache

@@ -10,7 +10,7 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
@@ -73,14 +73,7 @@ class ReLoraCallback(AccumulatedCallback):
         self.step = 0  # optimizer steps taken
         self.hooks: list[Any] = []
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.every = self.options.every or max(1, state.max_steps // 4)
         self.warmup = min(50, self.every // 10) if self.options.warmup is None else self.options.warmup
@@ -90,21 +83,19 @@ class ReLoraCallback(AccumulatedCallback):
             )
         self.layers = find_layers(self.model)
         self.store = AdapterStore(self.model, self.layers, self.options.capacity)
-        self.optimizer = innermost(optimizer)
+        self.optimizer = innermost(kwargs["optimizer"])
         self.step = state.global_step
         self.hooks = [
             self.optimizer.register_step_pre_hook(self._lower),
             self.optimizer.register_step_post_hook(self._restore),
         ]
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step = state.global_step
         if self.step % self.every == 0 and self.step < state.max_steps:
             self._restart(args.seed + self.step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         super().on_train_end(args, state, control, **kwargs)
         for hook in self.hooks:
             hook.remove()

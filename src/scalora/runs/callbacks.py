@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import get_sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -31,9 +31,7 @@ class Ordered(TrainerCallback):
     known to a run that is resumed in a later epoch. The first epoch's order is that of a plain Trainer.
     """
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         sampler = get_sampler(kwargs["train_dataloader"])
         if isinstance(sampler, LengthGroupedSampler):
             seed = args.seed if args.data_seed is None else args.data_seed
@@ -49,13 +47,11 @@ class StepTimer(TrainerCallback):
         self.began = False  # the first step
         self._started = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.began = True
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self._started)
 
     def median(self) -> float:
@@ -69,7 +65,7 @@ class RankTracker(TrainerCallback):
     def __init__(self, spectra: Callable[[], Iterator[tuple[str, Spectrum]]]) -> None:
         self.spectra = spectra
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         every = max(1, state.max_steps // POINTS)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             # Among the logs, which a resumed run takes over.
@@ -103,12 +99,10 @@ class Health(TrainerCallback):
         ScaloraError: they are not.
     """
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         if not (control.should_log or control.should_save):
             return  # each look waits for the device
-        norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
+        norms = torch._foreach_norm([p.detach() for p in kwargs["model"].parameters() if p.requires_grad])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():
             raise ScaloraError(
                 f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
@@ -126,12 +120,12 @@ class Sealed(TrainerCallback):
     def __init__(self, keep: int | None) -> None:
         self.keep = keep  # checkpoints; None keeps all
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
             seal(folder / f"checkpoint-{state.global_step}")
@@ -145,18 +139,14 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         self.restore()
 
     def restore(self) -> None:

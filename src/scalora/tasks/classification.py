@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .base import Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
 from .data.rows import DataSpec
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
@@ -84,16 +84,7 @@ class ClassificationTask(Task):
         targets = self._targets(split)
         return TokenDataset([{**e, "labels": t} for e, t in zip(encoded, targets, strict=True)], truncated)
 
-    def score(
-        self,
-        model: Any,
-        tokenizer: Any,
-        split: Split = "test",
-        *,
-        batch_size: int = 32,
-        autocast: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Score:
+    def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """The task's metric, with accuracy and nll (mean nats per row); for regression pearson, spearman and mse.
 
         `f1` is that of the second label where there are two, else the mean over labels (macro).

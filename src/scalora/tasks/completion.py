@@ -59,16 +59,7 @@ class CompletionTask(Task):
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         return examples(*self._pairs(tokenizer, split))
 
-    def score(
-        self,
-        model: Any,
-        tokenizer: Any,
-        split: Split = "test",
-        *,
-        batch_size: int = 32,
-        autocast: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Score:
+    def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """`nll`: minus the mean log-likelihood (nats) of a completion token, over all tokens of the split.
 
         With `answer`, `exact_match` too.

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset
+from .base import Prediction, Score, Split, Task, Template, TokenDataset
 from .completion import encode, examples, token_logprobs, truncate
 from .data.rows import DataSpec, Row
 from .harness import ROWS, HarnessScore, Question, evaluate
@@ -75,16 +75,7 @@ class MultipleChoiceTask(Task):
             texts.append(self._texts(row, choices)[self._answer(row, choices)])
         return examples(*truncate(encode(tokenizer, texts), self.spec.max_length))
 
-    def score(
-        self,
-        model: Any,
-        tokenizer: Any,
-        split: Split = "test",
-        *,
-        batch_size: int = 32,
-        autocast: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Score:
+    def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.
 
         `accuracy`: share of rows whose likeliest choice is the right one. `nll`: mean over rows of minus the right

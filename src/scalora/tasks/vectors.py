@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Progress, Score, Split, Task, TokenDataset, evaluating
+from .base import Prediction, Score, Split, Task, TokenDataset, evaluating
 from .data.rows import DataSpec
 
 
@@ -55,16 +55,7 @@ class VectorsTask(Task):
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         return TokenDataset([self._example(row) for row in self.rows(split)], 0)
 
-    def score(
-        self,
-        model: Any,
-        tokenizer: Any,
-        split: Split = "test",
-        *,
-        batch_size: int = 32,
-        autocast: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Score:
+    def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """`accuracy`, and `nll`: mean nats per row."""
         examples = [self._example(row) for row in self.rows(split)]
         logits = []
