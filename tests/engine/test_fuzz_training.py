@@ -18,7 +18,7 @@ from torch import nn
 
 import scalora
 from scalora import ScaLoraConfig
-from scalora.algebra.scaling import Method
+from scalora.algebra.scaling import ScalingMethod
 
 TOLERANCE = 2e-5  # of outputs of size 1
 INPUTS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
@@ -48,7 +48,7 @@ class Life(RuleBasedStateMachine):
     @initialize(
         rank=st.integers(1, 4),
         optimizer=st.sampled_from(sorted(OPTIMIZERS)),
-        scaling=st.sampled_from(get_args(Method)),
+        scaling=st.sampled_from(get_args(ScalingMethod)),
         accumulate=st.sampled_from(["adapter", "base"]),
         interval=st.integers(1, 3),
         refresh=st.sampled_from([None, 2, 3, 5]),

@@ -30,17 +30,17 @@ def save_state(handle: ScaLora, folder: Path, write: bool = True) -> None:
         _save(tensors, folder / STATE_FILE, {"state": json.dumps(plain)})
 
 
-def load_state(handle: ScaLora, folder: Path) -> None:
-    """Inverse of :func:`save_state`.
+def read_state(folder: Path) -> dict[str, Any]:
+    """What :func:`save_state` wrote, for ``handle.load_state_dict``.
 
     Raises:
-        ScaloraError: the file is missing or damaged, or belongs to another configuration.
+        ScaloraError: the file is missing or damaged.
     """
     path = folder / STATE_FILE
     tensors = _load(path)
     with safe_open(path, framework="pt") as file:
         plain = json.loads(file.metadata()["state"])
-    handle.load_state_dict(_join(plain, "", tensors))
+    return _join(plain, "", tensors)
 
 
 def save_moved(handle: ScaLora, model: nn.Module, folder: Path, write: bool = True) -> None:

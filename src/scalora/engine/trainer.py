@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..common.errors import ScaloraError
 from ..layers.peft_lora import ACCUMULATED
 from .attach import attach, prepare
-from .checkpoint import load_moved, load_state, save_moved, save_state
+from .checkpoint import load_moved, read_state, save_moved, save_state
 from .config import ScaLoraConfig
 from .event import ScaLora
 
@@ -77,8 +77,9 @@ class ScaLoraCallback(TrainerCallback):
         self.handle, self.saved = attach(model, optimizer, self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
+            state_then = read_state(checkpoint)  # what is no checkpoint of ours is refused before anything changes
             load_moved(self.handle, model, checkpoint)
-            load_state(self.handle, checkpoint)  # after it: the store then knows which columns are in use
+            self.handle.load_state_dict(state_then)
 
     def on_step_end(
         self,

@@ -30,7 +30,8 @@ class Sketch:
         self.side = side
         for layer, module, basis in zip(self.layers, self._modules, fixed, strict=True):
             like, k = local_shard(layer.A.detach()), basis.shape[1]
-            basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
+            # Contiguous, as it is after a resume: in another layout some processors round the product otherwise.
+            basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32)).contiguous()
             shape = (layer.A.shape[0], k) if side == "left" else (k, layer.Bt.shape[1])
             module.sketch = GradientSketch(side, basis, basis.new_zeros(shape, requires_grad=True))
         self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in self._leaves()] if _several() else []
