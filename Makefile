@@ -21,10 +21,10 @@ lint: .venv/.dev
 
 bench: .venv/.dev  ## hours on a CPU, with nothing else running
 	for model in minilm smollm2; do for precision in fp32 bf16; do \
-	  $(BIN)/python -m benchmarks.overhead --model $$model --precision $$precision || exit; done; done
-	$(BIN)/python -m benchmarks.event
-	$(BIN)/python -m benchmarks.sketch
-	$(BIN)/python -m benchmarks.loading
+	  $(BIN)/python -m benchmarks.cost.overhead --model $$model --precision $$precision || exit; done; done
+	$(BIN)/python -m benchmarks.cost.event
+	$(BIN)/python -m benchmarks.cost.sketch
+	$(BIN)/python -m benchmarks.cost.loading
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }

@@ -70,6 +70,8 @@ def against(folder: Path, ours: str) -> str:
         if name == ours:
             continue
         d = compare(finals[ours], finals[name], higher_is_better=higher)
+        if d is None:  # too few seeds in common
+            continue
         pairs = [finals[ours][seed] - finals[name][seed] for seed in finals[ours] if seed in finals[name]]
         error = stdev(pairs) / len(pairs) ** 0.5
         errors = abs(d.value) / error if error else 0.0  # the same runs under two names

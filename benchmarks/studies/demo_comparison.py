@@ -1,6 +1,6 @@
 """The demo's budget, spent on plain LoRA and on ScaLoRA-I: three learning rates each, chosen on a validation split.
 
-    python -m benchmarks.demo_comparison [--seeds 0 1 2]
+    python -m benchmarks.studies.demo_comparison [--seeds 0 1 2]
 
 Each run is ``scalora train recipes/demo.yaml`` with overrides. Results go to benchmarks/results/demo_comparison.json as
 they come; what is there already is not run again.
@@ -8,36 +8,34 @@ they come; what is there already is not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from scalora.common.files import write_json
+from .. import record
 
 RATES = (3e-4, 1e-3, 3e-3)
 METHODS = ("lora", "scalora-i")
-RESULTS = Path(__file__).parent / "results" / "demo_comparison.json"
+VALIDATION = 500  # rows
 KEPT = ("before", "validation", "after", "steps", "seconds_per_step", "trainable_parameters", "rank", "environment")
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = record.parser(__doc__, "demo_comparison.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    seeds = parser.parse_args().seeds
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for seed in seeds:
+    options = parser.parse_args()
+    results = record.earlier(options.output)
+    for seed in options.seeds:
         for rate in RATES:
             for method in METHODS:
                 key = f"{method} lr={rate:g} seed={seed}"
                 if key not in results:
                     results[key] = run(method, rate, seed)
-                    RESULTS.parent.mkdir(exist_ok=True)
-                    write_json(RESULTS, results)
+                    record.save(options.output, results)
     for method in METHODS:
-        for seed in seeds:
+        for seed in options.seeds:
             runs = {rate: results[f"{method} lr={rate:g} seed={seed}"] for rate in RATES}
             best = min(runs, key=lambda rate: runs[rate]["validation"]["nll"])
             after = runs[best]["after"]
@@ -50,7 +48,7 @@ def run(method: str, rate: float, seed: int) -> dict:
     output = Path("runs") / "demo_comparison"
     overrides = {
         "method.name": method, "training.learning_rate": rate, "training.seed": seed,
-        "task.data.validation_size": 500, "output": output,
+        "task.data.validation_size": VALIDATION, "output": output,
     }  # fmt: skip
     command = [sys.executable, "-m", "scalora", "train", "recipes/demo.yaml", "--overwrite"]
     for key, value in overrides.items():

@@ -1,25 +1,23 @@
 """What starting costs: the help, the import, and the way to the end of the first training step beside plain PEFT.
 
-    python -m benchmarks.loading
+    python -m benchmarks.cost.loading
 
 Each is a process of its own, started in turns; seconds from its start to its end, medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.common.packaged import fetch
+
+from .. import record
 
 FIRST_STEP = """
 import sys, torch
@@ -37,9 +35,8 @@ ATTACH = "import scalora; scalora.attach(model, optimizer)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "loading.json")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loading.json"))
     options = parser.parse_args()
     model = str(fetch("minilm-l6-v2"))
     commands = {
@@ -61,13 +58,10 @@ def main() -> None:
         table.add_row(name, *(f"{v:.2f}" for v in (median(values), min(values), max(values))))
     Console().print(table)
     content = {
-        "command": " ".join(["python -m benchmarks.loading", *sys.argv[1:]]),
-        "git_revision": git_revision(),
-        "environment": environment(),
         "seconds": seconds,
         "median": {name: median(values) for name, values in seconds.items()},
     }
-    write_json(options.output, content)
+    record.write(options.output, content)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tokens a second of `scalora train` beside the same recipe in TRL's SFTTrainer, in turns in one process.
 
-    python -m benchmarks.throughput --data ../shared/data --output benchmarks/results/throughput.json
+    python -m benchmarks.cost.throughput --data ../shared/data
 
 SmolLM2 on GSM8K's solutions: recipes/smollm2-gsm8k.yaml with fewer rows. Counted are the real tokens of prompts and
 solutions over the seconds of all steps but the first (forward, backward, update; neither loading nor set-up).
@@ -8,10 +8,7 @@ solutions over the seconds of all steps but the first (forward, backward, update
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,13 +18,13 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.models.load import load_model
 from scalora.runs.callbacks import StepTimer
 from scalora.runs.recipe import Recipe, load_recipe
 from scalora.runs.training import Watcher, train
 from scalora.tasks import build_task
+
+from .. import record
 
 RECIPE = "recipes/smollm2-gsm8k.yaml"
 
@@ -78,11 +75,10 @@ def with_trl(recipe: Recipe) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "throughput.json")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/throughput.json"))
     options = parser.parse_args()
     sizes = [f"task.data.train_size={options.rows}", "task.data.validation_size=8", "task.data.test_size=8"]
     recipe = load_recipe(RECIPE, [f"task.data.folder={options.data}", *sizes])
@@ -104,14 +100,11 @@ def main() -> None:
         table.add_row(name, f"{median(found):.0f}", f"{median(ratios):.2f}", f"{ratios[0]:.2f} – {ratios[-1]:.2f}")
     Console().print(table)
     content = {
-        "command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]]),
-        "git_revision": git_revision(),
-        "environment": environment() | {"trl": trl.__version__},
         "recipe": recipe.model_dump(mode="json"),
         "tokens": tokens,
         "tokens_per_second": rates,
     }
-    write_json(options.output, content)
+    record.write(options.output, content, trl=trl.__version__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What matters in a refresh: ablations on the turned digits, many runs at once in dense algebra.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.refresh_lab
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.refresh_lab
 
 Every variant is trained at every learning rate with every seed, all as one batch of matrices; the rate is chosen on
 500 validation images, 500 test images are scored at that rate. A variant that is there already is not run again.
@@ -12,22 +12,19 @@ scalora.engine.refresh.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.models.digits import DenseClassifier, digit_rows, digits_mlp
 
-RESULTS = Path("benchmarks/results/refresh_lab.json")
+from .. import record
+
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 SEEDS = 12
 SCALE = 2.0
@@ -261,22 +258,19 @@ def ablations() -> dict[str, list[tuple[str, Variant]]]:
 
 
 def main() -> None:
+    output = record.parser(__doc__, "refresh_lab.json").parse_args().output
     torch.set_num_threads(1)
-    content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
-    content |= {
-        "command": "python -m benchmarks.refresh_lab",
-        "rates": RATES,
-        "seeds": SEEDS,
-        "environment": environment(),
-    }
+    about = record.header()
+    revision = about.pop("git_revision")
+    content: dict[str, Any] = {"rows": {}} | record.earlier(output) | about | {"rates": RATES, "seeds": SEEDS}
     for noise, (batch, steps) in NOISE.items():
         print(f"\n{noise}, {steps} steps\n\n| | | lr | training nll | test nll |\n|---|---|---|---|---|")
         for question, variants in ablations().items():
             for label, variant in variants:
                 key = f"{noise} / {question} / {label}"
                 if key not in content["rows"]:
-                    content["rows"][key] = Runs(variant, batch, steps).run() | {"git_revision": git_revision()}
-                    write_json(RESULTS, content)
+                    content["rows"][key] = Runs(variant, batch, steps).run() | {"git_revision": revision}
+                    record.save(output, content)
                 row = content["rows"][key]
                 figures = " | ".join("{:.4f} ± {:.4f}".format(*row[name]) for name in ("train", "test"))
                 print(f"| {question} | {label} | {row['lr']:g} | {figures} |", flush=True)

@@ -1,7 +1,7 @@
 """Where the top singular directions of a gradient lie, and what a step along them is worth: why refreshes help or not.
 
-    python -m benchmarks.gradient_directions recipes/smollm2-gsm8k.yaml --set task.data.folder=../shared/data
-    python -m benchmarks.gradient_directions recipes/digits.yaml
+    python -m benchmarks.studies.gradient_directions recipes/smollm2-gsm8k.yaml --set task.data.folder=../shared/data
+    python -m benchmarks.studies.gradient_directions recipes/digits.yaml
 
 The recipe's model is trained as LoRA for some steps; there, mean gradients of the whole weights are taken over three
 sets of batches, apart from one another as far as one pass over the data reaches: directions come from the first, the
@@ -11,9 +11,6 @@ benchmarks/results/gradient_directions.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -25,14 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.layers.peft_lora import find_layers
 from scalora.models.load import load_model
 from scalora.runs.recipe import load_recipe
 from scalora.tasks import build_task
 
-RESULTS = Path("benchmarks/results/gradient_directions.json")
+from .. import record
+
 SETS = (12, 12, 24)  # batches
 
 
@@ -91,9 +87,9 @@ class Ground:
 
             return hook
 
+        modules: list[Any] = [layer.module for layer in self.layers]
         hooks = [
-            layer.module.register_forward_pre_hook(gather(moment))
-            for layer, moment in zip(self.layers, moments, strict=True)
+            module.register_forward_pre_hook(gather(moment)) for module, moment in zip(modules, moments, strict=True)
         ]
         gradients: list[list[Tensor]] = [[] for _ in self.layers]
         for layer in self.layers:
@@ -105,7 +101,7 @@ class Ground:
                 self.backward(batch)
             for layer, own in zip(self.layers, gradients, strict=True):
                 own.append(layer.base.weight.grad / count)  # pyright: ignore[reportOperatorIssue]
-                layer.base.weight.grad = None
+                layer.base.weight.grad = None  # pyright: ignore[reportArgumentType]
         for hook in hooks:
             hook.remove()
         for layer, own, moment in zip(self.layers, gradients, moments, strict=True):
@@ -159,27 +155,25 @@ def _worth(step: Tensor, G: Tensor, Sigma: Tensor | None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "gradient_directions.json")
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--steps", default="0,60", help="looks after so many steps of LoRA")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.overrides)
-    content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    content: dict[str, Any] = record.earlier(options.output)
     for steps in map(int, options.steps.split(",")):
         ground, chance = Ground(recipe), torch.Generator().manual_seed(0)
         ground.train(steps)
         by_layer = {name: figures(look, chance) for name, look in ground.looks()}
         total = {name: mean(layer[name] for layer in by_layer.values()) for name in next(iter(by_layer.values()))}
         content[f"{Path(options.recipe).stem} after {steps} steps"] = {
-            "command": " ".join(["python -m benchmarks.gradient_directions", *sys.argv[1:]]),
-            "git_revision": git_revision(),
-            "environment": environment(),
+            **record.header(),
             "batches": SETS,
             "mean": total,
             "layers": by_layer,
         }
-        write_json(RESULTS, content)
+        record.save(options.output, content)
     table = Table("mean over layers", *content)
     for name in next(iter(content.values()))["mean"]:
         table.add_row(name, *(f"{look['mean'][name]:.3f}" for look in content.values()))

@@ -1,10 +1,11 @@
 """The figure of docs/method.md: training loss over steps from the trials of a comparison.
 
-python -m benchmarks.refresh_figure
+python -m benchmarks.studies.refresh_figure
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -14,8 +15,8 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
-RESULTS = Path("benchmarks/results/digits/results.json")
-PICTURE = Path("docs/images/refresh.png")
+from ..record import RESULTS
+
 SHOWN = {
     "lora@2": ("LoRA, r = 2", "tab:gray"),
     "scalora-i@2": ("columns rescaled, r = 2", "tab:blue"),
@@ -26,7 +27,11 @@ SHOWN = {
 
 
 def main() -> None:
-    trials = json.loads(RESULTS.read_text(encoding="utf-8"))["trials"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=Path, default=RESULTS / "digits" / "results.json")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/refresh.png"))
+    options = parser.parse_args()
+    trials = json.loads(options.trials.read_text(encoding="utf-8"))["trials"]
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for contender, (label, colour) in SHOWN.items():
         runs = [t for t in trials if t["stage"] == "final" and t["contender"] == contender and "losses" in t]
@@ -38,8 +43,8 @@ def main() -> None:
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
     axes.legend(title="method (learning rate)")
     figure.tight_layout()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=120)
 
 
 if __name__ == "__main__":

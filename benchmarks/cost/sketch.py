@@ -1,19 +1,16 @@
 """What a refresh's sketch of one layer's gradient costs per training step beside the dense gradient, over sizes.
 
-    python -m benchmarks.sketch
+    python -m benchmarks.cost.sketch
 
 The sketch is measured as it runs in training: the layer's adapters with the probe less those without it, mean of the
 two halves of an interval (GΩ, GᵀQ; k = 2r). Dense is G += gᵀx, in a matrix of the weight's size. On a CPU it is
-processor time of one thread (:mod:`benchmarks.clock`). Writes benchmarks/results/sketch.json.
+processor time of one thread (:mod:`benchmarks.cost.clock`). Writes benchmarks/results/sketch.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.layers.products import Adapter, add_adapters
 
+from .. import record
 from .clock import described, now, one_thread
 
 TOKENS = 1024
@@ -75,9 +71,8 @@ def measure(m: int, n: int, r: int, dtype: torch.dtype, rounds: int, device: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "sketch.json")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sketch.json"))
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore
     one_thread()
@@ -96,17 +91,7 @@ def main() -> None:
             f"{row['sketch_numbers'] / row['dense_numbers']:.2f}",
         )  # fmt: skip
     Console().print(table)
-    write_json(
-        options.output,
-        {
-            "command": " ".join(["python -m benchmarks.sketch", *sys.argv[1:]]),
-            "git_revision": git_revision(),
-            "environment": environment(),
-            "clock": described(),
-            "tokens": TOKENS,
-            "rows": rows,
-        },
-    )
+    record.write(options.output, {"clock": described(), "tokens": TOKENS, "rows": rows})
 
 
 if __name__ == "__main__":

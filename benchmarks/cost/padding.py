@@ -1,13 +1,11 @@
 """How much of a batch is padding, grouped by length and in random order: what packing could gain.
 
-python -m benchmarks.padding --data ../shared/data
+python -m benchmarks.cost.padding --data ../shared/data
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.models.load import load_model
 from scalora.runs.recipe import load_recipe
 from scalora.tasks import build_task
+
+from .. import record
 
 NEEDS_DATA = ("smollm2-gsm8k", "smollm2-arc-easy", "minilm-sst2", "minilm-mrpc")
 RECIPES = ("demo", "minilm-sarcasm", *NEEDS_DATA)
@@ -48,9 +46,8 @@ def measure(name: str, data: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "padding.json")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/padding.json"))
     options = parser.parse_args()
     found = {name: measure(name, options.data) for name in RECIPES}
     table = Table("recipe", "tokens, mean", "longest", "padding, random order", "grouped by length")
@@ -58,8 +55,7 @@ def main() -> None:
         shares = (f"{row[key]:.1%}" for key in ("random", "group_by_length"))
         table.add_row(name, f"{row['mean_tokens']:.0f}", f"{row['most_tokens']}", *shares)
     Console().print(table)
-    about = {"command": " ".join(["python -m benchmarks.padding", *sys.argv[1:]]), "git_revision": git_revision()}
-    write_json(options.output, {**about, "environment": environment(), "recipes": found})
+    record.write(options.output, {"recipes": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What LoRA's trained update is worth at lower ranks than it was trained with: is rank missing, or a way to train it?
 
-    python -m benchmarks.truncation recipes/smollm2-gsm8k.yaml --set task.data.folder=../shared/data --rank 8 --seeds 3
+    python -m benchmarks.studies.truncation recipes/smollm2-gsm8k.yaml --set task.data.folder=../shared/data --seeds 3
 
 Trains plain LoRA at the recipe's rate, cuts each layer's update to its best approximations of lower rank and scores
 each on the test split. Adds to benchmarks/results/truncation.json.
@@ -8,9 +8,6 @@ each on the test split. Adds to benchmarks/results/truncation.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,34 +17,31 @@ import torch
 from peft import PeftModel
 
 from scalora.algebra.lowrank import truncate
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.layers.peft_lora import find_layers
 from scalora.models.load import load_model
 from scalora.runs.recipe import Recipe, load_recipe
 from scalora.runs.training import ADAPTER, train
 from scalora.tasks import build_task
 
-RESULTS = Path("benchmarks/results/truncation.json")
+from .. import record
 
 
 def main() -> None:
     """Run the seeds that are missing, then print means."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = record.parser(__doc__, "truncation.json")
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored = record.earlier(given.output)
     key = f"{Path(given.recipe).stem}, r = {given.rank}"
     found = stored.setdefault(key, {"seeds": {}})
     for seed in map(str, range(given.seeds)):
         if seed not in found["seeds"]:
             found["seeds"][seed] = one_seed(given.recipe, given.set, given.rank, int(seed))
-            found |= {"command": " ".join(["python -m benchmarks.truncation", *sys.argv[1:]])}
-            found |= {"environment": environment(), "git_revision": git_revision()}
-            write_json(RESULTS, stored)
+            found |= record.header()
+            record.save(given.output, stored)
     for rank in next(iter(found["seeds"].values())):
         values = [metrics[rank]["nll"] for metrics in found["seeds"].values()]
         error = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""

@@ -1,23 +1,20 @@
 """A whole training step of each method beside plain PEFT LoRA: one process, turns in changing order, medians.
 
-    python -m benchmarks.overhead --model smollm2 --precision bf16 --repeats 12 --output benchmarks/results/overhead
+    python -m benchmarks.cost.overhead --model smollm2 --precision bf16 --repeats 12
 
 Writes OUTPUT/MODEL-PRECISION.json. A step is forward, backward, clipping and AdamW; ScaLoRA's events are timed apart,
 as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. On a
-CPU it is the processor time of one thread (:mod:`benchmarks.clock`). Peak memory is that of three steps in a process of
-its own, above what the imports take.
+CPU it is the processor time of one thread (:mod:`benchmarks.cost.clock`). Peak memory is that of three steps in a
+process of its own, above what the imports take.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import random
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,8 +26,6 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalora.common import environment as provenance
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.engine.event import ScaLora
 from scalora.engine.stores.adapter import SLOTS, AdapterStore
 from scalora.layers.hira_forward import HiraForward
@@ -39,6 +34,7 @@ from scalora.layers.peft_lora import ACCUMULATED
 from scalora.methods import MethodSpec, build_method
 from scalora.models.load import load_model
 
+from .. import record
 from .clock import described, now, one_thread
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -72,8 +68,8 @@ class Runner:
     """One method on its own copy of the model, driven as Trainer would drive it."""
 
     def __init__(self, name: str, what: dict[str, Any], precision: str, device: str) -> None:
-        labels = {"num_labels": 2} if what["head"] == "sequence-classification" else {}
-        model, _ = load_model(what["source"], head=what["head"], **labels)
+        labels = 2 if what["head"] == "sequence-classification" else None
+        model, _ = load_model(what["source"], head=what["head"], num_labels=labels)
         method, _, option = name.partition(":")
         method, _, rank = method.partition("@")
         r = what["rank"] * (4 if rank else 1)
@@ -124,8 +120,7 @@ class Runner:
         if self.handle is None or not isinstance(store := self.handle.store, AdapterStore):
             return
         if self.handle.config.interval is None:  # a refresh cannot be taken at will: zeros cost as much to multiply
-            store.free = SLOTS // 2
-            store._declare()
+            store.load_state_dict(store.state_dict() | {"free": SLOTS // 2})
             return
         layer = self.handle.layers[0]
         slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
@@ -138,14 +133,16 @@ class Runner:
         """Mean seconds of an event per step."""
         if self.handle is None:
             return 0.0
-        if self.handle.config.interval is None:
-            return sum(self.events) / len(self.events) / self.handle.refresh.every if self.events else math.nan
+        interval, refresh = self.handle.config.interval, self.handle.refresh
+        if interval is None:
+            assert refresh is not None
+            return sum(self.events) / len(self.events) / refresh.every if self.events else math.nan
         self.events.clear()
         self.backward(batch)
         for _ in range(_MEASURED_EVENTS):
             self.handle.rescale()
         self.optimizer.zero_grad()
-        return sum(self.events) / len(self.events) / self.handle.config.interval
+        return sum(self.events) / len(self.events) / interval
 
     def _timed(self, function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
@@ -203,12 +200,11 @@ def _peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "overhead")
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--repeats", type=int, default=8, help="steps of each method that are timed")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead"))
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore
     one_thread()
@@ -241,16 +237,12 @@ def main() -> None:
             f"{share:.3f}", f"{row['memory_ratio']:.3f}", f"{row['store_bytes'] / 2**20:.1f} MiB",
         )  # fmt: skip
     Console().print(table)
-    options.output.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
-        "git_revision": git_revision(),
-        "environment": environment(),
         "clock": described(),
         **{key: what[key] for key in ("batch", "tokens", "rank")},
         "methods": rows,
     }
-    write_json(options.output / f"{options.model}-{options.precision}.json", content)
+    record.write(options.output / f"{options.model}-{options.precision}.json", content)
 
 
 def _store_bytes(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """The event alone: beside AdamW's step, beside Algorithm 1 layer by layer, beside its floor, and over size.
 
-    python -m benchmarks.event --output benchmarks/results/event.json
+    python -m benchmarks.cost.event
 
 SmolLM2's adapters (every linear layer) and, over size, linear layers made on the spot. An event's seconds are a mean
 over events enough that recompressions take their share; what stands beside it takes turns with it. The floor: bytes
@@ -9,12 +9,9 @@ that an event must move over the machine's measured copy bandwidth, plus its ope
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,18 +24,20 @@ from torch import nn
 
 import scalora
 from scalora.algebra.reference import rescale_layer
-from scalora.common.environment import environment, git_revision
-from scalora.common.files import write_json
 from scalora.engine.stores.adapter import SLOTS
 from scalora.layers.peft_lora import AdapterLayer, find_layers
 from scalora.models.load import load_model
 
+from .. import record
 from .clock import described, now, one_thread
 
 STORES = ("adapter", "base")
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 RANKS = (4, 8, 16, 32, 64)
 COUNTS = (30, 75, 150, 300)
+MIDDLE = (10, 1024, 8)  # layers, m = n, r: one of them changes at a time
+NARROW = 256  # m = n where the number of layers changes
+LARGE = 2048  # m = n from which on the time is fitted once more
 
 
 class Stack(nn.Module):
@@ -104,12 +103,11 @@ def best(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def machine() -> dict[str, float]:
+def machine(numbers: int = 2**25, size: int = 2048) -> dict[str, float]:
     """Bytes a second of a copy (read and written, both counted) and float32 operations a second of a product."""
-    x, y = torch.randn(2**25), torch.empty(2**25)
-    a = torch.randn(2048, 2048)
-
-    return {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x)), "flops": 2 * 2048**3 / best(lambda: a @ a)}
+    x, y = torch.randn(numbers), torch.empty(numbers)
+    a = torch.randn(size, size)
+    return {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x)), "flops": 2 * size**3 / best(lambda: a @ a)}
 
 
 def floor(layers: list[AdapterLayer], store: str, rates: dict[str, float]) -> dict[str, float]:
@@ -175,7 +173,9 @@ def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any
 
 def over_size(rounds: int) -> list[dict[str, Any]]:
     """Events over m = n, over r and over the number of layers, each from one middle."""
-    points = [(10, size, 8) for size in SIZES] + [(10, 1024, r) for r in RANKS] + [(n, 256, 8) for n in COUNTS]
+    layers, middle, rank = MIDDLE
+    points = [(layers, size, rank) for size in SIZES] + [(layers, middle, r) for r in RANKS]
+    points += [(count, NARROW, rank) for count in COUNTS]
     rows = []
     for count, size, rank in dict.fromkeys(points):
         for store in STORES:
@@ -189,27 +189,27 @@ def over_size(rounds: int) -> list[dict[str, Any]]:
 def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each store: the power with which an event's time grows with m = n (all, and the upper half), r and layers."""
     found: dict[str, dict[str, float]] = {}
+    layers, middle, rank = MIDDLE
     for store in STORES:
         ours = [row for row in rows if row["store"] == store]
-        over_m = [row for row in ours if (row["layers"], row["rank"]) == (10, 8)]
+        over_m = [row for row in ours if (row["layers"], row["rank"]) == (layers, rank)]
         studies = {
             "size": over_m,
-            "size from 2048": [row for row in over_m if row["size"] >= 2048],
-            "rank": [row for row in ours if (row["layers"], row["size"]) == (10, 1024)],
-            "layers": [row for row in ours if row["size"] == 256],
+            f"size from {LARGE}": [row for row in over_m if row["size"] >= LARGE],
+            "rank": [row for row in ours if (row["layers"], row["size"]) == (layers, middle)],
+            "layers": [row for row in ours if row["size"] == NARROW],
         }
-        found[store] = {
-            what: float(np.polyfit(*np.log([(row[what.split()[0]], median(row["seconds"])) for row in some]).T, 1)[0])
-            for what, some in studies.items()
-        }
+        found[store] = {}
+        for what, some in studies.items():
+            over, seconds = np.log([(row[what.split()[0]], median(row["seconds"])) for row in some]).T
+            found[store][what] = float(np.polyfit(over, seconds, 1)[0])
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "event.json")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/event.json"))
     options = parser.parse_args()
     one_thread()
     rates = machine()
@@ -234,11 +234,7 @@ def main() -> None:
         sizes.add_row(str(first["layers"]), str(first["size"]), str(first["rank"]), *values)
     Console().print(sizes)
     Console().print(exponents(rows))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": " ".join(["python -m benchmarks.event", *sys.argv[1:]]),
-        "git_revision": git_revision(),
-        "environment": environment(),
         "clock": described(),
         "machine": rates,
         "rank": options.rank,
@@ -246,7 +242,7 @@ def main() -> None:
         "over_size": rows,
         "exponents": exponents(rows),
     }
-    write_json(options.output, content)
+    record.write(options.output, content)
 
 
 if __name__ == "__main__":

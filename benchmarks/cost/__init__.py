@@ -1,0 +1,1 @@
+"""What something costs: seconds, bytes, padding."""

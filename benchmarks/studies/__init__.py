@@ -1,0 +1,1 @@
+"""What the method does: experiments that are no comparison of `scalora compare`, and their figures."""

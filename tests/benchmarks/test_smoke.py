@@ -1,0 +1,143 @@
+"""Every benchmark runs to its end with its default methods, on tiny models and data; none writes into the checkout."""
+
+import importlib
+import io
+import json
+import runpy
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks import tables
+from helpers import tokenized, workspace
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+    for path in (ROOT / "benchmarks").glob("*/*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+)
+
+
+def small(patch, module, **constants):
+    for name, value in constants.items():
+        patch.setattr(module, name, value)
+
+
+def in_this_process(command, **_):
+    """What subprocess.run does with a command of Python's, where starting Python anew would take seconds."""
+    assert command[0] == sys.executable
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", command[2:])
+        if command[1] == "-c":
+            exec(command[2], {"__name__": "__main__"})
+        else:
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+
+
+# Each makes its module small in the working directory, and gives the arguments and where the result is to be found.
+
+
+def event(patch, module):
+    small(patch, module, SIZES=(16, 32), RANKS=(2, 4), COUNTS=(1, 2), MIDDLE=(2, 32, 4), NARROW=16, LARGE=16)
+    small(patch, module, machine=partial(module.machine, 64, 8), load_model=lambda _, head: (tokenized.llama(), None))
+    return ["--rank", "2", "--rounds", "3"], "event.json"
+
+
+def loading(patch, module):
+    small(patch, module, fetch=lambda _: "bert")
+    small(patch, module, subprocess=SimpleNamespace(run=in_this_process))
+    return ["--rounds", "1"], "loading.json"
+
+
+def overhead(patch, module):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(vocab_size=20_000, **sizes)).save_pretrained("large-vocabulary")
+    tokenized.tokenizer().save_pretrained("large-vocabulary")
+    tiny = {"source": "large-vocabulary", "head": "sequence-classification", "batch": 2, "tokens": 4, "rank": 2}
+    patch.setitem(module.MODELS, "tiny", tiny)
+    small(patch, module, peak_memory=lambda *what: module._peak_memory(*what) or 1)  # else a process for each method
+    return ["--model", "tiny", "--repeats", "1"], "overhead/tiny-bf16.json"
+
+
+def padding(patch, module):
+    small(patch, module, RECIPES=("demo",))
+    return [], "padding.json"
+
+
+def sketch(patch, module):
+    small(patch, module, TOKENS=4, SIZES=((8, 8),))
+    return ["--rounds", "1"], "sketch.json"
+
+
+def throughput(patch, module):
+    small(patch, module, RECIPE="recipes/completion.yaml")
+    return ["--data", ".", "--rows", "8", "--rounds", "1"], "throughput.json"
+
+
+def demo_comparison(patch, module):
+    small(patch, module, RATES=(1e-2,), VALIDATION=10)
+    small(patch, module, subprocess=SimpleNamespace(run=in_this_process))
+    return [], "demo_comparison.json"
+
+
+def gradient_directions(patch, module):
+    small(patch, module, SETS=(1, 1, 1))
+    return ["recipes/demo.yaml", "--steps", "0,1"], "gradient_directions.json"
+
+
+def refresh_figure(patch, module):
+    final = {"stage": "final", "lr": 1e-2, "losses": [[1, 2.0], [2, 1.0]]}
+    trials = [final | {"contender": name} for name in module.SHOWN for _ in range(2)]
+    Path("trials.json").write_text(json.dumps({"trials": trials}))
+    return ["--trials", "trials.json", "--output", "benchmarks/results/refresh.png"], "refresh.png"
+
+
+def refresh_lab(patch, module):
+    small(patch, module, RATES=(1e-2,), SEEDS=2, NOISE={"noisy": (2, 26)})
+    return [], "refresh_lab.json"
+
+
+def truncation(patch, module):
+    return ["recipes/demo.yaml", "--set", "training.max_steps=1", "--rank", "2"], "truncation.json"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(workspace.lay(tmp_path).read_text())
+    recipe["training"]["max_steps"], recipe["method"] = 2, {"name": "lora", "rank": 2}
+    Path("recipes").mkdir()
+    Path("recipes/demo.yaml").write_text(yaml.safe_dump(recipe))
+    words = {"kind": "completion", "prompt": "{text}", "completion": " yes", "max_length": 16}
+    data = recipe["task"]["data"] | {"train": "data.jsonl"}
+    Path("recipes/completion.yaml").write_text(yaml.safe_dump(recipe | {"task": words | {"data": data}}))
+
+    module = importlib.import_module(f"benchmarks.{name}")
+    threads = torch.get_num_threads()
+    arguments, result = globals()[name.split(".")[-1]](monkeypatch, module)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    written = Path("benchmarks/results", result)
+    assert written.is_file()
+    if written.suffix == ".json":
+        text = written.read_text(encoding="utf-8")
+        json.loads(text, parse_constant=lambda value: pytest.fail(f"{value} in {written}"))
+        assert {'"command"', '"environment"'} <= set(text.replace(":", " ").split())
+
+
+def test_tables_of_committed_results():
+    folder = ROOT / "benchmarks" / "results" / "minilm-sarcasm-head"
+    assert tables.markdown(folder).count("\n| lora@4 |") == 1
+    assert "\n| lora@4 |" in tables.against(folder, "scalora-i@4")
