@@ -24,6 +24,7 @@ from torch import nn
 
 import scalora
 from scalora.algebra.reference import rescale_layer
+from scalora.engine.stores import AdapterStore
 from scalora.engine.stores.adapter import SLOTS
 from scalora.layers.peft_lora import AdapterLayer, find_layers
 from scalora.models.load import load_model
@@ -165,9 +166,9 @@ def on_smollm2(rank: int, rounds: int, rates: dict[str, float]) -> dict[str, Any
             "median": {name: median(values) for name, values in times.items()},
             "floor": floor(ground.handle.layers, store, rates),
         }
-        if store == "adapter":
+        if isinstance(kept := ground.handle.store, AdapterStore):
             content[store]["factorisations"] = factorisations(ground.handle.layers)
-            content[store]["recompression"] = best(ground.handle.store.recompress) / SLOTS
+            content[store]["recompression"] = best(kept.recompress) / SLOTS
     return content
 
 

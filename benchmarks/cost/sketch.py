@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from scalora.layers.gradient_sketch import GradientSketch, gather_sketch
 from scalora.layers.products import Adapter, add_adapters
 
 from .. import record
@@ -42,12 +43,16 @@ def measure(m: int, n: int, r: int, dtype: torch.dtype, rounds: int, device: str
 
     x, g, result = random_matrix(TOKENS, n).requires_grad_(), random_matrix(TOKENS, m), random_matrix(TOKENS, m)
     own = Adapter(thin(r, n).requires_grad_(), thin(m, r).requires_grad_())
-    left = Adapter(thin(2 * r, n), torch.zeros(m, 2 * r, device=device, requires_grad=True), zero="A")
-    right = Adapter(torch.zeros(2 * r, n, device=device, requires_grad=True), thin(m, 2 * r), zero="Bt")
+    left = GradientSketch("left", thin(n, 2 * r), torch.zeros(m, 2 * r, device=device, requires_grad=True))
+    right = GradientSketch("right", thin(m, 2 * r), torch.zeros(2 * r, n, device=device, requires_grad=True))
     G = torch.zeros(m, n, device=device)
 
-    def adapted(*probes: Adapter) -> Callable[[], object]:
-        return lambda: add_adapters(result, x, [own, *probes]).backward(g)
+    def adapted(sketch: GradientSketch | None = None) -> Callable[[], object]:
+        def step() -> None:
+            out = add_adapters(result, x, [own])
+            (out if sketch is None else gather_sketch(out, x, sketch)).backward(g)
+
+        return step
 
     def dense() -> None:
         G.add_(g.mT @ x.detach())
