@@ -133,7 +133,7 @@ def test_a_pair_that_save_pretrained_wrote_needs_no_run(tmp_path):
 
 
 REFUSED = {
-    "mora": ("merged", "method=mora", "checkpoint-4", "checkpoints of mora cannot be exported"),
+    "mora": ("merged", "method=mora", "checkpoint-4", "checkpoints of mora cannot be restored"),
     "pissa": ("merged", "method=pissa", "checkpoint-4", "init_lora_weights='pissa' has rewritten"),
     "hira": ("lora", "method=hira", None, "it is HIRA and not plain LoRA; use --to merged or --to delta"),
     "base": ("lora", "method.options={accumulate: base, interval: 1}", "checkpoint-4", "accumulate='base'"),

@@ -6,8 +6,9 @@ import torch
 
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
-from scalora.tasks import CompletionSpec, build_task
+from scalora.tasks import build_task
 from scalora.tasks.base import batches
+from scalora.tasks.completion import CompletionSpec
 from scalora.tasks.generation import extract
 
 ROWS = [

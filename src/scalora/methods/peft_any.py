@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
-from ..models.heads import Head
+from ..models.heads import HEADS, Head, peft_loading_lines
 from .base import Adapted, Method, MethodSpec, Spectrum
-from .lora import peft_loading, task_type, wrap
+from .lora import wrap
 
 PREFIX = "peft:"
 _OTHER = ("ADAPTION_PROMPT", "POLY", "SHADOW", "TRAINABLE_TOKENS")  # prompts, several tasks, a second model, embeddings
@@ -50,7 +50,7 @@ class PeftMethod(Method):
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         try:
             config = self.config_class(
-                task_type=task_type(head),
+                task_type=HEADS[head].task_type,
                 target_modules=self.spec.target_modules,  # pyright: ignore[reportCallIssue]
                 **self.fields,
             )
@@ -107,7 +107,7 @@ def merged_adapted(model: PeftModel, head: Head, callbacks: Sequence[TrainerCall
 
     def save(path: Path) -> list[str]:
         model.save_pretrained(str(path))
-        return peft_loading(model, head, path)
+        return peft_loading_lines(head, path, model.config.num_labels)
 
     return Adapted(model, save, lambda: merged_spectra(model), [*callbacks])
 

@@ -7,27 +7,23 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
-from .data.rows import DataSpec
+from .base import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
 from .generation import extract, generate
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
 
 
-class CompletionSpec(BaseModel):
+class CompletionSpec(BaseTaskSpec, frozen=True):
     """Write `completion` after `prompt`, both templates with {column} fields."""
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["completion"] = "completion"
-    data: DataSpec
     prompt: str
     completion: str
     max_length: int = Field(default=512, ge=2)
@@ -40,11 +36,12 @@ class CompletionSpec(BaseModel):
 class CompletionTask(Task):
     """Loss and score are on the completion's tokens and the end-of-text token after them."""
 
-    head: ClassVar = "causal-lm"
+    Spec = CompletionSpec
+    head = "causal-lm"
+    spec: CompletionSpec
 
     def __init__(self, spec: CompletionSpec) -> None:
-        self.spec = spec
-        self.data = spec.data
+        super().__init__(spec)
         self.prompt = Template("task.prompt", spec.prompt)
         self.completion = Template("task.completion", spec.completion)
         try:
@@ -215,3 +212,6 @@ def _last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, pad: int,
     known = inspect.signature(inner.forward).parameters
     known_options = {name: value for name, value in options.items() if name in known}
     return model(input_ids=ids, attention_mask=mask, **known_options).logits[:, -keep:]
+
+
+TASKS = (CompletionTask,)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Score, Split, Task, Template, TokenDataset
+from .base import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset
 from .completion import encode, examples, token_logprobs, truncate
-from .data.rows import DataSpec, Row
+from .data.rows import Row
 from .harness import ROWS, HarnessScore, Question, evaluate
 
 
-class MultipleChoiceSpec(BaseModel):
+class MultipleChoiceSpec(BaseTaskSpec, frozen=True):
     """Which of some texts belongs after `prompt`.
 
     A choice is scored as it stands, so it brings its own leading space (" yes"), unless the prompt ends in one.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["multiple_choice"] = "multiple_choice"
-    data: DataSpec
     prompt: str
     choices: list[str] | None = None
     """The same choices for every row; None takes them from the column `choices`."""
@@ -44,13 +41,14 @@ class MultipleChoiceSpec(BaseModel):
 class MultipleChoiceTask(Task):
     """Trained on the tokens of the right choice; scored by which choice is the likeliest."""
 
-    head: ClassVar = "causal-lm"
+    Spec = MultipleChoiceSpec
+    head = "causal-lm"
+    spec: MultipleChoiceSpec
 
     def __init__(self, spec: MultipleChoiceSpec) -> None:
         if spec.choices is not None and len(set(spec.choices)) < max(2, len(spec.choices)):
             raise ScaloraError(f"task.choices is {spec.choices}: give two or more different choices")
-        self.spec = spec
-        self.data = spec.data
+        super().__init__(spec)
         self.prompt = Template("task.prompt", spec.prompt)
         self.continuation = None if spec.continuation is None else Template("task.continuation", spec.continuation)
         if spec.harness and spec.normalize == "choice-tokens":
@@ -170,3 +168,6 @@ class MultipleChoiceTask(Task):
             f"task.answer: {row[self.spec.answer]!r} in column {self.spec.answer!r} is neither an index from 0 to "
             f"{len(choices) - 1} nor one of the choices {choices}"
         )
+
+
+TASKS = (MultipleChoiceTask,)
