@@ -12,7 +12,7 @@ from scalora.tasks import all_tasks
 FILE = """
 from typing import Literal
 
-from scalora.tasks.base import BaseTaskSpec, Score, Task, TokenDataset
+from scalora.tasks.task import BaseTaskSpec, Score, Task, TokenDataset
 
 
 class VerbatimSpec(BaseTaskSpec, frozen=True):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..common.disk_layout import ALPHA_STATE
 from ..common.errors import ScaloraError
 from ..models.heads import Head
-from .base import Adapted, Method
+from .method import Adapted, Method
 from .support.gradients import batch_loss
 from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 

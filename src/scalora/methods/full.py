@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import ScaloraError
 from ..models.heads import Head, find_heads, loading_lines
-from .base import Adapted, Method
+from .method import Adapted, Method
 from .support.start import Start
 from .support.targets import find_targets
 

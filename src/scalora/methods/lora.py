@@ -16,7 +16,7 @@ from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
 from ..layers.peft_lora import find_layers
 from ..models.heads import HEADS, Head, peft_loading_lines
-from .base import Adapted, Method, MethodSpec, Spectrum
+from .method import Adapted, Method, MethodSpec, Spectrum
 
 
 class Lora(Method):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.heads import Head
-from .base import Adapted, Method
+from .method import Adapted, Method
 from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
 

@@ -22,9 +22,9 @@ from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
-from .base import Adapted, Method
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
+from .method import Adapted, Method
 from .support.accumulated import AccumulatedCallback
 from .support.gradients import FullGradients
 

@@ -12,8 +12,8 @@ from ..engine.plain_lora import joined_factors
 from ..layers.hira_forward import fuse_hira
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import HEADS, Head
-from .base import Adapted, Method
 from .lora import lora_config, lora_model, lora_spectra, save_plain, wrap
+from .method import Adapted, Method
 from .peft_any import merged_adapted
 
 

@@ -18,8 +18,8 @@ from ..engine.plain_lora import joined_factors
 from ..engine.trainer import ScaLoraCallback
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head, loading_lines
-from .base import Adapted, Method, MethodSpec
 from .lora import lora_model, lora_spectra, save_plain
+from .method import Adapted, Method, MethodSpec
 from .support.start import Start
 
 

@@ -19,7 +19,7 @@ from ..models.load import load_model
 from .recipe import Recipe
 from ..common.disk_layout import CHECKPOINTS
 from ..tasks import Task, build_task
-from ..tasks.base import Collator, TokenDataset
+from ..tasks.task import Collator, TokenDataset
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import BaseTaskSpec, Prediction, Score, Split, Task
+from .task import BaseTaskSpec, Prediction, Score, Split, Task
 
 __all__ = ["Prediction", "Score", "Split", "Task", "TaskSpec", "all_tasks", "build_task", "task_class"]
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
 

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
 from .generation import extract, generate
+from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
@@ -95,7 +95,7 @@ class CompletionTask(Task):
             raise ScaloraError("task.kind is 'completion', but the tokenizer has no eos token to end a completion with")
         texts = [(self.prompt(row), self.completion(row)) for row in self.rows(split)]
         ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in encode(tokenizer, texts)]
-        return truncate(ended, self.spec.max_length)
+        return truncate_prompts(ended, self.spec.max_length)
 
 
 def encode(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Pair]:
@@ -131,7 +131,7 @@ def _start(tokenizer: Any) -> int:
     return start
 
 
-def truncate(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
+def truncate_prompts(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
     """Prompts cut on the left, so that pairs are at most `max_length` tokens long; and how many were cut.
 
     Raises:

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset
-from .completion import encode, examples, token_logprobs, truncate
+from .completion import encode, examples, token_logprobs, truncate_prompts
 from .data.rows import Row
-from .harness import ROWS, HarnessScore, Question, evaluate
+from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
+from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset
 
 
 class MultipleChoiceSpec(BaseTaskSpec, frozen=True):
@@ -71,7 +71,7 @@ class MultipleChoiceTask(Task):
         for row in self.rows(split):
             choices = self._choices(row)
             texts.append(self._texts(row, choices)[self._answer(row, choices)])
-        return examples(*truncate(encode(tokenizer, texts), self.spec.max_length))
+        return examples(*truncate_prompts(encode(tokenizer, texts), self.spec.max_length))
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.
@@ -85,14 +85,14 @@ class MultipleChoiceTask(Task):
         answers = [self._answer(row, texts) for row, texts in zip(rows, choices, strict=True)]
         texts = [self._texts(row, own) for row, own in zip(rows, choices, strict=True)]
         if self.spec.harness:
-            name = self.spec.harness if split == "test" else ROWS
+            name = self.spec.harness if split == "test" else GIVEN_ROWS
             questions = [Question(each, answer) for each, answer in zip(texts, answers, strict=True)]
             score = evaluate(
                 model, tokenizer, name, questions, batch_size=batch_size, max_length=self.spec.max_length,
                 autocast=autocast,
             )  # fmt: skip
-            return self._of_harness(score, rows, choices, answers if name == ROWS else [])
-        pairs, truncated = truncate(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
+            return self._of_harness(score, rows, choices, answers if name == GIVEN_ROWS else [])
+        pairs, truncated = truncate_prompts(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []

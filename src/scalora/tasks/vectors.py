@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..common.errors import ScaloraError
-from .base import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, evaluating
 
 
 class VectorsSpec(BaseTaskSpec, frozen=True):

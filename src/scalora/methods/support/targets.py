@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...common.errors import ScaloraError
 from ...models.heads import HEADS, Head, find_heads
-from ..base import MethodSpec
+from ..method import MethodSpec
 
 
 def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[tuple[str, nn.Linear | Conv1D]]:

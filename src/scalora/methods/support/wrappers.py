@@ -18,7 +18,7 @@ from ...common.disk_layout import SETTINGS, TENSORS
 from ...common.errors import ScaloraError
 from ...common.files import replace_folder
 from ...models.heads import HEADS, Head, find_heads
-from ..base import MethodSpec, Spectrum
+from ..method import MethodSpec, Spectrum
 from .targets import find_targets
 
 

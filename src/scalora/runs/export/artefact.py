@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,13 +13,23 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...common.disk_layout import (
+    ACCUMULATED,
+    ADAPTER,
+    BASE_FILE,
+    CHECKPOINTS,
+    DELTA,
+    EXPORT,
+    METRICS,
+    PREFIX,
+    RECIPE,
+    STATE_FILE,
+    WEIGHTS,
+)
 from ...common.errors import ScaloraError
-from ...common.disk_layout import ACCUMULATED, BASE_FILE, STATE_FILE, WEIGHTS
 from ...common.files import damage, is_sealed
-from ...common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
-from ..folder import last_checkpoint
-from ...common.disk_layout import DELTA, EXPORT, PREFIX
 from ...layers.lora_config import VARIANTS, scale
+from ..folder import last_checkpoint
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
 _SETTINGS: dict[str, ArtefactKind] = {

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .artefact import Artefact, read_tensors
-from ...common.errors import ScaloraError
 from ...common.disk_layout import REPLACED, TENSORS, WEIGHTS
+from ...common.errors import ScaloraError
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
 from ...models.load import backbone_fingerprint, load_model
-from ..recipe import parse_recipe
 from ...tasks import build_task, task_class
+from ..recipe import parse_recipe
+from .artefact import Artefact, read_tensors
 
 
 class Base:

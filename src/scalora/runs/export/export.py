@@ -15,17 +15,17 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...layers.peft_lora import find_layers
 from ...common.disk_layout import DELTA, EXPORT, PREFIX, REPLACED
-from .artefact import Artefact, find_artefact, read_factors
-from .base_model import Base
+from ...common.environment import environment
 from ...common.errors import ScaloraError
 from ...common.files import replace_folder, write_json
 from ...engine.plain_lora import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
-from .verify import HeldOutLoss, probe
-from ...common.environment import environment
+from ...layers.peft_lora import find_layers
 from ...models.heads import auto_class
+from .artefact import Artefact, find_artefact, read_factors
+from .base_model import Base
 from .restored import Restored, load_delta, restore
+from .verify import HeldOutLoss, probe
 
 Form = Literal["lora", "merged", "delta"]
 # Largest difference of logits, computed in float32 and relative to the largest, at which an exact export counts as the

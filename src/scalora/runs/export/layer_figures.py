@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artefact import LayerFactors
 from ...algebra.lowrank import effective_rank, numerical_rank, singular_values
+from .artefact import LayerFactors
 
 
 @dataclass(frozen=True)

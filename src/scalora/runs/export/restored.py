@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.peft_lora import ACCUMULATED, AdapterLayer, find_layers, is_dense
 from ...common.disk_layout import BASE_FILE, DELTA, PREFIX, REPLACED, TENSORS, WEIGHTS
-from .artefact import Artefact, read_factors, read_tensors
-from .base_model import Base, head_of
 from ...common.errors import ScaloraError
 from ...engine.checkpoint import load_accumulated
+from ...engine.plain_lora import joined_factors
+from ...layers.peft_lora import ACCUMULATED, AdapterLayer, changes_base, find_layers, is_dense
 from ...methods import all_methods
 from ...methods.peft_any import merged_update
 from ...methods.support.wrappers import Wrapper, load_wrapped, merge
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
 from ...models.heads import auto_class, find_heads
-from ...layers.peft_lora import changes_base
-from ...engine.plain_lora import joined_factors
+from .artefact import Artefact, read_factors, read_tensors
+from .base_model import Base, head_of
 
 
 class Restored(ABC):
@@ -180,7 +179,9 @@ class _Wrapped(Restored):
     def __init__(self, artefact: Artefact, base: Base) -> None:
         method = all_methods().get(artefact.config["method"])
         if method is None or method.Wrapper is None:
-            raise ScaloraError(f"{artefact.folder}: this scalora has no method {artefact.config['method']!r}: update it")
+            raise ScaloraError(
+                f"{artefact.folder}: this scalora has no method {artefact.config['method']!r}: update it"
+            )
         self.saved = read_tensors(artefact.folder / TENSORS)
         self.model = base.load()
         self.parameters = {name for name, _ in self.model.named_parameters()}
