@@ -22,8 +22,8 @@ ROOMS["cli"] = ROOMS["__main__"] = {*ROOMS["scalora_papers"], "scalora_papers", 
 REGISTRIES = {"METHODS", "TASKS", "EXPERIMENTS"}  # what a file lists under these names is found by it
 # Names that still stand for two things; take out what has been renamed.
 TWICE = {
-    "CONTENDERS", "Method", "Problem", "RANK", "ROWS", "Row", "Store", "Task", "compare", "export", "measure",
-    "optimal_adapters", "optimal_scaling", "paper_problem", "run", "show", "train",
+    "CONTENDERS", "Problem", "RANK", "ROWS", "Row", "Store", "Task", "compare", "export", "measure", "paper_problem",
+    "show", "train",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..common.errors import ScaloraError
 from .completion import encode, examples, token_logprobs, truncate_prompts
 from .data.rows import Row
 from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
-from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset
 
 
 class MultipleChoiceSpec(BaseTaskSpec, frozen=True):

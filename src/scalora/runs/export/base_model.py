@@ -90,8 +90,8 @@ def head_of(artefact: Artefact) -> Head:
     if head is None:
         known = " and ".join(facts.task_type for facts in HEADS.values())
         raise ScaloraError(
-            f"{artefact.folder} has task_type {artefact.config['task_type']}: only {known} are known here; load it with "
-            "PEFT and call scalora.save_plain_lora"
+            f"{artefact.folder} has task_type {artefact.config['task_type']}: only {known} are known here; load it "
+            "with PEFT and call scalora.save_plain_lora"
         )
     return head
 

@@ -180,7 +180,8 @@ class _Wrapped(Restored):
         method = all_methods().get(artefact.config["method"])
         if method is None or method.Wrapper is None:
             raise ScaloraError(
-                f"{artefact.folder}: this scalora has no method {artefact.config['method']!r}: update it"
+                f"{artefact.folder}: this scalora has no method {artefact.config['method']!r} with layers of its own: "
+                "load it with the version that wrote it"
             )
         self.saved = read_tensors(artefact.folder / TENSORS)
         self.model = base.load()
