@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src"
@@ -17,6 +18,13 @@ ROOMS["runs"] = {*ROOMS["methods"], "methods", "tasks"}
 ROOMS["arena"] = {*ROOMS["runs"], "runs"}
 ROOMS["scalora_papers"] = {*ROOMS["arena"], "arena"}
 ROOMS["cli"] = ROOMS["__main__"] = {*ROOMS["scalora_papers"], "scalora_papers", "cli"}
+
+REGISTRIES = {"METHODS", "TASKS", "EXPERIMENTS"}  # what a file lists under these names is found by it
+# Names that still stand for two things; take out what has been renamed.
+TWICE = {
+    "CONTENDERS", "Problem", "RANK", "ROWS", "Row", "Store", "Task", "compare", "export", "measure", "paper_problem",
+    "show", "train",
+}  # fmt: skip
 
 
 def _room(parts):
@@ -43,6 +51,19 @@ def test_rooms_use_only_those_before_them():
     for path, room in seen.items():
         assert set(_imported(path)) <= ROOMS[room] | {room}, path
     assert set(seen.values()) == set(ROOMS)
+
+
+def _names(path):
+    """The public classes, functions and constants that a file defines."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        names = [getattr(target, "name", None) or getattr(target, "id", "_") for target in targets]
+        yield from {name for name in names if not name.startswith("_")} - REGISTRIES
+
+
+def test_no_two_public_names_are_alike():
+    count = Counter(name for path in FILES for name in _names(path))
+    assert {name for name, files in count.items() if files > 1} == TWICE
 
 
 def test_a_bare_import_is_light():

@@ -82,8 +82,7 @@ class Runner:
                 module.__class__ = PEFTS.get(type(module), type(module))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.arguments = TrainingArguments(output_dir="unused", learning_rate=1e-4, use_cpu=device == "cpu")
-        make = self.adapted.optimizer
-        self.optimizer = make(self.arguments) if make else torch.optim.AdamW(self.trained, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         self.state, self.control = TrainerState(max_steps=10_000), TrainerControl()
         self._tell("on_train_begin")

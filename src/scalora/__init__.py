@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine.event import ScaLora
     from .engine.plain_lora import save_plain_lora
     from .engine.trainer import ScaLoraCallback
+    from .runs.export.load import load
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "ScaLoraConfig": "engine.config",
     "ScaLoraCallback": "engine.trainer",
     "save_plain_lora": "engine.plain_lora",
+    "load": "runs.export.load",
     "ScaloraError": "common.errors",
 }
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "ScaloraError",
     "attach",
     "create_scalora_optimizer",
+    "load",
     "prepare",
     "save_plain_lora",
 ]

@@ -8,19 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DebertaV2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-)
+from transformers import DebertaV2Config, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
 from scalora.common.errors import ScaloraError
 from scalora.methods import MethodSpec
 from scalora.methods.support.targets import find_targets
-from scalora.models.heads import Head
+from scalora.models.heads import Head, auto_class
 from scalora.runs.recipe import Recipe
 
 # The published configurations, as far as shapes go, by hub id.
@@ -103,9 +96,8 @@ def _architecture(name: str, head: Head, target_modules: str | tuple[str, ...]) 
     if name not in CONFIGS:
         raise ScaloraError(f"model is {name!r}: only {', '.join(CONFIGS)} can be planned without weights")
     config: Any = CONFIGS[name]()
-    auto = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
-        model: Any = auto.from_config(config)
+        model: Any = auto_class(head).from_config(config)
     spec = MethodSpec(
         name="lora", target_modules=target_modules if isinstance(target_modules, str) else list(target_modules)
     )

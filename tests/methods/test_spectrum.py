@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora.algebra.lowrank import numerical_rank
-from scalora.methods.base import Spectrum
+from scalora.methods.method import Spectrum
 
 
 @given(st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 24), st.integers(0, 8), st.floats(1e-6, 1e3))

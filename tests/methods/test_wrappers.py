@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from helpers import models, training
-from scalora import ScaloraError
-from scalora.methods.mora import load
+from scalora import ScaloraError, load
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def saved(tmp_path):
 
 def test_an_incomplete_folder(saved):
     (saved / "adapter.json").unlink()
-    with pytest.raises(ScaloraError, match=r"lacks .*adapter\.json"):
+    with pytest.raises(ScaloraError, match=r"holds no .*adapter\.json"):
         load(saved)
 
 
@@ -27,7 +26,7 @@ def test_another_base_model(saved, tmp_path):
     about = json.loads((saved / "adapter.json").read_text())
     about["modules"].append("model.layers.7.self_attn.q_proj")
     (saved / "adapter.json").write_text(json.dumps(about))
-    with pytest.raises(ScaloraError, match="does not fit its base model"):
+    with pytest.raises(ScaloraError, match="does not fit the base model"):
         load(saved)
 
 

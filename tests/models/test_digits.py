@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import scalora
+from helpers import training
 from scalora import ScaloraError
 from scalora.methods import all_methods
 from scalora.models import digits as dense
@@ -72,6 +74,10 @@ def test_every_method_trains_and_saves_it(cache, tmp_path, name):
     assert result.after.metrics["nll"] < result.before.metrics["nll"]
     assert result.after.primary == "nll"
     assert result.loading[0] == "import scalora.models.digits"
+    x = torch.tensor([row["pixels"] for row in dense.digit_rows("digits")[:9]])
+    printed, loaded = training.run_lines(result.loading), scalora.load(result.folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs_embeds=x).logits, printed(inputs_embeds=x).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 
 from helpers import models
 from scalora import ScaLoraConfig, ScaloraError, attach
+from scalora.engine.plain_lora import joined_factors
 from scalora.runs.export.artefact import find_artefact, read_factors
 from scalora.runs.export.layer_figures import by_kind, layer_figures
-from scalora.engine.plain_lora import joined_factors
 
 
 @pytest.fixture

@@ -10,18 +10,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import exports
-from helpers import tokenized
-from helpers import models
+from helpers import exports, models, tokenized
 from scalora import ScaLoraConfig, ScaloraError, attach
-from scalora.common.disk_layout import DELTA, EXPORT
+from scalora.common.disk_layout import DELTA, EXPORT, SEAL
+from scalora.common.quiet import quiet
 from scalora.runs.export.artefact import find_artefact, read_factors
 from scalora.runs.export.base_model import Base
 from scalora.runs.export.export import export
-from scalora.common.disk_layout import SEAL
-from scalora.runs.export.verify import probe
-from scalora.common.quiet import quiet
 from scalora.runs.export.restored import restore
+from scalora.runs.export.verify import probe
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +130,7 @@ def test_a_pair_that_save_pretrained_wrote_needs_no_run(tmp_path):
 
 
 REFUSED = {
-    "mora": ("merged", "method=mora", "checkpoint-4", "checkpoints of mora cannot be exported"),
+    "mora": ("merged", "method=mora", "checkpoint-4", "checkpoints of mora cannot be restored"),
     "pissa": ("merged", "method=pissa", "checkpoint-4", "init_lora_weights='pissa' has rewritten"),
     "hira": ("lora", "method=hira", None, "it is HIRA and not plain LoRA; use --to merged or --to delta"),
     "base": ("lora", "method.options={accumulate: base, interval: 1}", "checkpoint-4", "accumulate='base'"),

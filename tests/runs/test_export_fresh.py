@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers import exports
-from helpers import workspace
+from helpers import exports, workspace
 from scalora.common.disk_layout import DELTA
+from scalora.common.quiet import quiet
 from scalora.runs.export.artefact import find_artefact
 from scalora.runs.export.export import export
-from scalora.common.quiet import quiet
 
 # name: overrides of the recipe, the exports of its result, and of its newest checkpoint.
 RUNS = {

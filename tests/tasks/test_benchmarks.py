@@ -10,7 +10,7 @@ from helpers import tokenized
 from scalora.common.errors import ScaloraError
 from scalora.runs.recipe import parse_recipe
 from scalora.tasks import build_task
-from scalora.tasks.benchmarks import COMMONSENSE, GLUE, PROMPTS, commonsense_task, glue_task
+from scalora.tasks.benchmarks import COMMONSENSE, GLUE_TASKS, PROMPTS, commonsense_task, glue_task
 
 
 def built(task):
@@ -60,7 +60,7 @@ RELEASE = {
 
 def write_release(folder, name, other=None):
     header, row, one, usual, _ = RELEASE[name]
-    for split in ("train", GLUE[name].dev[0]):
+    for split in ("train", GLUE_TASKS[name].dev[0]):
         path = folder / "glue" / name / f"{split}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [header, row.format(one), row.format(other or usual)]
@@ -69,7 +69,7 @@ def write_release(folder, name, other=None):
 
 
 def test_every_glue_task_is_tried():
-    assert list(RELEASE) == list(GLUE)
+    assert list(RELEASE) == list(GLUE_TASKS)
 
 
 @pytest.mark.parametrize("name", RELEASE)
@@ -121,7 +121,7 @@ def hub(monkeypatch):
 HUB_COLUMNS = {"QQP": ("question1", "question2"), "MNLI": ("premise", "hypothesis"), "QNLI": ("question", "sentence")}
 
 
-@pytest.mark.parametrize("name", GLUE)
+@pytest.mark.parametrize("name", GLUE_TASKS)
 def test_glue_from_the_hub(hub, name):
     config = name.lower().replace("-", "")
     columns = HUB_COLUMNS.get(name, ("sentence",) if name in ("CoLA", "SST-2") else ("sentence1", "sentence2"))

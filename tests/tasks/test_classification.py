@@ -5,7 +5,8 @@ import torch
 
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
-from scalora.tasks import ClassificationSpec, build_task
+from scalora.tasks import build_task
+from scalora.tasks.classification import ClassificationSpec
 
 ROWS = [
     {"s": "the cat sat on the mat", "t": "dog", "label": "no"},

@@ -6,9 +6,10 @@ import torch
 
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
-from scalora.tasks import CompletionSpec, build_task
-from scalora.tasks.base import batches
+from scalora.tasks import build_task
+from scalora.tasks.completion import CompletionSpec
 from scalora.tasks.generation import extract
+from scalora.tasks.task import batches
 
 ROWS = [
     {"q": "the cat", "a": "sat on the mat"},
@@ -90,7 +91,7 @@ def test_batches_cover_all_once_and_bound_the_logits():
 
 def test_a_lean_batch_gives_the_same_loss_and_gradients():
     from helpers import models
-    from scalora.tasks.base import Collator
+    from scalora.tasks.task import Collator
 
     rows = [
         {"input_ids": list(range(2, 2 + n)), "labels": [-100] * (n - k) + list(range(3, 3 + k))}

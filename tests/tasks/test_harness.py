@@ -5,7 +5,8 @@ import torch
 
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
-from scalora.tasks import MultipleChoiceSpec, build_task
+from scalora.tasks import build_task
+from scalora.tasks.multiple_choice import MultipleChoiceSpec
 
 pytest.importorskip("lm_eval")
 

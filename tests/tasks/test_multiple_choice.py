@@ -6,7 +6,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
-from scalora.tasks import MultipleChoiceSpec, TaskSpec, build_task
+from scalora.tasks import TaskSpec, build_task
+from scalora.tasks.multiple_choice import MultipleChoiceSpec
 
 ROWS = [
     {"question": "the cat sat on the mat", "choices": ["cat", "dog"], "answer": 0},

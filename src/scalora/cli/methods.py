@@ -14,11 +14,13 @@ def methods() -> None:
     with guarded():
         quiet()
         from ..methods import all_methods
-        from ..methods.peft_any import PREFIX, peft_types
+        from ..methods.peft_any import PEFT_PREFIX, peft_types
 
         table = Table("method", "what it is", "options (defaults)")
         for name, method in all_methods().items():
             options = ", ".join(f"{key}={field.default!r}" for key, field in method.Options.model_fields.items())
             table.add_row(name, method.summary, options)
-        table.add_row(f"{PREFIX}<TYPE>", f"PEFT's others: {', '.join(peft_types())}", "the fields of PEFT's config")
+        table.add_row(
+            f"{PEFT_PREFIX}<TYPE>", f"PEFT's others: {', '.join(peft_types())}", "the fields of PEFT's config"
+        )
         Console().print(table)

@@ -11,8 +11,8 @@ from functools import cache
 from importlib import import_module
 
 from ..common.errors import ScaloraError
-from .base import Adapted, Method, MethodSpec, Spectrum
-from .peft_any import PREFIX, peft_method
+from .method import Adapted, Method, MethodSpec, Spectrum
+from .peft_any import PEFT_PREFIX, peft_method
 
 __all__ = ["Adapted", "Method", "MethodSpec", "Spectrum", "all_methods", "build_method"]
 
@@ -30,11 +30,11 @@ def build_method(spec: MethodSpec) -> Method:
     Raises:
         ScaloraError: there is none of that name, or an option is wrong.
     """
-    if spec.name.lower().startswith(PREFIX):
+    if spec.name.lower().startswith(PEFT_PREFIX):
         return peft_method(spec.name)(spec)
     known = all_methods()
     if spec.name not in known:
         near = get_close_matches(spec.name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)} or {PREFIX}<TYPE>"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)} or {PEFT_PREFIX}<TYPE>"
         raise ScaloraError(f"method.name is {spec.name!r}: {hint}")
     return known[spec.name](spec)

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..common.disk_layout import ALPHA_STATE
 from ..common.errors import ScaloraError
 from ..models.heads import Head
-from .base import Adapted, Method
+from .method import Adapted, Method
 from .support.gradients import batch_loss
-from .support.wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
+from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
 
 class AlphaLoraOptions(BaseModel):
@@ -29,27 +29,6 @@ class AlphaLoraOptions(BaseModel):
     every: int = Field(default=10, ge=1, description="T: training steps from one update of α to the next.")
     batch: int = Field(default=64, ge=1, description="Held-out rows per update of α.")
     share: float = Field(default=0.1, gt=0, lt=1, description="Held-out share of the training set; one batch at least.")
-
-
-class AlphaLora(Method):
-    """y = α∘(W₀x + b) + s·BAx, one α per output row, initially 1."""
-
-    name = "alpha-lora"
-    summary = "α-LoRA (2510.21345): LoRA plus a factor per frozen row, learned on held-out rows"
-    Options = AlphaLoraOptions
-
-    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
-        assert isinstance(self.options, AlphaLoraOptions)
-        rank, scale, dropout = self.spec.rank, self.spec.scaled_alpha / self.spec.rank, self.spec.dropout
-        wrappers = wrap_linear(model, self.spec, head, lambda base: AlphaLoraLinear(base, rank, scale, dropout))
-        callback = AlphaCallback([w.alpha for w in wrappers.values() if isinstance(w, AlphaLoraLinear)], self.options)
-        return Adapted(
-            model,
-            lambda path: save_wrapped(model, wrappers, head, path, self.name, rank=rank, scale=scale),
-            lambda: wrapped_spectra(wrappers),
-            [callback],
-            split_train=callback.split_train,
-        )
 
 
 class AlphaLoraLinear(Wrapper):
@@ -81,6 +60,28 @@ class AlphaLoraLinear(Wrapper):
     def merged(self) -> tuple[Tensor, Tensor | None]:
         weight = self.alpha[:, None] * self.base.weight.float() + self.scale * self.lora_B @ self.lora_A
         return weight, None if self.base.bias is None else self.alpha * self.base.bias.float()
+
+
+class AlphaLora(Method):
+    """y = α∘(W₀x + b) + s·BAx, one α per output row, initially 1."""
+
+    name = "alpha-lora"
+    summary = "α-LoRA (2510.21345): LoRA plus a factor per frozen row, learned on held-out rows"
+    Options = AlphaLoraOptions
+    Wrapper = AlphaLoraLinear
+
+    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
+        assert isinstance(self.options, AlphaLoraOptions)
+        rank, scale, dropout = self.spec.rank, self.spec.scaled_alpha / self.spec.rank, self.spec.dropout
+        wrappers = wrap_linear(model, self.spec, head, lambda base: AlphaLoraLinear(base, rank, scale, dropout))
+        callback = AlphaCallback([w.alpha for w in wrappers.values() if isinstance(w, AlphaLoraLinear)], self.options)
+        return Adapted(
+            model,
+            lambda path: save_wrapped(model, wrappers, head, path, self.name, rank=rank, scale=scale),
+            lambda: wrapped_spectra(wrappers),
+            [callback],
+            split_train=callback.split_train,
+        )
 
 
 class AlphaCallback(TrainerCallback):
@@ -143,15 +144,6 @@ class AlphaCallback(TrainerCallback):
         turn, place = divmod(update, batches)
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(seed + turn)).tolist()
         return order[place * self.options.batch :][: self.options.batch]
-
-
-def load(path: str | Path, base: str | None = None) -> PreTrainedModel:
-    """A saved α-LoRA with its base model, from where that lay in training or from ``base``.
-
-    Raises:
-        ScaloraError: the folder is incomplete, or the base model is another one.
-    """
-    return load_wrapped(path, AlphaLoraLinear, base)
 
 
 METHODS = (AlphaLora,)

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import ScaloraError
-from ..models.heads import Head
-from .base import Adapted, Method
+from ..models.heads import Head, find_heads, loading_lines
+from .method import Adapted, Method
 from .support.start import Start
-from .support.targets import find_heads, find_targets
+from .support.targets import find_targets
 
 
 class Full(Method):
@@ -51,8 +51,7 @@ class Full(Method):
 def save_model(model: PreTrainedModel, head: Head, path: Path) -> list[str]:
     """Save a whole model; the lines that load it with plain transformers."""
     model.save_pretrained(str(path))
-    auto = "AutoModelForCausalLM" if head == "causal-lm" else "AutoModelForSequenceClassification"
-    return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
+    return loading_lines(head, path)
 
 
 METHODS = (Full,)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,8 +15,8 @@ from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
 from ..layers.peft_lora import find_layers
-from ..models.heads import Head
-from .base import Adapted, Method, MethodSpec, Spectrum
+from ..models.heads import HEADS, Head, peft_loading_lines
+from .method import Adapted, Method, MethodSpec, Spectrum
 
 
 class Lora(Method):
@@ -31,20 +31,18 @@ class Lora(Method):
 
 
 def lora_config(spec: MethodSpec, head: Head, **options: Any) -> LoraConfig:
-    """A recipe's ``method`` section as PEFT's LoraConfig; ``options`` are further fields of it."""
+    """A recipe's ``method`` section as PEFT's LoraConfig; ``options`` are further fields of it.
+
+    By the task type PEFT trains and saves a classification head too.
+    """
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.scaled_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=spec.dropout,
         target_modules=spec.target_modules,
-        task_type=task_type(head),
+        task_type=HEADS[head].task_type,
         **options,
     )
-
-
-def task_type(head: Head) -> TaskType:
-    """PEFT's name for the head; with SEQ_CLS it trains and saves the classifier too."""
-    return TaskType.CAUSAL_LM if head == "causal-lm" else TaskType.SEQ_CLS
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec) -> PeftModel:
@@ -88,14 +86,7 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
 def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = joined_factors) -> list[str]:
     """Save one plain LoRA adapter of these factors; the lines that load it with plain PEFT."""
     save_plain_lora(model, path, factors)
-    return peft_loading(model, head, path)
-
-
-def peft_loading(model: PeftModel, head: Head, path: Path) -> list[str]:
-    """Lines of Python that load a saved PEFT adapter together with its base model."""
-    auto = "AutoPeftModelForCausalLM" if head == "causal-lm" else "AutoPeftModelForSequenceClassification"
-    labels = "" if head == "causal-lm" else f", num_labels={model.config.num_labels}"
-    return [f"from peft import {auto}", f"model = {auto}.from_pretrained({str(path)!r}{labels})", "model.eval()"]
+    return peft_loading_lines(head, path, model.config.num_labels)
 
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:

@@ -12,8 +12,8 @@ from ..common.errors import ScaloraError
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
-from .base import Adapted, Method
 from .lora import lora_model, lora_spectra, save_plain
+from .method import Adapted, Method
 from .support.accumulated import AccumulatedCallback
 from .support.gradients import mean_gradients
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.heads import Head
-from .base import Adapted, Method
-from .support.wrappers import Wrapper, load_wrapped, save_wrapped, wrap_linear, wrapped_spectra
-
-Kind = Literal[1, 6]
+from .method import Adapted, Method
+from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
 
 class MoraOptions(BaseModel):
@@ -23,29 +20,11 @@ class MoraOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    type: Kind = Field(
+    type: Literal[1, 6] = Field(
         default=6,
         description="6: blocks of the input rotated by RoPE, each through M (the paper's choice for small ranks); "
         "1: blocks summed, M once, its output repeated.",
     )
-
-
-class Mora(Method):
-    """W + decompress(M·compress(·)), M square, zero at the start, as many entries as LoRA of the recipe's rank has."""
-
-    name = "mora"
-    summary = "MoRA (2405.12130): one square matrix in LoRA's number of parameters"
-    Options = MoraOptions
-
-    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
-        assert isinstance(self.options, MoraOptions)
-        rank, kind, dropout = self.spec.rank, self.options.type, self.spec.dropout
-        wrappers = wrap_linear(model, self.spec, head, lambda base: MoraLinear(base, rank, kind, dropout))
-        return Adapted(
-            model,
-            lambda path: save_wrapped(model, wrappers, head, path, self.name, rank=rank, type=kind),
-            lambda: wrapped_spectra(wrappers),
-        )
 
 
 class MoraLinear(Wrapper):
@@ -54,7 +33,7 @@ class MoraLinear(Wrapper):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, base: nn.Linear, rank: int, type: Kind, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Linear, rank: int, type: Literal[1, 6], dropout: float = 0.0) -> None:
         super().__init__(base)
         size = int(math.sqrt((base.in_features + base.out_features) * rank) + 0.5)
         self.size = max(2, size // 2 * 2) if type == 6 else size
@@ -88,6 +67,25 @@ class MoraLinear(Wrapper):
         return self.base.weight.float() + update, self.base.bias
 
 
+class Mora(Method):
+    """W + decompress(M·compress(·)), M square, zero at the start, as many entries as LoRA of the recipe's rank has."""
+
+    name = "mora"
+    summary = "MoRA (2405.12130): one square matrix in LoRA's number of parameters"
+    Options = MoraOptions
+    Wrapper = MoraLinear
+
+    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
+        assert isinstance(self.options, MoraOptions)
+        rank, kind, dropout = self.spec.rank, self.options.type, self.spec.dropout
+        wrappers = wrap_linear(model, self.spec, head, lambda base: MoraLinear(base, rank, kind, dropout))
+        return Adapted(
+            model,
+            lambda path: save_wrapped(model, wrappers, head, path, self.name, rank=rank, type=kind),
+            lambda: wrapped_spectra(wrappers),
+        )
+
+
 def repeat_to(x: Tensor, size: int) -> Tensor:
     """The last dimension repeated from its beginning, or cut off, to ``size``."""
     times = -(-size // x.shape[-1])
@@ -98,15 +96,6 @@ def rope_angles(positions: int, size: int) -> Tensor:
     """Rotary angles (positions, size) with base 10000, the two halves alike (rotate-half)."""
     frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
     return torch.outer(torch.arange(positions).float(), frequencies).repeat(1, 2)
-
-
-def load(path: str | Path, base: str | None = None) -> PreTrainedModel:
-    """A saved MoRA with its base model, from where that lay in training or from ``base``.
-
-    Raises:
-        ScaloraError: the folder is incomplete, or the base model is another one.
-    """
-    return load_wrapped(path, MoraLinear, base)
 
 
 METHODS = (Mora,)

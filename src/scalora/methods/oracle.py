@@ -15,16 +15,16 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ..algebra.directions import Halves, dense_svd, optimal_adapters
+from ..algebra.directions import dense_svd, optimal_adapters
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
 from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
-from .base import Adapted, Method
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
+from .method import Adapted, Method
 from .support.accumulated import AccumulatedCallback
 from .support.gradients import FullGradients
 
@@ -35,9 +35,6 @@ class OracleOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     interval: int = Field(default=10, ge=1, description="Optimizer steps from one event to the next.")
-    halves: Halves = Field(
-        default="odd-even", description="Which of the 2r top directions A gets: the 1st, 3rd, … or the first r."
-    )
     capacity: int | None = Field(
         default=None, ge=1, description="Rank of the accumulated adapter; None: whatever holds every update exactly."
     )
@@ -105,7 +102,7 @@ class OracleCallback(AccumulatedCallback):
         for layer, c in zip(self.layers, self.constants, strict=True):
             G = gradients.get(layer.name)
             usable = G is not None and bool(torch.isfinite(G).all()) and bool(G.any())
-            pairs.append(optimal_adapters(dense_svd(G), layer.rank, c, self.options.halves) if usable else None)  # pyright: ignore
+            pairs.append(optimal_adapters(dense_svd(G), layer.rank, c) if usable else None)  # pyright: ignore
         # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
         self.store.receive([whole_update(layer) for layer in self.layers], spare=2)
         for layer, pair in zip(self.layers, pairs, strict=True):

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
-from ..models.heads import Head
-from .base import Adapted, Method, MethodSpec, Spectrum
-from .lora import peft_loading, task_type, wrap
+from ..models.heads import HEADS, Head, peft_loading_lines
+from .lora import wrap
+from .method import Adapted, Method, MethodSpec, Spectrum
 
-PREFIX = "peft:"
+PEFT_PREFIX = "peft:"
 _OTHER = ("ADAPTION_PROMPT", "POLY", "SHADOW", "TRAINABLE_TOKENS")  # prompts, several tasks, a second model, embeddings
 _OURS = {f.name for f in dataclasses.fields(PeftConfig)} | {"target_modules"}  # decided by the recipe, not by options
 
@@ -40,7 +40,7 @@ class PeftMethod(Method):
     def __init__(self, spec: MethodSpec) -> None:
         super().__init__(spec)
         fields = {f.name for f in dataclasses.fields(self.config_class)}
-        kind = self.name.removeprefix(PREFIX).lower()
+        kind = self.name.removeprefix(PEFT_PREFIX).lower()
         recipe: dict[str, Any] = {"r": spec.rank}
         recipe |= dict.fromkeys(("alpha", "lora_alpha", f"{kind}_alpha"), spec.alpha) if spec.alpha else {}
         recipe |= dict.fromkeys(("module_dropout", f"{kind}_dropout"), spec.dropout) if spec.dropout else {}
@@ -50,7 +50,7 @@ class PeftMethod(Method):
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         try:
             config = self.config_class(
-                task_type=task_type(head),
+                task_type=HEADS[head].task_type,
                 target_modules=self.spec.target_modules,  # pyright: ignore[reportCallIssue]
                 **self.fields,
             )
@@ -75,10 +75,10 @@ def peft_method(name: str) -> type[PeftMethod]:
     Raises:
         ScaloraError: PEFT has no such type, or it trains prompts and not weights.
     """
-    kind = name[len(PREFIX) :].upper()
+    kind = name[len(PEFT_PREFIX) :].upper()
     if kind not in peft_types():
         near = get_close_matches(kind, peft_types(), n=1)
-        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"choose one of {', '.join(peft_types())}"
+        hint = f"did you mean {PEFT_PREFIX}{near[0]}?" if near else f"choose one of {', '.join(peft_types())}"
         raise ScaloraError(f"method.name is {name!r}, which is no method of this PEFT that adapts weights: {hint}")
     config_class = peft_types()[kind]
     defaults: dict[str, Any] = {
@@ -87,7 +87,7 @@ def peft_method(name: str) -> type[PeftMethod]:
         if f.name not in _OURS
     }
     options: type[BaseModel] = create_model(f"{kind}Options", __config__=ConfigDict(extra="forbid"), **defaults)
-    about = {"name": PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "Options": options}
+    about = {"name": PEFT_PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "Options": options}
     return type(kind, (PeftMethod,), {**about, "config_class": config_class, "__doc__": about["summary"]})
 
 
@@ -107,7 +107,7 @@ def merged_adapted(model: PeftModel, head: Head, callbacks: Sequence[TrainerCall
 
     def save(path: Path) -> list[str]:
         model.save_pretrained(str(path))
-        return peft_loading(model, head, path)
+        return peft_loading_lines(head, path, model.config.num_labels)
 
     return Adapted(model, save, lambda: merged_spectra(model), [*callbacks])
 

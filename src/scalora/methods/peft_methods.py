@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from ..engine.plain_lora import joined_factors
 from ..layers.hira_forward import fuse_hira
 from ..layers.peft_lora import AdapterLayer, find_layers
-from ..models.heads import Head
-from .base import Adapted, Method
-from .lora import lora_config, lora_model, lora_spectra, save_plain, task_type, wrap
+from ..models.heads import HEADS, Head
+from .lora import lora_config, lora_model, lora_spectra, save_plain, wrap
+from .method import Adapted, Method
 from .peft_any import merged_adapted
 
 
@@ -86,7 +86,7 @@ class Hira(Method):
             r=self.spec.rank,
             hira_dropout=self.spec.dropout,
             target_modules=self.spec.target_modules,
-            task_type=task_type(head),
+            task_type=HEADS[head].task_type,
         )
         peft_model = wrap(model, config, self.spec)
         fuse_hira(peft_model)

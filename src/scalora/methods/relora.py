@@ -18,8 +18,8 @@ from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import ensure_adapter
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
-from .base import Adapted, Method
 from .lora import lora_model, lora_spectra, save_plain
+from .method import Adapted, Method
 from .support.accumulated import AccumulatedCallback
 
 

@@ -17,9 +17,9 @@ from ..engine.config import ScaLoraConfig
 from ..engine.plain_lora import joined_factors
 from ..engine.trainer import ScaLoraCallback
 from ..layers.peft_lora import find_layers
-from ..models.heads import Head
-from .base import Adapted, Method, MethodSpec
+from ..models.heads import Head, loading_lines
 from .lora import lora_model, lora_spectra, save_plain
+from .method import Adapted, Method, MethodSpec
 from .support.start import Start
 
 
@@ -60,7 +60,7 @@ class ScaLoraI(Method):
         )
 
 
-class ScaLora(ScaLoraI):
+class ScaLoraMethod(ScaLoraI):
     """As published: at every step."""
 
     name = "scalora"
@@ -115,8 +115,7 @@ def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
         P, Q = joined_factors(layer)
         layer.base_weight.copy_(layer.base_weight.float() + P.float() @ Q.float().mT)
     model.base_model.unload().save_pretrained(str(path))  # pyright: ignore
-    auto = "AutoModelForCausalLM" if head == "causal-lm" else "AutoModelForSequenceClassification"
-    return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
+    return loading_lines(head, path)
 
 
-METHODS = (ScaLora, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh)
+METHODS = (ScaLoraMethod, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh)

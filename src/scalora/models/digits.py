@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..common import packaged
 from ..common.errors import ScaloraError
+from .heads import auto_class
 
 _VERSION = 1  # of what `digits_mlp` does: a cached network of another version is not used
 _WIDTHS = (64, 128, 128, 10)
@@ -64,7 +65,7 @@ class DenseClassifier(PreTrainedModel):
 
 
 AutoConfig.register(DenseConfig.model_type, DenseConfig)
-AutoModelForSequenceClassification.register(DenseConfig, DenseClassifier)
+auto_class("sequence-classification").register(DenseConfig, DenseClassifier)
 
 
 def digit_rows(name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,98 @@
-"""What a model computes: a head by its name."""
+"""What a model computes: each head once, with its classes in transformers and PEFT, and the lines that load it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
 
 Head = Literal["causal-lm", "sequence-classification"]
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """How transformers and PEFT call one head, and what its modules are called in their models."""
+
+    auto: str
+    """transformers' Auto class; PEFT's is AutoPeft… of the same."""
+    mapping: str
+    """transformers' table of the configurations that have such a model."""
+    task_type: str
+    """PEFT's name, in adapter_config.json too."""
+    architectures: tuple[str, ...]
+    """How the names of such classes end, in a model's config.json."""
+    labelled: bool
+    """Whether it has num_labels outputs, and so may start at random."""
+    modules: tuple[str, ...] = ()
+    """Parts of the names of the modules that start at random: PEFT's list."""
+    outputs: tuple[str, ...] = ()
+    """Last parts of the names of the layers whose rows are the outputs."""
+
+
+HEADS: dict[Head, HeadFacts] = {
+    "causal-lm": HeadFacts(
+        "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "CAUSAL_LM", ("ForCausalLM", "LMHeadModel"), False
+    ),
+    "sequence-classification": HeadFacts(
+        "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "SEQ_CLS",
+        ("ForSequenceClassification", "Classifier"), True, ("classifier", "score"), ("classifier", "score", "out_proj"),
+    ),
+}  # fmt: skip
+
+
+def auto_class(head: Head) -> Any:
+    """transformers' Auto class of a head."""
+    import transformers
+
+    return getattr(transformers, HEADS[head].auto)
+
+
+def fits(config: Any, head: Head) -> bool:
+    """Whether there is such a model of this configuration (transformers' PreTrainedConfig)."""
+    import transformers
+
+    if type(config) not in getattr(transformers, HEADS[head].mapping):
+        return False
+    # transformers would wrap a BERT as a causal model that attends both ways: a number, but a meaningless one.
+    two_way = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return not (two_way and head == "causal-lm")
+
+
+def head_of_task_type(task_type: str | None) -> Head | None:
+    """The head that PEFT calls so, a causal language model where it says nothing; None for others."""
+    wanted = task_type or HEADS["causal-lm"].task_type
+    return next((head for head, facts in HEADS.items() if facts.task_type == wanted), None)
+
+
+def head_of_architecture(name: str) -> Head:
+    """The head of a class of models, by its name; a causal language model where that says nothing."""
+    fitting: list[Head] = [head for head, facts in HEADS.items() if name.endswith(facts.architectures)]
+    return fitting[0] if fitting else "causal-lm"
+
+
+def find_heads(model: nn.Module, head: Head) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a plain model that start at random and must be trained whatever the method is."""
+    parts = HEADS[head].modules
+    yield from ((name, module) for name, module in model.named_children() if any(part in name for part in parts))
+
+
+def is_output(parameter: str, head: Head) -> bool:
+    """Whether a parameter, by its name in a saved file, is a trained head's last weight: a row for each label."""
+    *_, layer, kind = ("", *parameter.split("."))
+    return kind == "weight" and layer in HEADS[head].outputs and ".lora_" not in parameter
+
+
+def loading_lines(head: Head, path: Path) -> list[str]:
+    """Lines of Python that load a whole model with plain transformers."""
+    auto = HEADS[head].auto
+    return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
+
+
+def peft_loading_lines(head: Head, path: Path, num_labels: int) -> list[str]:
+    """Lines of Python that load a PEFT adapter, and its base model with it, with plain PEFT."""
+    auto = f"AutoPeft{HEADS[head].auto.removeprefix('Auto')}"
+    labels = f", num_labels={num_labels}" if HEADS[head].labelled else ""
+    return [f"from peft import {auto}", f"model = {auto}.from_pretrained({str(path)!r}{labels})", "model.eval()"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..common import packaged
 from ..common.errors import ScaloraError
 from ..common.files import damage, digest, is_sealed, seal
 from ..layers.fingerprint import fingerprint
-from .heads import Head
+from .heads import HEADS, Head, auto_class, fits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _DIGITS = "digits-mlp"  # made on the spot by scalora.models.digits
@@ -29,6 +28,7 @@ def load_model(
     dtype: str = "float32",
     config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
+    need_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
@@ -42,19 +42,20 @@ def load_model(
         dtype: 'float32', 'bfloat16', 'float16', or 'auto' for that of the source.
         config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
+        need_tokenizer: False where the model is only computed with: a source without a tokenizer then gives None.
 
     Raises:
         ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
     """
     if dtype not in _DTYPES:
         raise ScaloraError(f"model.dtype is {dtype!r}: it must be one of {', '.join(_DTYPES)}")
-    if (num_labels is not None) != (head == "sequence-classification"):
+    if (num_labels is not None) != HEADS[head].labelled:
         raise ScaloraError(
             f"num_labels is {num_labels!r} with head {head!r}: a classification head needs it, no other takes it"
         )
 
     path = _resolve(source)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig
 
     from . import digits as dense  # noqa: F401  # makes its class known to transformers
 
@@ -69,22 +70,21 @@ def load_model(
                 )
             setattr(configuration, name, value)
         # A network that reads vectors has no tokenizer.
-        tokenizer = None if configuration.model_type == "scalora-dense" else AutoTokenizer.from_pretrained(path)
-        if head == "causal-lm":
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tokenizer = None if configuration.model_type == "scalora-dense" else _tokenizer(path, need_tokenizer)
+        if HEADS[head].labelled:
+            configuration.num_labels = num_labels
+            model = auto_class(head).from_pretrained(
+                path, config=configuration, ignore_mismatched_sizes=True, **options
+            )
+        else:
+            model, report = auto_class(head).from_pretrained(
                 path, config=configuration, output_loading_info=True, **options
             )
-            model, report = loaded
             if report["missing_keys"]:
                 raise ScaloraError(
                     f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
                     "needs; give a checkpoint that was saved with its language-modelling head"
                 )
-        else:
-            configuration.num_labels = num_labels
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, config=configuration, ignore_mismatched_sizes=True, **options
-            )
     except ScaloraError:
         raise
     except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
@@ -149,23 +149,21 @@ def _cannot_load(source: str, error: Exception) -> ScaloraError:
 
 
 def _check_kind(source: str, config: Any, head: Head) -> None:
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    )
+    if not fits(config, head):
+        possible = " or ".join(other for other in HEADS if fits(config, other))
+        way_out = f"choose a task for a {possible} model" if possible else "choose another model"
+        raise ScaloraError(f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; {way_out}")
 
-    if head == "sequence-classification":
-        fits = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    else:
-        # transformers would wrap a BERT as a causal model that attends both ways: a number, but a meaningless one.
-        two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-        fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not two_way
-    if not fits:
-        other = "classification" if head == "causal-lm" else "causal-lm"
-        raise ScaloraError(
-            f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; try a {other} task"
-        )
+
+def _tokenizer(path: str, required: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        if required:
+            raise
+        return None
 
 
 def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
@@ -189,15 +187,14 @@ def _convert_gguf(file: Path) -> Path:
         if reason := damage(place, content=False):
             raise ScaloraError(f"model: {place}, converted from {file.name}, is damaged ({reason}): delete that folder")
         return place
-    shutil.rmtree(place, ignore_errors=True)  # of a version that did not seal what it converted
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as temporary:
         folder = Path(temporary) / "model"
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model = auto_class("causal-lm").from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         except Exception as error:  # a damaged file breaks its parser in any way there is
             raise _cannot_load(str(file), error) from error
         # The weights are plain float32 by now, but these marks would make Trainer and save_pretrained refuse them.

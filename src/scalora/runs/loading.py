@@ -13,12 +13,13 @@ from transformers import TrainingArguments, set_seed
 
 from .callbacks import StepTimer
 from ..common.errors import ScaloraError
-from ..methods.support.targets import find_heads, find_targets
+from ..methods.support.targets import find_targets
+from ..models.heads import find_heads
 from ..models.load import load_model
 from .recipe import Recipe
 from ..common.disk_layout import CHECKPOINTS
 from ..tasks import Task, build_task
-from ..tasks.base import Collator, TokenDataset
+from ..tasks.task import Collator, TokenDataset
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Loaded:
     collator: Collator
 
 
-def load(recipe: Recipe) -> Loaded:
+def load_inputs(recipe: Recipe) -> Loaded:
     """Load a recipe's data and model.
 
     Raises:
@@ -69,9 +70,9 @@ def check(recipe: Recipe) -> None:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
 
     Raises:
-        ScaloraError: as :func:`load`, or no module is targeted.
+        ScaloraError: as :func:`load_inputs`, or no module is targeted.
     """
-    loaded = load(recipe)
+    loaded = load_inputs(recipe)
     find_targets(loaded.model, recipe.method, loaded.task.head)
 
 

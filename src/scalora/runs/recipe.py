@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..common.errors import ScaloraError
 from ..methods import MethodSpec
-from ..tasks import TaskSpec
+from ..tasks import TaskSpec, all_tasks
 
 # What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
 _TRAINING_DEFAULTS: dict[str, Any] = {
@@ -174,13 +174,9 @@ def _explain(error: Any) -> str:
 def _fields_at(location: list[str]) -> list[str]:
     """Names of the fields of the section at a location of a validation error."""
     from ..tasks.data.rows import DataSpec
-    from ..tasks import ClassificationSpec, CompletionSpec, MultipleChoiceSpec, VectorsSpec
 
     sections: dict[str, type[BaseModel]] = {
-        "multiple_choice": MultipleChoiceSpec,
-        "completion": CompletionSpec,
-        "classification": ClassificationSpec,
-        "vectors": VectorsSpec,
+        **{kind: task.Spec for kind, task in all_tasks().items()},
         "method": MethodSpec,
         "data": DataSpec,
     }

@@ -15,7 +15,7 @@ from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSi
 from ..common.errors import ScaloraError
 from ..common.files import write_json
 from ..engine.trainer import ScaLoraCallback
-from .loading import load, setting_up
+from .loading import load_inputs, setting_up
 from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
 from .plots import draw_curves, draw_rank
@@ -99,7 +99,7 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     folder, method = place.path, build_method(recipe.method)
 
     watcher.phase("loading data and model")
-    loaded = load(recipe)
+    loaded = load_inputs(recipe)
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
     base = backbone_fingerprint(model)
     model.to(arguments.device)
@@ -184,14 +184,12 @@ def _leave(folder: Path, metrics: dict[str, Any], r: int) -> None:
 def _trainer(
     adapted: Adapted, arguments: TrainingArguments, dataset: Any, collator: Any, callbacks: list[TrainerCallback]
 ) -> Trainer:
-    optimizer = adapted.optimizer(arguments) if adapted.optimizer else None
     trainer = Trainer(
         adapted.model,  # pyright: ignore[reportArgumentType]
         arguments,
         train_dataset=adapted.split_train(dataset) if adapted.split_train else dataset,
         data_collator=collator,
         callbacks=[*adapted.callbacks, *callbacks],
-        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)  # the watcher tells what is logged
     # First of all, so that trackers (report_to) see its figures too.

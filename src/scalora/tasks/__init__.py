@@ -1,43 +1,42 @@
-"""Tasks: data and metric of a problem, built from a recipe's `task` section."""
+"""Tasks by the kind of a recipe's `task` section. Adding one means adding a file that lists it in ``TASKS``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import pkgutil
+from functools import cache, reduce
+from importlib import import_module
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import Field
 
-from .base import Prediction, Score, Split, Task
-from .classification import ClassificationSpec, ClassificationTask
-from .completion import CompletionSpec, CompletionTask
-from .multiple_choice import MultipleChoiceSpec, MultipleChoiceTask
-from .vectors import VectorsSpec, VectorsTask
+from ..common.errors import ScaloraError
+from .task import BaseTaskSpec, Prediction, Score, Split, Task
 
-TaskSpec = Annotated[
-    MultipleChoiceSpec | CompletionSpec | ClassificationSpec | VectorsSpec, Field(discriminator="kind")
-]
-"""What a recipe's `task` section may be; its `kind` says which."""
+__all__ = ["Prediction", "Score", "Split", "Task", "TaskSpec", "all_tasks", "build_task", "task_class"]
 
 
-def build_task(spec: MultipleChoiceSpec | CompletionSpec | ClassificationSpec | VectorsSpec) -> Task:
+@cache
+def all_tasks() -> dict[str, type[Task]]:
+    """Every task by its kind, in the order of files and of their ``TASKS``."""
+    modules = (import_module(f".{info.name}", __name__) for info in pkgutil.iter_modules(__path__))
+    return {task.kind(): task for module in modules for task in getattr(module, "TASKS", ())}
+
+
+def task_class(kind: str) -> type[Task]:
+    """The task of this kind; raises ScaloraError where there is none."""
+    if kind not in all_tasks():
+        raise ScaloraError(f"task.kind is {kind!r}: choose one of {', '.join(all_tasks())}")
+    return all_tasks()[kind]
+
+
+def build_task(spec: BaseTaskSpec) -> Task:
     """The task that `spec` describes. Nothing is loaded yet; raises ScaloraError for a spec that contradicts itself."""
-    if isinstance(spec, MultipleChoiceSpec):
-        return MultipleChoiceTask(spec)
-    if isinstance(spec, CompletionSpec):
-        return CompletionTask(spec)
-    if isinstance(spec, VectorsSpec):
-        return VectorsTask(spec)
-    return ClassificationTask(spec)
+    return task_class(spec.kind)(spec)
 
 
-__all__ = [
-    "ClassificationSpec",
-    "CompletionSpec",
-    "MultipleChoiceSpec",
-    "Prediction",
-    "Score",
-    "Split",
-    "Task",
-    "TaskSpec",
-    "VectorsSpec",
-    "build_task",
-]
+if TYPE_CHECKING:
+    TaskSpec: TypeAlias = BaseTaskSpec
+else:
+    TaskSpec = Annotated[reduce(or_, (task.Spec for task in all_tasks().values())), Field(discriminator="kind")]
+    """What a recipe's `task` section may be; its `kind` says which."""

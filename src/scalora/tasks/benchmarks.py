@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.errors import ScaloraError
-from .harness import ROWS
+from .harness import GIVEN_ROWS
 
 
 class _Glue(NamedTuple):
@@ -29,7 +29,7 @@ _INFERENCE = ("entailment", "not_entailment")
 _PAIR = {"sentence1": "sentence1", "sentence2": "sentence2"}
 _MNLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
 
-GLUE = {
+GLUE_TASKS = {
     # CoLA's files have no header: its columns are positions.
     "CoLA": _Glue("cola", {"sentence": "3", "label": "1"}, _BINARY, 64, "matthews"),
     "SST-2": _Glue("sst2", {"sentence": "sentence", "label": "label"}, _BINARY, 128),
@@ -112,7 +112,7 @@ def glue_task(
     """The `task` section of a GLUE task, which is scored on the dev set: GLUE hides the test set's labels.
 
     Args:
-        name: one of `GLUE`.
+        name: one of `GLUE_TASKS`.
         data: the folder with the release's files, `glue/<name>/train.tsv` and so on; None takes them from the hub.
         train_size: rows to train on; None is all.
         validation_size: rows split off from train to choose a checkpoint by; None is none.
@@ -122,7 +122,7 @@ def glue_task(
     Raises:
         ScaloraError: there is no such task.
     """
-    glue: _Glue = _known("GLUE task", name, GLUE)
+    glue: _Glue = _known("GLUE task", name, GLUE_TASKS)
     *texts, label = glue.columns
     task: dict[str, Any] = {"kind": "classification", "data": {}}
     labels: list[Any] = list(glue.labels if data else range(len(glue.labels)))
@@ -177,7 +177,7 @@ def commonsense_task(
         "normalize": facts.normalize,
         "max_length": max_length or 256,
         **facts.extra,
-        **({"harness": ROWS if data else facts.harness} if harness else {}),
+        **({"harness": GIVEN_ROWS if data else facts.harness} if harness else {}),
     }
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
-from .data.rows import DataSpec
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
 
 
-class ClassificationSpec(BaseModel):
+class ClassificationSpec(BaseTaskSpec, frozen=True):
     """Which label, or which number, belongs to `text` (and `text_pair`): each a column's name or a template."""
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["classification"] = "classification"
-    data: DataSpec
     text: str
     text_pair: str | None = None
     label: str = "label"
@@ -39,7 +35,9 @@ class ClassificationSpec(BaseModel):
 class ClassificationTask(Task):
     """Cross-entropy on labels; squared error on numbers with `regression`."""
 
-    head: ClassVar = "sequence-classification"
+    Spec = ClassificationSpec
+    head = "sequence-classification"
+    spec: ClassificationSpec
 
     def __init__(self, spec: ClassificationSpec) -> None:
         self.metric: Metric = spec.metric or ("pearson_spearman" if spec.regression else "accuracy")
@@ -48,8 +46,7 @@ class ClassificationTask(Task):
             raise ScaloraError(f"task.metric is {self.metric!r} with regression {spec.regression}: it must be {wanted}")
         if spec.regression and spec.labels is not None:
             raise ScaloraError(f"task.labels is {spec.labels}, but regression has no labels; leave it out")
-        self.spec = spec
-        self.data = spec.data
+        super().__init__(spec)
         self.text = _template("task.text", spec.text)
         self.text_pair = None if spec.text_pair is None else _template("task.text_pair", spec.text_pair)
 
@@ -190,3 +187,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+TASKS = (ClassificationTask,)

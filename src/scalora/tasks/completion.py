@@ -7,27 +7,23 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
-from .data.rows import DataSpec
 from .generation import extract, generate
+from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
 
 
-class CompletionSpec(BaseModel):
+class CompletionSpec(BaseTaskSpec, frozen=True):
     """Write `completion` after `prompt`, both templates with {column} fields."""
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["completion"] = "completion"
-    data: DataSpec
     prompt: str
     completion: str
     max_length: int = Field(default=512, ge=2)
@@ -40,11 +36,12 @@ class CompletionSpec(BaseModel):
 class CompletionTask(Task):
     """Loss and score are on the completion's tokens and the end-of-text token after them."""
 
-    head: ClassVar = "causal-lm"
+    Spec = CompletionSpec
+    head = "causal-lm"
+    spec: CompletionSpec
 
     def __init__(self, spec: CompletionSpec) -> None:
-        self.spec = spec
-        self.data = spec.data
+        super().__init__(spec)
         self.prompt = Template("task.prompt", spec.prompt)
         self.completion = Template("task.completion", spec.completion)
         try:
@@ -98,7 +95,7 @@ class CompletionTask(Task):
             raise ScaloraError("task.kind is 'completion', but the tokenizer has no eos token to end a completion with")
         texts = [(self.prompt(row), self.completion(row)) for row in self.rows(split)]
         ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in encode(tokenizer, texts)]
-        return truncate(ended, self.spec.max_length)
+        return truncate_prompts(ended, self.spec.max_length)
 
 
 def encode(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Pair]:
@@ -134,7 +131,7 @@ def _start(tokenizer: Any) -> int:
     return start
 
 
-def truncate(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
+def truncate_prompts(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
     """Prompts cut on the left, so that pairs are at most `max_length` tokens long; and how many were cut.
 
     Raises:
@@ -215,3 +212,6 @@ def _last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, pad: int,
     known = inspect.signature(inner.forward).parameters
     known_options = {name: value for name, value in options.items() if name in known}
     return model(input_ids=ids, attention_mask=mask, **known_options).logits[:, -keep:]
+
+
+TASKS = (CompletionTask,)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .base import Progress, evaluating
+from .task import Progress, evaluating
 
 
 def generate(

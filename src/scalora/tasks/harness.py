@@ -12,7 +12,7 @@ import torch
 
 from ..common.errors import ScaloraError
 
-ROWS = "rows"  # as the name of a task: the rows at hand
+GIVEN_ROWS = "rows"  # as the name of a task: the rows at hand
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate(
     Args:
         model: a causal language model on its device; PEFT's wrapping is fine.
         tokenizer: the model's.
-        task: a multiple-choice task of the harness (e.g. arc_easy), or ``ROWS`` for `questions`.
+        task: a multiple-choice task of the harness (e.g. arc_easy), or ``GIVEN_ROWS`` for `questions`.
         questions: all of them with several contexts and one continuation (partial evaluation, as WinoGrande's), or all
             with one context and several continuations.
         batch_size: texts at a time.
@@ -77,8 +77,8 @@ def evaluate(
     try:
         # Its own tasks are found by reading some thousand files, which takes a while.
         tasks: Any = (
-            {ROWS: ConfigurableTask(config=_config(questions))}
-            if task == ROWS
+            {GIVEN_ROWS: ConfigurableTask(config=_config(questions))}
+            if task == GIVEN_ROWS
             else get_task_dict([task], TaskManager())
         )
         with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
@@ -107,7 +107,7 @@ def _config(questions: Sequence[Question]) -> dict[str, Any]:
         for q in questions
     ]
     return {
-        "task": ROWS,
+        "task": GIVEN_ROWS,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "multiple_choice",

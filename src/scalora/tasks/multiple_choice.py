@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Score, Split, Task, Template, TokenDataset
-from .completion import encode, examples, token_logprobs, truncate
-from .data.rows import DataSpec, Row
-from .harness import ROWS, HarnessScore, Question, evaluate
+from .completion import encode, examples, token_logprobs, truncate_prompts
+from .data.rows import Row
+from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset
 
 
-class MultipleChoiceSpec(BaseModel):
+class MultipleChoiceSpec(BaseTaskSpec, frozen=True):
     """Which of some texts belongs after `prompt`.
 
     A choice is scored as it stands, so it brings its own leading space (" yes"), unless the prompt ends in one.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["multiple_choice"] = "multiple_choice"
-    data: DataSpec
     prompt: str
     choices: list[str] | None = None
     """The same choices for every row; None takes them from the column `choices`."""
@@ -44,13 +41,14 @@ class MultipleChoiceSpec(BaseModel):
 class MultipleChoiceTask(Task):
     """Trained on the tokens of the right choice; scored by which choice is the likeliest."""
 
-    head: ClassVar = "causal-lm"
+    Spec = MultipleChoiceSpec
+    head = "causal-lm"
+    spec: MultipleChoiceSpec
 
     def __init__(self, spec: MultipleChoiceSpec) -> None:
         if spec.choices is not None and len(set(spec.choices)) < max(2, len(spec.choices)):
             raise ScaloraError(f"task.choices is {spec.choices}: give two or more different choices")
-        self.spec = spec
-        self.data = spec.data
+        super().__init__(spec)
         self.prompt = Template("task.prompt", spec.prompt)
         self.continuation = None if spec.continuation is None else Template("task.continuation", spec.continuation)
         if spec.harness and spec.normalize == "choice-tokens":
@@ -73,7 +71,7 @@ class MultipleChoiceTask(Task):
         for row in self.rows(split):
             choices = self._choices(row)
             texts.append(self._texts(row, choices)[self._answer(row, choices)])
-        return examples(*truncate(encode(tokenizer, texts), self.spec.max_length))
+        return examples(*truncate_prompts(encode(tokenizer, texts), self.spec.max_length))
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.
@@ -87,14 +85,14 @@ class MultipleChoiceTask(Task):
         answers = [self._answer(row, texts) for row, texts in zip(rows, choices, strict=True)]
         texts = [self._texts(row, own) for row, own in zip(rows, choices, strict=True)]
         if self.spec.harness:
-            name = self.spec.harness if split == "test" else ROWS
+            name = self.spec.harness if split == "test" else GIVEN_ROWS
             questions = [Question(each, answer) for each, answer in zip(texts, answers, strict=True)]
             score = evaluate(
                 model, tokenizer, name, questions, batch_size=batch_size, max_length=self.spec.max_length,
                 autocast=autocast,
             )  # fmt: skip
-            return self._of_harness(score, rows, choices, answers if name == ROWS else [])
-        pairs, truncated = truncate(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
+            return self._of_harness(score, rows, choices, answers if name == GIVEN_ROWS else [])
+        pairs, truncated = truncate_prompts(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []
@@ -170,3 +168,6 @@ class MultipleChoiceTask(Task):
             f"task.answer: {row[self.spec.answer]!r} in column {self.spec.answer!r} is neither an index from 0 to "
             f"{len(choices) - 1} nor one of the choices {choices}"
         )
+
+
+TASKS = (MultipleChoiceTask,)

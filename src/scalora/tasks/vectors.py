@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from ..common.errors import ScaloraError
-from .base import Prediction, Score, Split, Task, TokenDataset, evaluating
-from .data.rows import DataSpec
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, evaluating
 
 
-class VectorsSpec(BaseModel):
+class VectorsSpec(BaseTaskSpec, frozen=True):
     """Which label belongs to the vector in the column `features`."""
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["vectors"] = "vectors"
-    data: DataSpec
     features: str = "features"
     label: str = "label"
     """The column with the label: the index of one of the network's outputs."""
@@ -30,12 +25,11 @@ class VectorsSpec(BaseModel):
 class VectorsTask(Task):
     """Cross-entropy on labels; the model takes `inputs_embeds` `[batch, features]`."""
 
-    head: ClassVar = "sequence-classification"
-    tokens: ClassVar = False
+    Spec = VectorsSpec
+    head = "sequence-classification"
+    tokens = False
 
-    def __init__(self, spec: VectorsSpec) -> None:
-        self.spec = spec
-        self.data = spec.data
+    spec: VectorsSpec
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -103,3 +97,6 @@ def _collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "inputs_embeds": torch.tensor([example["inputs_embeds"] for example in examples], dtype=torch.float32),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
+
+
+TASKS = (VectorsTask,)

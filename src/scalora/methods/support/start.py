@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ScaloraError
-from ..base import Spectrum
+from ..method import Spectrum
 
 Named = Callable[[], Iterable[tuple[str, Tensor]]]  # the weights m×n by name, as they are now
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from peft import LoraConfig
 from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,  # pyright: ignore[reportPrivateUsage]
@@ -14,11 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...common.errors import ScaloraError
-from ...models.heads import Head
-from ..base import MethodSpec
-from ..lora import task_type
-
-_HEADS = ("classifier", "score")  # PEFT's list
+from ...models.heads import HEADS, Head, find_heads
+from ..method import MethodSpec
 
 
 def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[tuple[str, nn.Linear | Conv1D]]:
@@ -28,7 +23,7 @@ def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[t
         ScaloraError: there are none.
     """
     heads = {name for name, _ in find_heads(model, head)}
-    config = LoraConfig(target_modules=spec.target_modules, task_type=task_type(head))
+    config = LoraConfig(target_modules=spec.target_modules, task_type=HEADS[head].task_type)
     config = _maybe_include_all_linear_layers(config, model)
     found = [
         (name, module)
@@ -44,9 +39,3 @@ def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[t
             f"{', '.join(linear) or 'none'}"
         )
     return found
-
-
-def find_heads(model: PreTrainedModel, head: Head) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that start at random and must be trained whatever the method is."""
-    if head == "sequence-classification":
-        yield from ((n, m) for n, m in model.named_children() if any(part in n for part in _HEADS))

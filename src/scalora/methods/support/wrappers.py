@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...common.disk_layout import SETTINGS, TENSORS
 from ...common.errors import ScaloraError
 from ...common.files import replace_folder
-from ...models.heads import Head
-from ..base import MethodSpec, Spectrum
-from .targets import find_heads, find_targets
+from ...models.heads import HEADS, Head, find_heads
+from ..method import MethodSpec, Spectrum
+from .targets import find_targets
 
 
 class Wrapper(nn.Module, ABC):
@@ -100,7 +100,7 @@ def save_wrapped(
         "method": method,
         "base": model.name_or_path,
         "head": head,
-        "num_labels": model.config.num_labels if head == "sequence-classification" else None,
+        "num_labels": model.config.num_labels if HEADS[head].labelled else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "modules": list(wrappers),
         "settings": settings,
@@ -111,35 +111,24 @@ def save_wrapped(
     save_file(tensors, temporary / TENSORS)
     (temporary / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     replace_folder(temporary, Path(path))
-    module = "scalora.methods." + method.replace("-", "_")
-    return [f"from {module} import load", f"model = load({str(path)!r})", "model.eval()"]
+    return ["import scalora", f"model = scalora.load({str(path)!r})"]
 
 
-def load_wrapped(path: str | Path, make: Callable[..., Wrapper], base: str | None = None) -> PreTrainedModel:
-    """Inverse of :func:`save_wrapped`.
+def load_wrapped(
+    model: PreTrainedModel, about: dict[str, Any], tensors: dict[str, Tensor], make: Callable[..., nn.Module]
+) -> None:
+    """Inverse of :func:`save_wrapped`, on the plain base model, in place.
 
     Args:
-        path: the saved folder.
-        make: gives a wrapper for a linear layer and the saved settings.
-        base: where the base model lies, if not where it lay in training.
+        model: the base model with the head that was trained.
+        about: what was saved as settings.
+        tensors: what was saved beside them.
+        make: gives a wrapper for a linear layer and the wrapper's settings.
 
     Raises:
-        ScaloraError: the folder is incomplete, or the base model is another one.
+        AttributeError, RuntimeError: the base model is another one.
     """
-    path = Path(path)
-    if not all((path / file).is_file() for file in (TENSORS, SETTINGS)):
-        raise ScaloraError(f"{path} lacks {TENSORS} or {SETTINGS}: give the adapter folder that a run has written")
-    about = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    auto: Any = AutoModelForCausalLM if about["head"] == "causal-lm" else AutoModelForSequenceClassification
-    labels = {} if about["num_labels"] is None else {"num_labels": about["num_labels"]}
-    model = auto.from_pretrained(base or about["base"], dtype=getattr(torch, about["dtype"]), **labels)
-    try:
-        for name in about["modules"]:
-            model.set_submodule(name, make(model.get_submodule(name), **about["settings"]))
-        tensors = load_file(path / TENSORS)
-        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-    except (AttributeError, RuntimeError) as error:
-        raise ScaloraError(f"{path} does not fit its base model {base or about['base']!r}: {error}") from error
-    if unexpected:
-        raise ScaloraError(f"{path} does not fit its base model {base or about['base']!r}: no {unexpected[0]} there")
-    return model
+    for name in about["modules"]:
+        model.set_submodule(name, make(model.get_submodule(name), **about["settings"]))
+    if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise RuntimeError(f"there is no {unexpected[0]}")

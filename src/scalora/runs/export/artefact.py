@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,24 +13,33 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...common.disk_layout import (
+    ACCUMULATED,
+    ADAPTER,
+    BASE_FILE,
+    CHECKPOINTS,
+    DELTA,
+    EXPORT,
+    METRICS,
+    PREFIX,
+    RECIPE,
+    STATE_FILE,
+    WEIGHTS,
+)
 from ...common.errors import ScaloraError
-from ...common.disk_layout import ACCUMULATED, BASE_FILE, STATE_FILE, WEIGHTS
 from ...common.files import damage, is_sealed
-from ...common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
-from ..folder import last_checkpoint
-from ...common.disk_layout import DELTA, EXPORT, PREFIX
 from ...layers.lora_config import VARIANTS, scale
+from ..folder import last_checkpoint
 
-
-Kind = Literal["lora", "peft", "wrapped", "model", "delta"]
-_SETTINGS: dict[str, Kind] = {
+ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
+_SETTINGS: dict[str, ArtefactKind] = {
     "adapter_config.json": "peft",  # any of PEFT's methods; "lora" where it is plain LoRA
     "adapter.json": "wrapped",  # mora, alpha-lora
     "config.json": "model",
 }
 
 
-class Factors(NamedTuple):
+class LayerFactors(NamedTuple):
     """P (m, k), with the scale, and Q (n, k) of one layer's update P Qᵀ."""
 
     P: Tensor
@@ -44,7 +52,7 @@ class Artefact:
 
     path: Path  # as it was asked for
     folder: Path  # where the weights lie
-    kind: Kind
+    kind: ArtefactKind
     config: dict[str, Any]  # adapter_config.json, adapter.json, config.json or export.json
     run: Path | None = None  # the run that it belongs to
     recipe: dict[str, Any] | None = None
@@ -77,6 +85,11 @@ class Artefact:
             return self.export["scores"]
         ours = self.metrics is not None and self.folder.name == ADAPTER
         return {key: self.metrics[key] for key in ("split", "before", "after")} if ours and self.metrics else None
+
+    @property
+    def made_by(self) -> dict[str, Any] | None:
+        """The recipe of the run that it belongs to, or was exported from."""
+        return self.recipe if self.recipe is not None else (self.export or {}).get("recipe")
 
     @property
     def fingerprint(self) -> str | None:
@@ -126,16 +139,16 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
         owner = above[0] if path.resolve().name == ADAPTER else above[1] if len(above) > 1 else above[0]
         inside = path.resolve().name == ADAPTER or path.resolve().parent.name == CHECKPOINTS
         run = owner if inside and (owner / RECIPE).is_file() else None
-    export = read_json(folder / EXPORT) if (folder / EXPORT).is_file() else None
+    export = read_json_object(folder / EXPORT) if (folder / EXPORT).is_file() else None
     kind, config = _kind(folder, path, export)
     trainer = folder / "trainer_state.json"
     artefact = Artefact(
         path, folder, kind, config, run,
         recipe=_read_recipe(run / RECIPE) if run else None,
-        metrics=read_json(run / METRICS) if run and (run / METRICS).is_file() else None,
+        metrics=read_json_object(run / METRICS) if run and (run / METRICS).is_file() else None,
         export=export,
         state=_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None,
-        trainer=read_json(trainer) if trainer.is_file() else {},
+        trainer=read_json_object(trainer) if trainer.is_file() else {},
     )  # fmt: skip
     if is_sealed(folder) and (reason := damage(folder, content=thorough)):
         raise ScaloraError(f"checkpoint {folder} is damaged ({reason}): take another one")
@@ -143,7 +156,7 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
     return artefact
 
 
-def read_factors(artefact: Artefact) -> dict[str, tuple[Factors, Factors | None]]:
+def read_factors(artefact: Artefact) -> dict[str, tuple[LayerFactors, LayerFactors | None]]:
     """Trained and accumulated factors of every layer of a LoRA, by the name of the layer in the base model.
 
     Raises:
@@ -169,7 +182,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object; raises ScaloraError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -180,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Kind, dict[str, Any]]:
+def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[ArtefactKind, dict[str, Any]]:
     if (folder / DELTA).is_file():
         return "delta", export or {}
     found = next((name for name in _SETTINGS if (folder / name).is_file()), None)
@@ -188,7 +201,7 @@ def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Kind
         nested = max(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
         hint = f"did you mean {str(nested)!r}?" if nested else "give the folder of a run, a checkpoint or an adapter"
         raise ScaloraError(f"{str(folder)!r} holds no {', '.join(_SETTINGS)}: {hint}")
-    config = read_json(folder / found)
+    config = read_json_object(folder / found)
     plain = config.get("peft_type") == "LORA" and not any(config.get(name) for name in VARIANTS)
     if plain and all(re.search(r"\.lora_[AB]\.weight$", n) for n in _names(folder / WEIGHTS) if ".lora_" in n):
         return "lora", config
@@ -207,19 +220,17 @@ def _check_complete(artefact: Artefact) -> None:
         )
 
 
-def _factors(folder: Path) -> dict[str, Factors]:
-    config, tensors = read_json(folder / "adapter_config.json"), read_tensors(folder / WEIGHTS)
-    found: dict[str, Factors] = {}
+def _factors(folder: Path) -> dict[str, LayerFactors]:
+    config, tensors = read_json_object(folder / "adapter_config.json"), read_tensors(folder / WEIGHTS)
+    found: dict[str, LayerFactors] = {}
     for key, A in tensors.items():
         if key.endswith(".lora_B.weight"):  # PEFT's B is the paper's A
             name = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
             Bt = tensors.get(f"{key.removesuffix('.lora_B.weight')}.lora_A.weight")
             if Bt is None or Bt.shape[0] != A.shape[1]:
                 raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
-            found[name] = Factors(A * scale(config, name, A.shape[1]), Bt.mT)
+            found[name] = LayerFactors(A * scale(config, name, A.shape[1]), Bt.mT)
     return found
-
-
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -230,9 +241,9 @@ def _state(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
 
 
-def _used(factors: Factors) -> Factors:
+def _used(factors: LayerFactors) -> LayerFactors:
     used = factors.P.any(0) & factors.Q.any(0)
-    return Factors(factors.P[:, used], factors.Q[:, used])
+    return LayerFactors(factors.P[:, used], factors.Q[:, used])
 
 
 def _names(path: Path) -> list[str]:

@@ -5,49 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .artefact import Artefact, read_tensors
+from ...common.disk_layout import REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
-from ...common.disk_layout import WEIGHTS
-from ...common.disk_layout import TENSORS
-from ...models.heads import Head
+from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
 from ...models.load import backbone_fingerprint, load_model
+from ...tasks import build_task, task_class
 from ..recipe import parse_recipe
-from ...tasks import build_task
-
-AUTO: dict[Head, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-}
-_HEADS: dict[str, Head] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+from .artefact import Artefact, read_tensors
 
 
 class Base:
-    """The base model of an artefact, to be loaded as often as it is needed.
+    """The base model of an artefact, to be loaded as often as it is needed; a tokenizer may be missing where it may.
 
     Raises:
         ScaloraError: nothing says which model it was, or what it computes.
     """
 
-    def __init__(self, artefact: Artefact, source: str | None = None) -> None:
+    def __init__(self, artefact: Artefact, source: str | None = None, *, need_tokenizer: bool = True) -> None:
         name = source or artefact.base
         if name is None:
             raise ScaloraError(f"nothing in {str(artefact.folder)!r} names its base model: give it with --base")
         self.source: str = name
-        self.artefact, recipe = artefact, artefact.recipe or {}
-        self.head: Head = _head(artefact)
-        self.num_labels = _num_labels(artefact) if self.head == "sequence-classification" else None
+        self.artefact, recipe = artefact, artefact.made_by or {}
+        self.head: Head = head_of(artefact)
+        self.num_labels = _num_labels(artefact, self.head) if HEADS[self.head].labelled else None
         self.config = recipe.get("config") or {}
         self.attention: str | None = recipe.get("attn_implementation")
         # A bare adapter does not say what it was trained in: the base's own dtype, as PEFT would load it.
         self.dtype: str = recipe.get("dtype") or artefact.config.get("dtype") or "auto"
+        self.need_tokenizer = need_tokenizer
         self.fingerprint: str | None = None
         self.padded_tokenizer: Any = None
         self.path = ""  # where transformers has found it
@@ -61,7 +49,7 @@ class Base:
         try:
             model, tokenizer = load_model(
                 self.source, head=self.head, num_labels=self.num_labels, dtype=self.dtype, config=self.config,
-                attn_implementation=self.attention,
+                attn_implementation=self.attention, need_tokenizer=self.need_tokenizer,
             )  # fmt: skip
         except ScaloraError as error:
             raise ScaloraError(f"{error}; a base model that has moved is named by --base") from error
@@ -83,37 +71,48 @@ class Base:
             AutoTokenizer.from_pretrained(self.path).save_pretrained(str(folder))
 
 
-def _head(artefact: Artefact) -> Head:
-    """What the model computes: by the recipe's task, or by what the artefact says itself."""
-    if artefact.recipe is not None:
-        kind = artefact.recipe["task"]["kind"]
-        return "sequence-classification" if kind in ("classification", "vectors") else "causal-lm"
+def head_of(artefact: Artefact) -> Head:
+    """What the model computes: by the recipe's task, or by what the artefact says itself.
+
+    Raises:
+        ScaloraError: there is no such task or head here.
+    """
+    if artefact.made_by is not None:
+        return task_class(artefact.made_by["task"]["kind"]).head
     if artefact.kind == "wrapped":
         return artefact.config["head"]
     if artefact.kind == "model":
-        named = str((artefact.config.get("architectures") or [""])[0])
-        return "sequence-classification" if named.endswith("Classification") else "causal-lm"
-    task = artefact.config.get("task_type") or "CAUSAL_LM"
-    if task not in _HEADS:
+        return head_of_architecture(str((artefact.config.get("architectures") or [""])[0]))
+    if artefact.kind == "delta":
+        heads: list[Head] = [head for head in HEADS if _outputs(artefact, head)]
+        return heads[0] if heads else "causal-lm"
+    head = head_of_task_type(artefact.config.get("task_type"))
+    if head is None:
+        known = " and ".join(facts.task_type for facts in HEADS.values())
         raise ScaloraError(
-            f"{artefact.folder} has task_type {task}: only {' and '.join(_HEADS)} can be exported; load it with "
-            "PEFT and call scalora.save_plain_lora"
+            f"{artefact.folder} has task_type {artefact.config['task_type']}: only {known} are known here; load it "
+            "with PEFT and call scalora.save_plain_lora"
         )
-    return _HEADS[task]
+    return head
 
 
-def _num_labels(artefact: Artefact) -> int:
-    """Outputs of the classification head: by the saved head itself, else by the model's configuration or the recipe."""
-    files = {"lora": WEIGHTS, "peft": WEIGHTS, "wrapped": TENSORS}
-    if artefact.kind in files:
-        for name, tensor in read_tensors(artefact.folder / files[artefact.kind]).items():
-            if name.endswith((".classifier.weight", ".score.weight", ".out_proj.weight")) and ".lora_" not in name:
-                return tensor.shape[0]
+def _outputs(artefact: Artefact, head: Head) -> int | None:
+    """Rows of a head that was saved as a whole; None where there is no such head."""
+    files = {"lora": WEIGHTS, "peft": WEIGHTS, "wrapped": TENSORS, "delta": REPLACED}
+    file = artefact.folder / files.get(artefact.kind, "")
+    tensors = read_tensors(file) if file.is_file() else {}
+    return next((tensor.shape[0] for name, tensor in tensors.items() if is_output(name, head)), None)
+
+
+def _num_labels(artefact: Artefact, head: Head) -> int:
+    """Outputs of a head: by the saved head itself, else by the model's configuration or the recipe."""
+    if outputs := _outputs(artefact, head):
+        return outputs
     labels = artefact.config.get("num_labels") or len(artefact.config.get("id2label") or {})
     if labels:
         return labels
-    if artefact.recipe is None:
+    if artefact.made_by is None:
         raise ScaloraError(
             f"{artefact.folder} holds no classification head, so nothing tells how many labels there are"
         )
-    return build_task(parse_recipe(artefact.recipe).task).num_labels or 2
+    return build_task(parse_recipe(artefact.made_by).task).num_labels or 2

@@ -13,18 +13,19 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ...layers.peft_lora import find_layers
 from ...common.disk_layout import DELTA, EXPORT, PREFIX, REPLACED
-from .artefact import Artefact, find_artefact, read_factors
-from .base_model import AUTO, Base
+from ...common.environment import environment
 from ...common.errors import ScaloraError
 from ...common.files import replace_folder, write_json
 from ...engine.plain_lora import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
+from ...layers.peft_lora import find_layers
+from ...models.heads import auto_class
+from .artefact import Artefact, find_artefact, read_factors
+from .base_model import Base
+from .restored import Restored, load_delta, restore
 from .verify import HeldOutLoss, probe
-from ...common.environment import environment
-from .restored import Restored, restore
 
 Form = Literal["lora", "merged", "delta"]
 # Largest difference of logits, computed in float32 and relative to the largest, at which an exact export counts as the
@@ -217,25 +218,13 @@ def _load_lora(folder: Path, base: Base) -> Any:
 
 
 def _load_merged(folder: Path, base: Base) -> Any:
-    auto: Any = AUTO[base.head]
-    return auto.from_pretrained(str(folder), dtype="auto", attn_implementation=base.attention).eval()
-
-
-@torch.no_grad()
-def _load_delta(folder: Path, base: Base) -> Any:
-    model = base.load()
-    parameters = dict(model.named_parameters())
-    for name, delta in load_file(folder / DELTA).items():
-        parameters[name].copy_(parameters[name].float() + delta)
-    for name, value in (load_file(folder / REPLACED) if (folder / REPLACED).is_file() else {}).items():
-        parameters[name].copy_(value)
-    return model
+    return auto_class(base.head).from_pretrained(str(folder), dtype="auto", attn_implementation=base.attention).eval()
 
 
 _FORMS: dict[str, tuple[Callable[..., dict[str, Kept]], Callable[[Path, Base], Any]]] = {
     "lora": (_write_lora, _load_lora),
     "merged": (_write_merged, _load_merged),
-    "delta": (_write_delta, _load_delta),
+    "delta": (_write_delta, load_delta),
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artefact import Factors
 from ...algebra.lowrank import effective_rank, numerical_rank, singular_values
+from .artefact import LayerFactors
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerFigures:
         return self.name.rsplit(".", 1)[-1]
 
 
-def layer_figures(name: str, trained: Factors, accumulated: Factors | None) -> LayerFigures:
+def layer_figures(name: str, trained: LayerFactors, accumulated: LayerFactors | None) -> LayerFigures:
     """Figures of one layer, in float64 and without forming an m×n matrix."""
     parts = [part for part in (trained, accumulated) if part is not None]
     P, Q = (torch.cat([side.double() for side in sides], -1) for sides in zip(*parts, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.peft_lora import ACCUMULATED, AdapterLayer, find_layers, is_dense
-from ...common.disk_layout import PREFIX
-from .artefact import Artefact, read_factors, read_tensors
-from .base_model import AUTO, Base
+from ...common.disk_layout import BASE_FILE, DELTA, PREFIX, REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
-from ...common.disk_layout import BASE_FILE, WEIGHTS
 from ...engine.checkpoint import load_accumulated
-from ...methods.alpha_lora import AlphaLoraLinear
-from ...methods.mora import MoraLinear
-from ...methods.peft_any import merged_update
-from ...methods.support.targets import find_heads
-from ...common.disk_layout import TENSORS
-from ...methods.support.wrappers import Wrapper, load_wrapped, merge
-from ...models.heads import Head
-from ...layers.peft_lora import changes_base
 from ...engine.plain_lora import joined_factors
-
-_WRAPPERS: dict[str, type[Wrapper]] = {"mora": MoraLinear, "alpha-lora": AlphaLoraLinear}
+from ...layers.peft_lora import ACCUMULATED, AdapterLayer, changes_base, find_layers, is_dense
+from ...methods import all_methods
+from ...methods.peft_any import merged_update
+from ...methods.support.wrappers import Wrapper, load_wrapped, merge
+from ...models import digits  # noqa: F401  (makes its class known to transformers)
+from ...models.heads import auto_class, find_heads
+from .artefact import Artefact, read_factors, read_tensors
+from .base_model import Base, head_of
 
 
 class Restored(ABC):
@@ -182,11 +177,20 @@ class _Wrapped(Restored):
     """Methods with layers of their own."""
 
     def __init__(self, artefact: Artefact, base: Base) -> None:
-        original = base.load()
-        self.parameters = {name for name, _ in original.named_parameters()}
+        method = all_methods().get(artefact.config["method"])
+        if method is None or method.Wrapper is None:
+            raise ScaloraError(
+                f"{artefact.folder}: this scalora has no method {artefact.config['method']!r} with layers of its own: "
+                "load it with the version that wrote it"
+            )
         self.saved = read_tensors(artefact.folder / TENSORS)
-        wrapper = _WRAPPERS[artefact.config["method"]]
-        self.model = load_wrapped(artefact.folder, wrapper, original.name_or_path).eval()
+        self.model = base.load()
+        self.parameters = {name for name, _ in self.model.named_parameters()}
+        try:
+            load_wrapped(self.model, artefact.config, self.saved, method.Wrapper)
+        except (AttributeError, RuntimeError) as error:
+            raise _does_not_fit(artefact, base, str(error)) from error
+        self.model.eval()
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -210,17 +214,7 @@ class _Whole(Restored):
     def __init__(self, artefact: Artefact, base: Base) -> None:
         base.load()  # is it there, and the right one?
         self.base = base
-        self.head: Head = base.head
-        auto: Any = AUTO[base.head]
-        self.model, report = auto.from_pretrained(
-            str(artefact.folder), dtype="auto", output_loading_info=True, attn_implementation=base.attention
-        )
-        if odd := sorted(str(name) for part in ("missing_keys", "unexpected_keys") for name in report[part]):
-            raise ScaloraError(
-                f"{artefact.folder} is no plain model ({odd[0]} is missing, or too much): the checkpoints of "
-                f"{artefact.method} cannot be exported, only its finished run"
-            )
-        self.model.eval()
+        self.model = load_whole(artefact)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -231,11 +225,45 @@ class _Whole(Restored):
                 yield name, parameter.float() - original[name].float()
 
     def replaced(self) -> dict[str, Tensor]:
-        heads = find_heads(self.model, self.head)
+        heads = find_heads(self.model, self.base.head)
         return {f"{head}.{n}": p.detach() for head, module in heads for n, p in module.named_parameters()}
 
     def merge(self) -> PreTrainedModel:
         return self.model
+
+
+def load_whole(artefact: Artefact) -> PreTrainedModel:
+    """A whole model, in evaluation mode; its base model is not needed.
+
+    Raises:
+        ScaloraError: the folder holds more or less than one.
+    """
+    attention = (artefact.made_by or {}).get("attn_implementation")
+    model, report = auto_class(head_of(artefact)).from_pretrained(
+        str(artefact.folder), dtype="auto", output_loading_info=True, attn_implementation=attention
+    )
+    if odd := sorted(str(name) for part in ("missing_keys", "unexpected_keys") for name in report[part]):
+        raise ScaloraError(
+            f"{artefact.folder} is no plain model ({odd[0]} is missing, or too much): the checkpoints of "
+            f"{artefact.method} cannot be restored, only its finished run"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def load_delta(folder: Path, base: Base) -> PreTrainedModel:
+    """The base model with a delta export added to it, in evaluation mode; each weight is rounded once.
+
+    Raises:
+        ScaloraError: the base model cannot be found or is another one, or a file is damaged.
+    """
+    model = base.load()
+    parameters = dict(model.named_parameters())
+    for name, delta in read_tensors(folder / DELTA).items():
+        parameters[name].copy_(parameters[name].float() + delta)
+    for name, value in (read_tensors(folder / REPLACED) if (folder / REPLACED).is_file() else {}).items():
+        parameters[name].copy_(value)
+    return model
 
 
 def _plain_name(name: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.errors import ScaloraError
+from ...tasks import Split, build_task
+from ..recipe import parse_recipe
 from .artefact import Artefact
 from .base_model import Base
-from ...common.errors import ScaloraError
-from ..recipe import parse_recipe
-from ...tasks import Split, build_task
 
 _BATCH = 8
 

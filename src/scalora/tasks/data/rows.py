@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...common import packaged
 from ...common.errors import ScaloraError
 from .forms import Row, adapt
-from .tables import READERS, Table, read_jsonl, read_tsv
+from .tables import READERS, SourceTable, read_jsonl, read_tsv
 
 DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
 
@@ -144,11 +144,11 @@ def _are_positions(columns: dict[str, str]) -> bool:
     return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
 
 
-def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> Table:
+def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> SourceTable:
     if source in DIGITS:
         from ...models.digits import digit_rows
 
-        return Table(digit_rows(source), [])
+        return SourceTable(digit_rows(source), [])
     if source in packaged.ASSETS:
         if packaged.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
@@ -169,7 +169,7 @@ def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> Table:
     near = get_close_matches(source, [*packaged.ASSETS, *DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
-    return Table(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
+    return SourceTable(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
 
 
 def _packaged() -> str:

@@ -12,7 +12,7 @@ from ...common.errors import ScaloraError
 from .forms import Row
 
 
-class Table(NamedTuple):
+class SourceTable(NamedTuple):
     """Rows as they were read, and the line that each starts on if their file has lines."""
 
     rows: list[Row]
@@ -28,7 +28,7 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def read_json(path: Path) -> Table:
+def read_json(path: Path) -> SourceTable:
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Table:
         raise ScaloraError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); {hint}") from error
     if not isinstance(rows, list):
         raise ScaloraError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    table = Table(rows, _item_lines(text, len(rows)))
+    table = SourceTable(rows, _item_lines(text, len(rows)))
     for number, row in enumerate(rows, 1):
         _object(row, f"{path}{table.line(number)}, row {number}")
     return table
@@ -57,8 +57,8 @@ def _item_lines(text: str, count: int) -> list[int]:
     return lines
 
 
-def read_jsonl(path: Path) -> Table:
-    table = Table([], [])
+def read_jsonl(path: Path) -> SourceTable:
+    table = SourceTable([], [])
     for number, line in _lines(path):
         try:
             table.rows.append(_object(json.loads(line), f"{path}, line {number}"))
@@ -74,7 +74,7 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def read_tsv(path: Path, headerless: bool = False) -> Table:
+def read_tsv(path: Path, headerless: bool = False) -> SourceTable:
     """Tab-separated text as GLUE has it: quotes are ordinary characters."""
     return _table(path, _unbroken(list(_lines(path))), headerless)
 
@@ -91,15 +91,15 @@ def _unbroken(lines: list[tuple[int, str]]) -> Iterable[tuple[int, list[str]]]:
         yield number, cells
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path) -> SourceTable:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
         return _table(path, ((reader.line_num, cells) for cells in reader if cells), headerless=False)
 
 
-def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool) -> Table:
+def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool) -> SourceTable:
     names: list[str] = []
-    table = Table([], [])
+    table = SourceTable([], [])
     for number, cells in lines:
         if not names:
             names = [str(i) for i in range(len(cells))] if headerless else cells
@@ -119,12 +119,12 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]], headerless: bool)
     return table
 
 
-def read_parquet(path: Path) -> Table:
+def read_parquet(path: Path) -> SourceTable:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return Table(pyarrow.parquet.read_table(path).to_pylist(), [])
+        return SourceTable(pyarrow.parquet.read_table(path).to_pylist(), [])
     except pyarrow.ArrowException as error:
         raise ScaloraError(f"{path}: not a readable parquet file ({error})") from error
 

@@ -13,9 +13,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel
 from torch.utils.data import Dataset
 
 from ..common.errors import ScaloraError
+from ..models.heads import Head
 from .data.rows import DataSpec, Row, Splits, load_splits
 
 Split = Literal["train", "validation", "test"]
@@ -132,13 +134,34 @@ class Template:
         return self.text.format_map(row)
 
 
-class Task(ABC):
-    """Data and metric of one problem. Nothing is loaded before `splits` is first looked at."""
+class BaseTaskSpec(BaseModel, frozen=True, extra="forbid"):
+    """The `task` section of a recipe, as far as all kinds share it."""
 
-    head: ClassVar[Literal["causal-lm", "sequence-classification"]]
+    kind: str
+    data: DataSpec
+
+
+class Task(ABC):
+    """Data and metric of one problem; a file in this package lists its tasks in ``TASKS`` and is found by that.
+
+    Nothing is loaded before `splits` is first looked at.
+    """
+
+    Spec: ClassVar[type[BaseTaskSpec]]
+    """Its section of a recipe, whose `kind` is a literal with a default."""
+    head: ClassVar[Head]
     tokens: ClassVar[bool] = True
     """Whether the model reads tokens, and so needs a tokenizer."""
     data: DataSpec
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+        self.data = spec.data
+
+    @classmethod
+    def kind(cls) -> str:
+        """What a recipe calls it."""
+        return cls.Spec.model_fields["kind"].default
 
     @property
     @abstractmethod

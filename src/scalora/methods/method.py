@@ -11,8 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
 from ..models.heads import Head
@@ -69,7 +68,6 @@ class Adapted:
     save: Callable[[Path], list[str]]
     spectra: Callable[[], Iterator[tuple[str, Spectrum]]]
     callbacks: list[TrainerCallback] = field(default_factory=list)
-    optimizer: Callable[[TrainingArguments], Optimizer] | None = None  # None: Trainer's own
     split_train: Callable[[Any], Any] | None = None
     remember: Callable[[], None] | None = None
 
@@ -86,6 +84,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]] = NoOptions
+    Wrapper: ClassVar[type[nn.Module] | None] = None  # its own layers around linear ones, where it has such
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's
 
     def __init__(self, spec: MethodSpec) -> None:

@@ -1,0 +1,111 @@
+"""`scalora.load`: everything that is saved comes back with one call, and computes what was trained."""
+
+import shutil
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+import scalora
+from helpers import exports, models, workspace
+from scalora import ScaLoraConfig, ScaloraError
+from scalora.common.quiet import quiet
+from scalora.runs.export.export import export
+
+# name: overrides of the recipe; every run leaves checkpoints at steps 2 and 4, and the adapter of step 4.
+RUNS = {
+    "scalora": ["method.options={interval: 1}"],
+    "base": ["method.options={interval: 1, accumulate: base}"],
+    "bert": ["bert"],
+    "hira": ["method=hira"],
+    "mora": ["method=mora"],
+    "alpha": ["method=alpha-lora", "method.options={batch: 4}"],
+    "full": ["bert", "method=full"],
+}
+NO_CHECKPOINT = {"mora", "alpha"}  # only the finished run of a method with layers of its own can be restored
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Gives a run by its name, trained at the first call, and the logits that its printed lines lead to."""
+    quiet()
+    folder = tmp_path_factory.mktemp("laid")
+    recipe = exports.lay(folder)
+
+    @cache
+    def train(name):
+        bert = workspace.classification(folder) if "bert" in RUNS[name] else []
+        run = exports.run(recipe, f"run-{name}", *bert, *(each for each in RUNS[name] if each != "bert"))
+        return run, exports.logits(run.loading)
+
+    return train
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model.float()(input_ids=exports.IDS).logits
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_its_adapter_its_checkpoint_and_its_exports(trained, tmp_path, name):
+    run, logits = trained(name)
+    paths = [run.folder, run.folder / "adapter"]
+    if name not in NO_CHECKPOINT:
+        paths.append(run.folder / "checkpoints" / "checkpoint-4")
+    paths += [export(run.folder, to=form, output=tmp_path / form).folder for form in ("merged", "delta")]
+    for path in paths:
+        model = scalora.load(path)
+        assert not model.training
+        torch.testing.assert_close(_logits(model), logits, rtol=0, atol=1e-4, msg=str(path))
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(trained, tmp_path):
+    run, logits = trained("scalora")
+    shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    torch.testing.assert_close(_logits(scalora.load(tmp_path / "run")), logits, rtol=0, atol=1e-5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    assert not torch.equal(_logits(scalora.load(tmp_path / "run")), logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_pair_from_someones_own_loop_needs_no_tokenizer(tmp_path, kind):
+    models.base(kind).save_pretrained(tmp_path / "base")
+    model = models.lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
+    models.train(model, optimizer, kind, 4)
+    model.save_pretrained(tmp_path / "pair")
+    with pytest.raises(ScaloraError, match="names its base model"):
+        scalora.load(tmp_path / "pair")
+    loaded = scalora.load(tmp_path / "pair", base=str(tmp_path / "base"))
+    torch.testing.assert_close(models.logits(loaded, kind), models.logits(model, kind), rtol=0, atol=1e-5)
+    done = export(tmp_path / "pair", to="delta", base=str(tmp_path / "base")) if kind == "bert" else None
+    if done:  # nothing but the saved head tells that it is a classifier
+        torch.testing.assert_close(
+            models.logits(scalora.load(done.folder), kind), models.logits(model, kind), rtol=0, atol=1e-5
+        )
+
+
+def test_what_cannot_be_loaded_is_named(trained, tmp_path):
+    with pytest.raises(ScaloraError, match="there is no"):
+        scalora.load(tmp_path / "nothing")
+    run, _ = trained("mora")
+    with pytest.raises(ScaloraError, match="checkpoints of mora cannot be restored"):
+        scalora.load(run.folder / "checkpoints" / "checkpoint-4")
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = """
+import sys
+sys.modules["pydantic"] = None
+import scalora
+try:
+    scalora.load("anything")
+except scalora.ScaloraError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "scalora.load needs pydantic: pip install 'scalora[cli]'\n"
