@@ -14,7 +14,7 @@ from helpers import workspace
 from scalora import ScaloraError
 from scalora.arena import run, trial
 from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
-from scalora.arena.queue import Store
+from scalora.arena.queue import TrialQueue
 from scalora.arena.report import write_report
 from scalora.runs.recipe import load_recipe
 
@@ -52,10 +52,10 @@ def _fake(comparison, trial, *, calls=None, broken=None):
 def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(comparison, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 3 * 2 + 3 * 2
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
-    assert content["chosen"] == {"lora@2": 1e-2, "scalora@2": 1e-2, "lora@4": 1e-2}
+    assert record.chosen == dict.fromkeys(comparison.contenders, 1e-2)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
@@ -63,7 +63,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert "scalora@2: +0.0500" in page
     again = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == 12  # nothing is run twice
-    assert again["trials"] == content["trials"]
+    assert again.results == record.results
     assert (tmp_path / "out" / "report.html").read_text() == page  # nothing to look at twice either
 
 
@@ -76,19 +76,19 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
 
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls, broken=is_broken))
     lines = []
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert any("failed: out of memory" in line for line in lines)
     assert "2 of 10 trials failed (--retry runs them again)" in lines[-1]
-    assert "scalora@2" not in content["chosen"]
-    store = Store(tmp_path / "out", comparison)
-    write_report(comparison, store.results(), content, tmp_path / "page.html")
+    broke = comparison.contenders[1]
+    assert broke not in record.chosen
+    write_report(record, tmp_path / "page.html")
     assert "out of memory" in (tmp_path / "page.html").read_text()
     broken["now"] = False
     count = len(calls)
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert len(calls) == count
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, tell=lines.append)
-    assert content["chosen"]["scalora@2"] == 1e-2
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, tell=lines.append)
+    assert record.chosen[broke] == 1e-2
 
 
 def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, monkeypatch, pageless):
@@ -111,7 +111,7 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
 
 def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(comparison, tmp_path, monkeypatch, pageless):
     calls, idle, last = [], [], comparison.tuning()[-1]
-    other = Store(tmp_path / "out", comparison)
+    other = TrialQueue(tmp_path / "out", comparison)
     other.enqueue([last])
     assert other.take([last]) == last
 
@@ -128,7 +128,7 @@ def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(compar
 
 def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_path, monkeypatch):
     """A machine restarts, its name stays, and the number of the worker that died is another process's now."""
-    sleeper, other = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
+    sleeper, other = TrialQueue(tmp_path / "out", comparison), TrialQueue(tmp_path / "out", comparison)
     wanted = comparison.tuning()[:1]
     sleeper.enqueue(wanted)
     assert sleeper.take(wanted) == wanted[0]
@@ -145,7 +145,7 @@ def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_p
 
 
 def test_two_workers_share_the_trials(comparison, tmp_path):
-    one, two = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
+    one, two = TrialQueue(tmp_path / "out", comparison), TrialQueue(tmp_path / "out", comparison)
     one.enqueue(comparison.tuning())
     two.enqueue(comparison.tuning())
     wanted = comparison.tuning()
@@ -160,7 +160,7 @@ def test_two_workers_share_the_trials(comparison, tmp_path):
 
 def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
     """Two workers that look at the same moment both put a trial there; only failures are tried again on purpose."""
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     good, bad = comparison.tuning()[:2]
     store.enqueue([good, bad, good])
     store.finish(store.take([good, bad]), _fake(comparison, good))
@@ -171,7 +171,7 @@ def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
 
 
 def test_trials_left_waiting_by_another_command_are_not_run(comparison, tmp_path):
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     left, wanted = comparison.tuning()[:3], comparison.tuning()[3:]
     store.enqueue([*left, *wanted])
     assert [store.take(wanted) for _ in wanted] == wanted
@@ -210,22 +210,22 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
     ],
 )
 def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, override, words):
-    Store(tmp_path / "out", comparison)
+    TrialQueue(tmp_path / "out", comparison)
     recipe = load_recipe(workspace.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4", override])
     other = Comparison(recipe, comparison.contenders, (1e-3,), (0,), (0,))
     if words is None:
-        Store(tmp_path / "out", other)
+        TrialQueue(tmp_path / "out", other)
     else:
         with pytest.raises(ScaloraError, match=words):
-            Store(tmp_path / "out", other)
+            TrialQueue(tmp_path / "out", other)
 
 
 def test_a_store_of_an_earlier_version_is_continued(comparison, tmp_path):
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     early = {key: comparison.recipe.model_dump(mode="json")[key] for key in ("model", "dtype", "task", "training")}
     del early["task"]["data"]["folder"]
     store.study.set_user_attr("recipe", {**early, "target_modules": ["old"]})
-    Store(tmp_path / "out", comparison)
+    TrialQueue(tmp_path / "out", comparison)
 
 
 def test_trial_recipes_differ_in_method_rate_and_seed_only(comparison):
@@ -263,11 +263,11 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
     lora, scalora, _ = comparison.contenders
     fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
-    content = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
+    record = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
     assert [(t.stage, t.contender, t.lr) for t in calls] == [
         ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
     ]
-    assert content["chosen"] == {str(lora): 1e-3, str(scalora): 2e-3}
+    assert record.chosen == {lora: 1e-3, scalora: 2e-3}
 
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):
