@@ -179,7 +179,7 @@ def main() -> None:
             "mean": total,
             "layers": by_layer,
         }
-        write_json(RESULTS, content)
+        write_json(RESULTS, content, depth=3)
     table = Table("mean over layers", *content)
     for name in next(iter(content.values()))["mean"]:
         table.add_row(name, *(f"{look['mean'][name]:.3f}" for look in content.values()))

@@ -276,7 +276,7 @@ def main() -> None:
                 key = f"{noise} / {question} / {label}"
                 if key not in content["rows"]:
                     content["rows"][key] = Runs(variant, batch, steps).run() | {"git_revision": git_revision()}
-                    write_json(RESULTS, content)
+                    write_json(RESULTS, content, depth=3)
                 row = content["rows"][key]
                 figures = " | ".join("{:.4f} ± {:.4f}".format(*row[name]) for name in ("train", "test"))
                 print(f"| {question} | {label} | {row['lr']:g} | {figures} |", flush=True)
