@@ -115,7 +115,7 @@ class ComparisonTable:
         shown = self.rates if rates else ()
         rows = [
             [_FIELDS[name][1](row) for name in fields]
-            + [f"{row.validation[rate]:.4f}" if rate in row.validation else "" for rate in shown]
+            + [f"{row.validation[rate]:.3f}" if rate in row.validation else "" for rate in shown]
             for row in self.rows
         ]
         return TextTable(self.caption, titles + [f"{rate:g}" for rate in shown], rows)
