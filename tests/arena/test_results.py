@@ -11,7 +11,13 @@ from scalora import ScaloraError
 from scalora.arena import run
 from scalora.arena.plan import Contender, Trial
 from scalora.arena.queue import TrialQueue
-from scalora.arena.results import ComparisonRecord, decode, encode, read_comparison, write_comparison
+from scalora.arena.results import (
+    ComparisonRecord,
+    decode_comparison,
+    encode_comparison,
+    read_comparison,
+    write_comparison,
+)
 from scalora.cli import app
 
 
@@ -26,7 +32,7 @@ def record(tmp_path):
 
 def _first_format(record):
     """As the version before wrote it."""
-    content = json.loads(json.dumps(encode(record)))
+    content = json.loads(json.dumps(encode_comparison(record)))
     for key in ("format", "contenders", "curve", "fixed", "ranks", "environments"):
         del content[key]
     content["trials"] = [
@@ -65,13 +71,13 @@ def test_the_format_before_is_read(record, given):
         last = comparison.contenders[-1]
         results = {t: {"error": "out of memory"} if t.contender == last else r for t, r in results.items()}
     old = dataclasses.replace(record, comparison=comparison, results=results)
-    assert decode(_first_format(old), "old.json") == old
+    assert decode_comparison(_first_format(old), "old.json") == old
 
 
 def test_trials_that_another_command_tuned_are_no_contenders(record):
     stray = Trial("tune", Contender("mora", 2), 1e-3, 0)
     results = {**record.results, stray: comparisons.fake_result(record.comparison, stray)}
-    found = decode(_first_format(dataclasses.replace(record, results=results)), "old.json")
+    found = decode_comparison(_first_format(dataclasses.replace(record, results=results)), "old.json")
     assert found.comparison.contenders == record.comparison.contenders
     assert stray in found.results
 
@@ -139,7 +145,7 @@ def test_results_of_another_recipe_are_refused_before_a_queue_is_made(record, tm
 @pytest.mark.parametrize("old", [False, True])
 def test_report_writes_the_page_again(record, tmp_path, old):
     out = tmp_path / "out"
-    (out / "results.json").write_text(json.dumps(_first_format(record) if old else encode(record)))
+    (out / "results.json").write_text(json.dumps(_first_format(record) if old else encode_comparison(record)))
     result = CliRunner().invoke(app, ["report", str(out), "--output", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.stderr
     page = (tmp_path / "page.html").read_text()

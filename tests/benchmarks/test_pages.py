@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from benchmarks import pages
-from scalora.arena.results import decode, encode
+from scalora.arena.results import decode_comparison, encode_comparison
 
 COMMITTED = sorted((pages.ROOT / pages.FOLDER).rglob("results.json"))
 
@@ -59,6 +59,6 @@ def test_a_clone_carries_little():
 def test_committed_comparisons_are_as_this_version_writes_them(file):
     content = json.loads(file.read_text(encoding="utf-8"))
     if "trials" in content:
-        again = json.loads(json.dumps(encode(decode(content, Path("committed")))))
+        again = json.loads(json.dumps(encode_comparison(decode_comparison(content, Path("committed")))))
         del again["recipe"], content["recipe"]  # what recipes can say grows
         assert again == content

@@ -36,7 +36,7 @@ class ComparisonRecord:
 
 def write_comparison(record: ComparisonRecord, folder: Path) -> None:
     """Write ``folder/results.json``."""
-    write_json(folder / RESULTS, encode(record), depth=2)
+    write_json(folder / RESULTS, encode_comparison(record), depth=2)
 
 
 def read_comparison(folder: Path) -> ComparisonRecord:
@@ -45,7 +45,7 @@ def read_comparison(folder: Path) -> ComparisonRecord:
     Raises:
         ScaloraError: there is none, or it cannot be read.
     """
-    return decode(read_results(folder), folder / RESULTS)
+    return decode_comparison(read_results(folder), folder / RESULTS)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return content
 
 
-def encode(record: ComparisonRecord) -> dict[str, Any]:
+def encode_comparison(record: ComparisonRecord) -> dict[str, Any]:
     """A comparison as JSON; the rates that were chosen are there for the eye, the trials say them too."""
     comparison, environments = record.comparison, []
     trials = [_encode_trial(trial, result, environments) for trial, result in sorted(record.results.items())]
@@ -90,8 +90,8 @@ def encode(record: ComparisonRecord) -> dict[str, Any]:
     }
 
 
-def decode(content: Mapping[str, Any], file: Path) -> ComparisonRecord:
-    """The comparison that :func:`encode` wrote, or that the version before wrote.
+def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecord:
+    """The comparison that :func:`encode_comparison` wrote, or that the version before wrote.
 
     Raises:
         ScaloraError: it holds no comparison, or one that this version cannot read; the message names `file`.

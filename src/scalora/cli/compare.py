@@ -14,7 +14,7 @@ from ..common.disk_layout import REPORT, RESULTS
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
 from .guard import guarded, leave, require
-from .report import show
+from .report import show_comparison
 
 
 def compare(
@@ -69,7 +69,7 @@ def compare(
             )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
-        show(console, record)
+        show_comparison(console, record)
         console.print(f"report: {folder / REPORT}   every trial: {folder / RESULTS}", highlight=False)
 
 

@@ -33,7 +33,7 @@ def report(
         from scalora_papers.run import read_experiment, write_tables
 
         from ..arena.report import write_report
-        from ..arena.results import decode, read_results
+        from ..arena.results import decode_comparison, read_results
         from ..common.files import check_writable
 
         console, place = Console(), Path(folder)
@@ -47,13 +47,13 @@ def report(
             for table in found.tables:
                 console.print(table.terminal())
         else:
-            record = decode(content, place / RESULTS)
+            record = decode_comparison(content, place / RESULTS)
             write_report(record, path)
-            show(console, record)
+            show_comparison(console, record)
         console.print(f"written: {path}", highlight=False)
 
 
-def show(console: Console, record: ComparisonRecord) -> None:
+def show_comparison(console: Console, record: ComparisonRecord) -> None:
     """A comparison's table for the terminal, and what it says in words."""
     from ..arena.statistics import curve_verdict
     from ..arena.table import comparison_table
