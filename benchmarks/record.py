@@ -41,7 +41,7 @@ def write(path: Path, content: dict[str, Any], **packages: str) -> None:
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as it is: for results that come one by one, each with a header of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_json(path, content, depth=3)
 
 
 def earlier(path: Path) -> dict[str, Any]:

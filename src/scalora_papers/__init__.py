@@ -9,9 +9,9 @@ from importlib import import_module
 
 from scalora.common.errors import ScaloraError
 
-from .base import Experiment, Outcome, Scale, Setting, Table
+from .base import Experiment, Outcome, Scale, Setting
 
-__all__ = ["Experiment", "Outcome", "Scale", "Setting", "Table", "all_experiments", "find_experiment"]
+__all__ = ["Experiment", "Outcome", "Scale", "Setting", "all_experiments", "find_experiment"]
 
 
 @cache

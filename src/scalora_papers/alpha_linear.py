@@ -29,7 +29,7 @@ from scalora.common.errors import ScaloraError
 from scalora.tasks.data.rows import DataSpec, Row, load_splits
 
 from .alpha_theory import Target, alpha_star, mean_and_error, ridge
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 
 Labelled = list[tuple[tuple[str, ...], int]]  # one text or a pair of texts, and y = ±1
 
@@ -231,7 +231,7 @@ def outcome(pairs: dict[str, tuple[Domain, Domain]], sizes: Sizes, tell: Callabl
     return Outcome(content, [_table(found, sizes)], {"accuracy": _figure(content)}, _remarks(found))
 
 
-def _table(found: Sequence[dict[str, Any]], sizes: Sizes) -> Table:
+def _table(found: Sequence[dict[str, Any]], sizes: Sizes) -> TextTable:
     rows = []
     for each in found:
         name = f"{each['name']} ({each['cosine']:.2f})"
@@ -247,7 +247,7 @@ def _table(found: Sequence[dict[str, Any]], sizes: Sizes) -> Table:
         rows.append(["", STAR, "—", f"{star:.2f}", f"{star - one:+.2f}"])
     title = f"Mean ± standard error, {sizes.draws} draws of {sizes.N} source and {sizes.n} target samples; paired gains"
     columns = ["source → target (cosine of w̃, μ_β)", "α", "median [quartiles]", "accuracy, %", "gain over α = 1"]
-    return Table(title, columns, rows)
+    return TextTable(title, columns, rows)
 
 
 def _remarks(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def measure(task: Task, draws: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tables(cases: Sequence[dict[str, Any]], draws: int) -> list[Table]:
+def _tables(cases: Sequence[dict[str, Any]], draws: int) -> list[TextTable]:
     best, gains = [], []
     for case in cases:
         where = [f"{case['eta']:g}", f"{case['beta']:g}"]
@@ -207,12 +207,12 @@ def _tables(cases: Sequence[dict[str, Any]], draws: int) -> list[Table]:
         gains.append([*where, *(f"{_percent(each)} ({100 * each['theory']:.2f})" for each in found)])
     drawn = f"over {draws} draws"
     return [
-        Table(
+        TextTable(
             f"Best α: closed form, maximum of the theory's curve, maximum of the mean {drawn} ± bootstrap error",
             ["η = p/n", "β", "closed form", "scan of theory", "Monte Carlo"],
             best,
         ),
-        Table(
+        TextTable(
             f"Accuracy at α* and its gains, %: mean ± standard error {drawn}, gains paired (in brackets: theory)",
             ["η = p/n", "β", "accuracy at α*", "gain over α = 1", "gain over α = 0"],
             gains,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from matplotlib.figure import Figure
 
+from scalora.arena.table import TextTable
 from scalora.common.errors import ScaloraError
 
 Scale = Literal["small", "paper"]
@@ -44,24 +45,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Texts under column names."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        lines = [f"**{self.title}**", "", _line(self.columns), _line(["---"] * len(self.columns))]
-        return "\n".join([*lines, *(_line(row) for row in self.rows), ""])
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What an experiment found: ``content`` goes to results.json, figures to PNGs by their names."""
 
     content: dict[str, Any]
-    tables: list[Table]
+    tables: list[TextTable]
     figures: dict[str, Figure] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)  # in words, what agrees with the paper and what does not
 
@@ -87,7 +75,3 @@ class Experiment(ABC):
             ScaloraError: no large model is trained here.
         """
         raise ScaloraError(f"{self.name} trains no large model, so there is nothing to plan: leave --plan out")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |"

@@ -18,7 +18,7 @@ from torch import Tensor
 from scalora.algebra.lowrank import numerical_rank
 from scalora.algebra.scaling import ScalingMethod, optimal_scaling
 
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 
 Adapters = tuple[Tensor, Tensor]
 Choice = Callable[[Tensor, Tensor, Tensor, Tensor], Adapters]  # G (…, m, n), A (…, m, r), B (…, n, r), c (…) → Ã, B̃
@@ -214,7 +214,7 @@ def _content(method: str, curves: Curves, shown: list[int]) -> list[dict[str, An
     ]
 
 
-def _table(found: dict[str, Curves]) -> Table:
+def _table(found: dict[str, Curves]) -> TextTable:
     rows = [
         [method, _rate(rate), _mean(final), _mean(final[:1]), _KNOWN.get((method, rate), "")]
         for method, curves in found.items()
@@ -223,7 +223,7 @@ def _table(found: dict[str, Curves]) -> Table:
     loss = found["full"].loss
     title = f"Loss after {len(loss) - 1} steps, from {loss[0].mean():.0f} (at seed 0: {loss[0, 0, 0]:.0f})"
     columns = ["method", "η", f"mean ± standard error of {loss.shape[-1]} seeds", "seed 0", "seed 0, known before"]
-    return Table(title, columns, rows)
+    return TextTable(title, columns, rows)
 
 
 def _remarks(found: dict[str, Curves], r: int) -> list[str]:

@@ -17,7 +17,7 @@ from scalora.methods.support.gradients import mean_gradients
 from scalora.runs.recipe import Recipe, parse_recipe
 from scalora.runs.training import Watcher, train
 
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 from .published import GLUE_SETTINGS
 from .table import plans
 from .table1_glue import RANK, paper_problem, small_recipe
@@ -91,7 +91,7 @@ class _Ranks(Watcher, TrainerCallback):
         self.found.append([state.global_step, sum(rank >= 2 * self.rank for rank in ranks) / len(ranks)])
 
 
-def _table(content: dict[str, Any]) -> Table:
+def _table(content: dict[str, Any]) -> TextTable:
     rows = []
     for name, run in content.items():
         theorem5 = [share for _, share in run["theorem5_share"]]
@@ -112,7 +112,7 @@ def _table(content: dict[str, Any]) -> Table:
         "Theorem 5 (mean share)",
         "test metric",
     ]
-    return Table("inside the runs", columns, rows)
+    return TextTable("inside the runs", columns, rows)
 
 
 def _draw(content: dict[str, Any]) -> Figure:

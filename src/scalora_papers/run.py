@@ -1,16 +1,31 @@
-"""Running an experiment: its folder, and what is left in it."""
+"""Running an experiment: its folder, what is left in it, and how that is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from scalora.common.disk_layout import RESULTS
+from scalora.arena.table import TextTable
+from scalora.common.disk_layout import RESULTS, TABLES
 from scalora.common.environment import environment, git_revision
 from scalora.common.errors import ScaloraError
 from scalora.common.files import check_writable, write_json, write_text
 from scalora.runs.plots import save
 
 from .base import Experiment, Outcome, Setting
+
+_KEPT_LEVELS = 3  # of results.json that have lines of their own
+
+
+class ExperimentRecord(NamedTuple):
+    """What there is to show of an experiment that was run."""
+
+    name: str
+    summary: str
+    command: str
+    tables: list[TextTable]
+    remarks: list[str]
 
 
 def run_experiment(experiment: Experiment, setting: Setting, *, resume: bool = False) -> Outcome:
@@ -32,22 +47,45 @@ def run_experiment(experiment: Experiment, setting: Setting, *, resume: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in outcome.figures.items():
         save(figure, folder / f"{name}.png")
-    parts = [f"# {experiment.name}: {experiment.summary}", f"`{setting.command}`"]
-    parts += [table.markdown() for table in outcome.tables]
-    parts += ["\n".join(f"- {remark}" for remark in outcome.remarks)]
-    write_text(folder / "tables.md", "\n\n".join(part for part in parts if part) + "\n")
-    write_json(
-        folder / RESULTS,
-        {
-            "experiment": experiment.name,
-            "scale": setting.scale,
-            "command": setting.command,
-            "git_revision": git_revision(),
-            "environment": environment(),
-            **outcome.content,
-        },
-    )
+    content = {
+        "experiment": experiment.name,
+        "summary": experiment.summary,
+        "scale": setting.scale,
+        "command": setting.command,
+        "git_revision": git_revision(),
+        "environment": environment(),
+        "tables": [vars(table) for table in outcome.tables],
+        "remarks": outcome.remarks,
+        **outcome.content,
+    }
+    write_json(folder / RESULTS, content, depth=_KEPT_LEVELS)
+    write_tables(read_experiment(content, folder / RESULTS), folder / TABLES)
     return outcome
+
+
+def read_experiment(content: Mapping[str, Any], file: Path) -> ExperimentRecord:
+    """What results.json of an experiment holds to show.
+
+    Raises:
+        ScaloraError: it was written by a version that did not keep its tables; the message names `file`.
+    """
+    try:
+        tables = [TextTable(table["title"], table["columns"], table["rows"]) for table in content["tables"]]
+        name, summary, command = content["experiment"], content["summary"], content["command"]
+        return ExperimentRecord(name, summary, command, tables, content["remarks"])
+    except (KeyError, TypeError) as error:
+        raise ScaloraError(
+            f"{file} holds no tables, as those of earlier versions: reproduce NAME --resume --output {file.parent} "
+            "writes it anew"
+        ) from error
+
+
+def write_tables(record: ExperimentRecord, path: Path) -> None:
+    """The tables and remarks as Markdown."""
+    parts = [f"# {record.name}: {record.summary}", f"`{record.command}`"]
+    parts += [table.markdown() for table in record.tables]
+    parts += ["\n".join(f"- {remark}" for remark in record.remarks)]
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
 def default_folder(name: str, scale: str) -> Path:

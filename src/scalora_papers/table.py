@@ -10,12 +10,11 @@ from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 from scalora.arena.plan import Comparison, Contender
-from scalora.arena.queue import Store
 from scalora.arena.run import check_comparison, run_comparison
-from scalora.arena.statistics import Difference, Results, chosen_rates, compare, final_values, primary, summarize
+from scalora.arena.statistics import Difference, Results, chosen_rates, compare, final_runs, primary, summarize
 from scalora.runs.recipe import Recipe
 
-from .base import Outcome, Setting, Table
+from .base import Outcome, Setting, TextTable
 from .paper_scale import PLAN_COLUMNS, PLAN_TITLE, plan
 
 Published = Mapping[str, Mapping[str, float]]  # contender's name → problem → number
@@ -39,9 +38,7 @@ class Measured:
 
     def finals(self, contender: Contender) -> dict[int, Mapping[str, Any]]:
         """The results of its final runs, by seed."""
-        lr = chosen_rates(self.results, self.comparison).get(contender)
-        trials = [t for t in sorted(self.results) if t.stage == "final" and t.contender == contender and t.lr == lr]
-        return {t.seed: self.results[t] for t in trials if "error" not in self.results[t]}
+        return final_runs(self.results, contender, chosen_rates(self.results, self.comparison).get(contender))
 
     def costs(self, contender: Contender, key: str) -> list[float]:
         """Relative to LoRA's, seed by seed: runs of one seed train on the same batches, one soon after the other."""
@@ -51,7 +48,7 @@ class Measured:
     def values(self, contender: Contender) -> dict[int, float]:
         """Test metric by seed."""
         metric, _ = primary(self.results)
-        return final_values(self.results, contender, chosen_rates(self.results, self.comparison).get(contender), metric)
+        return {seed: run["after"][metric] for seed, run in self.finals(contender).items()}
 
     def mean(self, contender: Contender) -> tuple[float, float]:
         """Mean of the test metric and its standard error; (NaN, NaN) where every run failed."""
@@ -86,12 +83,12 @@ def measure(
     for name, comparison in comparisons.items():
         setting.tell(f"{name}: {comparison.recipe.model}")
         folder = setting.folder / name
-        run_comparison(comparison, folder, command=setting.command, retry=setting.retry, tell=setting.tell)
-        found[name] = Measured(comparison, Store(folder, comparison).results())
+        record = run_comparison(comparison, folder, command=setting.command, retry=setting.retry, tell=setting.tell)
+        found[name] = Measured(comparison, record.results)
     return found
 
 
-def quality(title: str, measured: Mapping[str, Measured], published: Published, percent: bool = True) -> Table:
+def quality(title: str, measured: Mapping[str, Measured], published: Published, percent: bool = True) -> TextTable:
     """Mean ± standard error per contender and problem, the published number in brackets, and the mean over problems."""
     contenders = next(iter(measured.values())).comparison.contenders
     rows = []
@@ -111,10 +108,10 @@ def quality(title: str, measured: Mapping[str, Measured], published: Published, 
         average = _number(mean(means), percent) if len(means) == len(measured) else ""
         paper = f" ({_number(printed['mean'], percent)})" if average and "mean" in printed else ""
         rows.append([str(contender), *cells, f"{average}{paper}"])
-    return Table(title, ["method", *measured, "mean"], rows)
+    return TextTable(title, ["method", *measured, "mean"], rows)
 
 
-def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -> Table:
+def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -> TextTable:
     """Seconds per step and peak memory relative to LoRA: median (lowest to highest) over seeds and problems.
 
     Beside it the paper's memory above LoRA, of another model.
@@ -128,7 +125,7 @@ def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -
             cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "failed")
         above = memory_above.get(_name(contender, contenders))
         rows.append([str(contender), *cells, "" if above is None else f"+{above:g} GB"])
-    return Table(
+    return TextTable(
         "cost relative to LoRA: median (lowest to highest)",
         ["method", "seconds per step", "peak memory", "memory above LoRA, paper"],
         rows,
@@ -162,7 +159,7 @@ def plans(problems: Sequence[Problem], head: Any) -> Outcome:
     """What the recipes of large models would train and take, without their weights."""
     rows = {problem.name: plan(problem.recipe, head, problem.rows) for problem in problems}
     tables = [
-        Table(
+        TextTable(
             f"{model}: {PLAN_TITLE}",
             ["problem", *PLAN_COLUMNS],
             [[n, *p.row()] for n, p in rows.items() if p.model == model],

@@ -9,7 +9,7 @@ from typing import Any
 from scalora.arena.plan import Contender
 from scalora.runs.recipe import Recipe, parse_recipe
 
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 from .table import Measured, Problem, measure, plans, quality, summary, verdicts
 from .table2_commonsense import TARGETS
 
@@ -72,13 +72,13 @@ def paper_problems(setting: Setting) -> list[Problem]:
     ]  # fmt: skip
 
 
-def likelihood(measured: Mapping[str, Measured]) -> Table:
+def likelihood(measured: Mapping[str, Measured]) -> TextTable:
     """Nats per token of the reference solutions, mean over seeds: it tells methods apart where exact match cannot."""
     rows = []
     for contender in CONTENDERS:
         finals = [each.finals(contender).values() for each in measured.values()]
         rows.append([str(contender), *(f"{mean(r['after']['nll'] for r in f):.4f}" if f else "failed" for f in finals)])
-    return Table("nll of the reference solutions, mean over seeds", ["method", *measured], rows)
+    return TextTable("nll of the reference solutions, mean over seeds", ["method", *measured], rows)
 
 
 def _recipe(

@@ -25,7 +25,7 @@ from scalora.engine.event import ScaLora
 from scalora.engine.stores import AdapterStore
 from scalora.engine.stores.adapter import SLOTS
 
-from .base import Experiment, Outcome, Setting, Table
+from .base import Experiment, Outcome, Setting, TextTable
 
 TOKENS = 64  # T, the rows of a batch
 _WIDTH = 8 + SLOTS  # k/r, where k is the number of columns of the accumulated adapter
@@ -217,7 +217,7 @@ class Complexity(Experiment):
             "bytes": held,
         }
         title = "Bytes of tensors, counted exactly; what lives only within an event is not counted"
-        bytes_table = Table(title, list(held[0]), [list(map(str, row.values())) for row in held])
+        bytes_table = TextTable(title, list(held[0]), [list(map(str, row.values())) for row in held])
         tables = [_exponents(laws), _intervals(over_I), bytes_table]
         return Outcome(content, tables, {"complexity": _draw(costs, laws, centre)}, _remarks(laws, over_I))
 
@@ -238,26 +238,26 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def _exponents(laws: Mapping[str, Law]) -> Table:
+def _exponents(laws: Mapping[str, Law]) -> TextTable:
     rows = []
     for part, law in laws.items():
         triples = zip(law.exponents, law.errors, law.formula, strict=True)
         cells = [f"{p:.2f} ± {error:.2f} ({formula:.2f})" for p, error, formula in triples] or ["hidden"] * 4
         rows.append([PARTS[part].title, PARTS[part].formula, *cells, f"{1e3 * law.fixed:.2f}", law.used])
     title = "Exponents of time beyond the fixed cost ± standard error (in brackets: of the formula, by the same fit)"
-    return Table(title, ["part", "O(…)", "m", "n", "r", "m = n", "fixed cost, ms", "points"], rows)
+    return TextTable(title, ["part", "O(…)", "m", "n", "r", "m = n", "fixed cost, ms", "points"], rows)
 
 
-def _intervals(over_I: Sequence[Cost]) -> Table:
+def _intervals(over_I: Sequence[Cost]) -> TextTable:
     plain = median(c.seconds["step"] for c in over_I if "step" in c.seconds)
-    rows = []
+    (m, n, r), ms, rows = over_I[0].size, 1e3 * plain, []
     for c in over_I:
         longer = c.seconds.get("beside", plain) - plain
         together = f"{(c.events + longer) / plain:.1%}"
         rows.append([c.store, str(c.interval), f"{1e3 * c.events:.2f}", f"{1e3 * longer:.2f}", together])
-    (m, n, r), ms = over_I[0].size, 1e3 * plain
     title = f"Added to a LoRA step of {ms:.2f} ms ({TOKENS} tokens, one layer with m = {m}, n = {n}, r = {r})"
-    return Table(title, ["store", "I", "events, ms per step", "accumulated adapter in the step, ms", "together"], rows)
+    columns = ["store", "I", "events, ms per step", "accumulated adapter in the step, ms", "together"]
+    return TextTable(title, columns, rows)
 
 
 def _remarks(laws: Mapping[str, Law], over_I: Sequence[Cost]) -> list[str]:

@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from helpers import workspace
+from helpers import comparisons, workspace
 from scalora import ScaloraError
 from scalora.arena import run, trial
 from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
-from scalora.arena.queue import Store
+from scalora.arena.queue import TrialQueue
 from scalora.arena.report import write_report
 from scalora.runs.recipe import load_recipe
 
 
 @pytest.fixture
 def comparison(tmp_path):
-    recipe = load_recipe(workspace.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4"])
-    return Comparison(
-        recipe, tuple(parse_contender(text, 2) for text in ("lora", "scalora", "lora@4")), (1e-3, 1e-2), (0, 1), (0,)
-    )
+    return comparisons.small(tmp_path)
 
 
 @pytest.fixture
@@ -33,29 +30,13 @@ def pageless(monkeypatch):
     monkeypatch.setattr(run, "write_report", lambda *arguments: None)
 
 
-def _fake(comparison, trial, *, calls=None, broken=None):
-    """A trial's result without its training."""
-    if calls is not None:
-        calls.append(trial)
-    if broken and broken(trial):
-        return {"error": "out of memory"}
-    value = 0.5 + 0.1 * (trial.lr == 1e-2) + 0.01 * trial.seed + 0.05 * (trial.contender.method == "scalora")
-    costs = {"seconds_per_step": 1.0, "peak_memory_bytes": 100, "trainable_parameters": 10, "adapter_bytes": 5}
-    environment = {"processor": "fast", "threads": 1, "gpu": None}
-    return {
-        "environment": environment,
-        "after": {"accuracy": value, "nll": 1 - value}, "primary": "accuracy", "higher_is_better": True, **costs,
-        "ranks": [{"step": 2, "mean": 2.0, "kinds": {}}], "losses": [[2, 1.0], [4, 0.5]],
-    }  # fmt: skip
-
-
 def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(comparison, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 3 * 2 + 3 * 2
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
-    assert content["chosen"] == {"lora@2": 1e-2, "scalora@2": 1e-2, "lora@4": 1e-2}
+    assert record.chosen == dict.fromkeys(comparison.contenders, 1e-2)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
@@ -63,7 +44,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert "scalora@2: +0.0500" in page
     again = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == 12  # nothing is run twice
-    assert again["trials"] == content["trials"]
+    assert again.results == record.results
     assert (tmp_path / "out" / "report.html").read_text() == page  # nothing to look at twice either
 
 
@@ -74,21 +55,21 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     def is_broken(t):
         return broken["now"] and t.contender.method == "scalora"
 
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls, broken=is_broken))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls, broken=is_broken))
     lines = []
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert any("failed: out of memory" in line for line in lines)
     assert "2 of 10 trials failed (--retry runs them again)" in lines[-1]
-    assert "scalora@2" not in content["chosen"]
-    store = Store(tmp_path / "out", comparison)
-    write_report(comparison, store.results(), content, tmp_path / "page.html")
+    broke = comparison.contenders[1]
+    assert broke not in record.chosen
+    write_report(record, tmp_path / "page.html")
     assert "out of memory" in (tmp_path / "page.html").read_text()
     broken["now"] = False
     count = len(calls)
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
     assert len(calls) == count
-    content = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, tell=lines.append)
-    assert content["chosen"]["scalora@2"] == 1e-2
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, tell=lines.append)
+    assert record.chosen[broke] == 1e-2
 
 
 def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, monkeypatch, pageless):
@@ -97,29 +78,29 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
     def dies_at_the_fourth(c, t, *_):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return _fake(c, t, calls=calls)
+        return comparisons.fake_result(c, t, calls=calls)
 
     monkeypatch.setattr(run, "run_trial", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     # The trial that was running belongs to a process that is gone.
     monkeypatch.setattr("scalora.arena.queue._worker_lives", lambda frozen: False)
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert len(calls) == len(set(calls)) == 12
 
 
 def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(comparison, tmp_path, monkeypatch, pageless):
     calls, idle, last = [], [], comparison.tuning()[-1]
-    other = Store(tmp_path / "out", comparison)
+    other = TrialQueue(tmp_path / "out", comparison)
     other.enqueue([last])
     assert other.take([last]) == last
 
     def at_last(seconds):
         idle.append(len(calls))
-        other.finish(last, _fake(comparison, last))
+        other.finish(last, comparisons.fake_result(comparison, last))
 
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     monkeypatch.setattr(time, "sleep", at_last)
     run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
     assert idle == [5 + 4]  # everything but the other's trial and the final runs that it decides on
@@ -128,7 +109,7 @@ def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(compar
 
 def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_path, monkeypatch):
     """A machine restarts, its name stays, and the number of the worker that died is another process's now."""
-    sleeper, other = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
+    sleeper, other = TrialQueue(tmp_path / "out", comparison), TrialQueue(tmp_path / "out", comparison)
     wanted = comparison.tuning()[:1]
     sleeper.enqueue(wanted)
     assert sleeper.take(wanted) == wanted[0]
@@ -140,19 +121,21 @@ def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_p
     # The first one slept only; when it wakes, its result comes too late and harms nothing.
     sleeper.beat(wanted[0])
     sleeper.finish(wanted[0], {"error": "late"})
-    other.finish(wanted[0], _fake(comparison, wanted[0]))
-    assert [list(result) for result in other.results().values()] == [list(_fake(comparison, wanted[0]))]
+    other.finish(wanted[0], comparisons.fake_result(comparison, wanted[0]))
+    assert [list(result) for result in other.results().values()] == [
+        list(comparisons.fake_result(comparison, wanted[0]))
+    ]
 
 
 def test_two_workers_share_the_trials(comparison, tmp_path):
-    one, two = Store(tmp_path / "out", comparison), Store(tmp_path / "out", comparison)
+    one, two = TrialQueue(tmp_path / "out", comparison), TrialQueue(tmp_path / "out", comparison)
     one.enqueue(comparison.tuning())
     two.enqueue(comparison.tuning())
     wanted = comparison.tuning()
     taken = [store.take(wanted) for store in (one, two, one, two, one, two)]
     assert set(taken) == set(wanted)
     assert one.take(wanted) is None
-    one.finish(taken[0], _fake(comparison, taken[0]))
+    one.finish(taken[0], comparisons.fake_result(comparison, taken[0]))
     assert two.results()[taken[0]]["primary"] == "accuracy"
     one.enqueue(wanted)  # running ones of a live worker stay taken
     assert two.take(wanted) is None
@@ -160,10 +143,10 @@ def test_two_workers_share_the_trials(comparison, tmp_path):
 
 def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
     """Two workers that look at the same moment both put a trial there; only failures are tried again on purpose."""
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     good, bad = comparison.tuning()[:2]
     store.enqueue([good, bad, good])
-    store.finish(store.take([good, bad]), _fake(comparison, good))
+    store.finish(store.take([good, bad]), comparisons.fake_result(comparison, good))
     store.finish(store.take([good, bad]), {"error": "out of memory"})
     assert set(store.results()) == {good, bad}
     store.enqueue([bad], retry=True)
@@ -171,7 +154,7 @@ def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
 
 
 def test_trials_left_waiting_by_another_command_are_not_run(comparison, tmp_path):
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     left, wanted = comparison.tuning()[:3], comparison.tuning()[3:]
     store.enqueue([*left, *wanted])
     assert [store.take(wanted) for _ in wanted] == wanted
@@ -210,22 +193,22 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
     ],
 )
 def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, override, words):
-    Store(tmp_path / "out", comparison)
+    TrialQueue(tmp_path / "out", comparison)
     recipe = load_recipe(workspace.lay(tmp_path), ["task.data.validation_size=10", "training.max_steps=4", override])
     other = Comparison(recipe, comparison.contenders, (1e-3,), (0,), (0,))
     if words is None:
-        Store(tmp_path / "out", other)
+        TrialQueue(tmp_path / "out", other)
     else:
         with pytest.raises(ScaloraError, match=words):
-            Store(tmp_path / "out", other)
+            TrialQueue(tmp_path / "out", other)
 
 
 def test_a_store_of_an_earlier_version_is_continued(comparison, tmp_path):
-    store = Store(tmp_path / "out", comparison)
+    store = TrialQueue(tmp_path / "out", comparison)
     early = {key: comparison.recipe.model_dump(mode="json")[key] for key in ("model", "dtype", "task", "training")}
     del early["task"]["data"]["folder"]
     store.study.set_user_attr("recipe", {**early, "target_modules": ["old"]})
-    Store(tmp_path / "out", comparison)
+    TrialQueue(tmp_path / "out", comparison)
 
 
 def test_trial_recipes_differ_in_method_rate_and_seed_only(comparison):
@@ -260,18 +243,18 @@ def test_a_trial_leaves_no_files_behind(comparison):
 
 def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, pageless):
     calls = []
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t, calls=calls))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     lora, scalora, _ = comparison.contenders
     fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
-    content = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
+    record = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
     assert [(t.stage, t.contender, t.lr) for t in calls] == [
         ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
     ]
-    assert content["chosen"] == {str(lora): 1e-3, str(scalora): 2e-3}
+    assert record.chosen == {lora: 1e-3, scalora: 2e-3}
 
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):
-    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _fake(c, t))
+    monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t))
     run.run_comparison(comparison, tmp_path / "out", command="scalora compare x", tell=lambda line: None)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["command"] == "scalora compare x"

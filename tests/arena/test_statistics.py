@@ -9,7 +9,7 @@ from scalora.arena.statistics import (
     choose_rate,
     compare,
     curve_verdict,
-    final_values,
+    final_runs,
     over_rates,
     relative_cost,
     summarize,
@@ -35,8 +35,8 @@ def test_the_rate_is_chosen_on_validation_only_and_ties_go_to_the_lower_nll():
     results[Trial("tune", LORA, 1e-3, 0)]["after"]["nll"] = 0.3
     assert choose_rate(results, LORA, "nll") == 1e-3
     assert over_rates(results, LORA, "accuracy") == {1e-3: [0.7], 3e-3: [0.8], 1e-2: [0.8]}
-    assert final_values(results, LORA, 1e-3, "accuracy") == {0: 0.99}
-    assert final_values(results, LORA, 1e-2, "accuracy") == {}
+    assert final_runs(results, LORA, 1e-3)[0]["after"]["accuracy"] == 0.99
+    assert final_runs(results, LORA, 1e-2) == {}
 
 
 def test_paired_differences_are_those_of_a_paired_t_test():

@@ -142,6 +142,22 @@ def test_fig3_measures_costs_only(trials, tmp_path, data):
     assert not any(c.ranks for c, _ in trials)  # measuring the rank takes memory of its own
 
 
+def test_report_writes_an_experiment_s_tables_again(trials, tmp_path, data):
+    run_experiment(find_experiment("fig3"), _setting(tmp_path, data))
+    folder = tmp_path / "out"
+    before = (folder / "tables.md").read_text()
+    (folder / "tables.md").unlink()
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 0, result.stderr
+    assert (folder / "tables.md").read_text() == before
+    early = json.loads((folder / "results.json").read_text())
+    del early["tables"]
+    (folder / "results.json").write_text(json.dumps(early))
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 2
+    assert "holds no tables" in result.stderr
+
+
 def test_the_published_numbers_are_the_papers():
     for method, mean in GLUE_MEANS.items():
         assert sum(GLUE[method].values()) / len(GLUE_SETTINGS) * 100 == pytest.approx(mean, abs=0.01)

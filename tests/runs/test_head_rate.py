@@ -4,13 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import workspace
-from helpers import tokenized
+from helpers import tokenized, workspace
 from scalora.common.errors import ScaloraError
-from scalora.runs.training import set_head_rate
 from scalora.methods import MethodSpec, build_method
 from scalora.runs.recipe import load_recipe
-from scalora.runs.training import train
+from scalora.runs.training import set_head_rate, train
 
 
 @pytest.mark.parametrize("name", ["lora", "full", "mora", "hira"])

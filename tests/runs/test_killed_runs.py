@@ -16,8 +16,8 @@ from helpers import workspace
 from scalora import ScaloraError
 from scalora.common.disk_layout import SEAL
 from scalora.common.files import is_sealed
-from scalora.runs.recipe import load_recipe
 from scalora.runs.folder import last_checkpoint
+from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train
 
 VARYING = ("train_seconds", "seconds_per_step", "peak_memory_bytes", "environment", "log")

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from helpers import workspace
-from helpers import tokenized
+from helpers import tokenized, workspace
 from scalora import ScaloraError
 from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train

@@ -14,17 +14,19 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from ..common.disk_layout import QUEUE
+from ..common.disk_layout import QUEUE, RESULTS
 from ..common.errors import ScaloraError
-from ..runs.recipe import parse_recipe
+from ..runs.recipe import Recipe, parse_recipe
 from .plan import Comparison, Trial, parse_contender, shared_parts
+from .results import read_comparison
+from .statistics import Results
 
 BEAT = 60.0  # seconds between signs of life of a running trial
 _SILENCE = 10 * BEAT  # after which a worker counts as dead
 
 
-class Store:
-    """The trials of one comparison.
+class TrialQueue:
+    """The trials of one comparison, with what the folder's results.json brings: a clone has no queue of its own.
 
     Raises:
         ScaloraError: the folder holds a comparison of another recipe.
@@ -32,18 +34,34 @@ class Store:
 
     def __init__(self, folder: Path, comparison: Comparison) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kept = read_comparison(folder) if (folder / RESULTS).exists() else None
+        if kept:
+            _check_same(comparison.recipe, kept.comparison.recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{(folder / QUEUE).resolve()}"
         self.study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
         self.running: dict[Trial, optuna.Trial] = {}  # in this process
         recipe = comparison.recipe.model_dump(mode="json")
-        # A store of an earlier version lacks what recipes could not say then: it meant what is the default now.
+        # A queue of an earlier version lacks what recipes could not say then: it meant what is the default now.
         stored = {key: self.study.user_attrs.get("recipe", recipe).get(key, value) for key, value in recipe.items()}
-        mine, theirs = shared_parts(comparison.recipe), shared_parts(parse_recipe(stored, str(folder)))
-        for key, value in mine.items():
-            if theirs[key] != value:
-                raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
+        _check_same(comparison.recipe, parse_recipe(stored, str(folder)), folder)
         self.study.set_user_attr("recipe", recipe)
+        if kept:
+            self._seed(kept.results)
+
+    def _seed(self, results: Results) -> None:
+        """Add what results.json has and this queue lacks: successes, and failures of trials that it never saw."""
+        mine, seen = self.results(), {_trial(frozen) for frozen in self._frozen()}
+        for trial, result in results.items():
+            failed = "error" in result
+            if (trial not in seen) if failed else ("error" in mine.get(trial, {"error": ""})):
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                        value=None if failed else result["after"][result["primary"]],
+                        user_attrs={"trial": _encode(trial), "result": dict(result)},
+                    )
+                )
 
     def enqueue(self, trials: list[Trial], *, retry: bool = False) -> None:
         """Add those that are not there yet, those whose worker died, and with ``retry`` those that failed."""
@@ -57,9 +75,7 @@ class Store:
                 settled.add(_trial(frozen))
         for trial in trials:
             if trial not in settled:
-                self.study.enqueue_trial(
-                    {}, user_attrs={"trial": [trial.stage, str(trial.contender), trial.lr, trial.seed]}
-                )
+                self.study.enqueue_trial({}, user_attrs={"trial": _encode(trial)})
 
     def take(self, wanted: Collection[Trial]) -> Trial | None:
         """The next of the wanted trials that waits; None when none does.
@@ -107,6 +123,14 @@ class Store:
         return [f for f in self.study.get_trials(deepcopy=False) if "trial" in f.user_attrs]
 
 
+def _check_same(mine: Recipe, theirs: Recipe, folder: Path) -> None:
+    """Raises ScaloraError where trials of one recipe would not belong to a comparison of the other."""
+    parts = shared_parts(theirs)
+    for key, value in shared_parts(mine).items():
+        if parts[key] != value:
+            raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
+
+
 def _worker_lives(frozen: FrozenTrial) -> bool:
     """Whether the process that took a trial still runs: it was heard of lately and, if it is of this machine, exists.
 
@@ -126,6 +150,10 @@ def _worker_lives(frozen: FrozenTrial) -> bool:
 
 def _trial(frozen: FrozenTrial) -> Trial:
     return _decode(frozen.user_attrs["trial"])
+
+
+def _encode(trial: Trial) -> list[Any]:
+    return [trial.stage, str(trial.contender), trial.lr, trial.seed]
 
 
 def _decode(values: list[Any]) -> Trial:

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.disk_layout import QUEUE, RESULTS
+from ..common.disk_layout import QUEUE, REPORT, RESULTS
 from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
-from ..common.files import check_writable, write_json
+from ..common.files import check_writable
 from .plan import Comparison, Trial
-from .queue import BEAT, Store
+from .queue import BEAT, TrialQueue
 from .report import write_report
+from .results import ComparisonRecord, write_comparison
 from .statistics import Results, chosen_rates
 from .trial import check_recipe, run_trial
 
@@ -25,11 +26,11 @@ _REPORT = 30.0  # seconds at least between one report and the next while trials 
 
 def run_comparison(
     comparison: Comparison, folder: Path, *, command: str, retry: bool = False, tell: Tell = print
-) -> dict[str, Any]:
-    """Run what is missing of a comparison in ``folder``; the content of its results.json.
+) -> ComparisonRecord:
+    """Run what is missing of a comparison in ``folder``; what its results.json holds then.
 
     Several workers may run this on one folder at once. results.json and report.html are rewritten as results come, and
-    at the end, whatever ends it.
+    at the end, whatever ends it. Where only results.json is there, as in a clone, the queue begins with its trials.
 
     Args:
         comparison: who competes on what.
@@ -41,18 +42,16 @@ def run_comparison(
     Raises:
         ScaloraError: the folder holds a comparison of another recipe, or every trial failed.
     """
-    store = Store(folder, comparison)
+    queue = TrialQueue(folder, comparison)
     try:
-        _work(store, comparison, folder, command, retry, tell)
-        results = store.results()
-        chosen = chosen_rates(results, comparison)
-        for contender in comparison.contenders:
-            if contender not in chosen:
-                tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
+        _work(queue, comparison, folder, command, retry, tell)
     finally:
-        content = write_results(store, comparison, folder, command)
-    _tell_failures(results, folder, tell)
-    return content
+        record = _write(queue, comparison, folder, command)
+    for contender in comparison.contenders:
+        if contender not in record.chosen:
+            tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
+    _tell_failures(record.results, folder, tell)
+    return record
 
 
 def _tell_failures(results: Results, folder: Path, tell: Tell) -> None:
@@ -74,65 +73,55 @@ def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = Fals
         ScaloraError: every trial would fail alike, or the folder takes no writing; the message says why.
     """
     check_writable(folder, "--output")
-    if (folder / QUEUE).exists():
-        results = Store(folder, comparison).results()
+    if (folder / QUEUE).exists() or (folder / RESULTS).exists():
+        results = TrialQueue(folder, comparison).results()
         wanted = comparison.tuning() + _final(comparison, results)
         if all(t in results and not (retry and "error" in results[t]) for t in wanted):
             return  # a report can be drawn anew where there is neither data nor model
     check_recipe(comparison.recipe)
 
 
-def write_results(store: Store, comparison: Comparison, folder: Path, command: str) -> dict[str, Any]:
+def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str) -> ComparisonRecord:
     """Write results.json and report.html from what is there; the former's content."""
-    results = store.results()
-    content = {
-        "command": command,
-        "git_revision": git_revision(),
-        "environment": environment(),
-        "recipe": comparison.recipe.model_dump(mode="json"),
-        "rates": comparison.rates,
-        "seeds": comparison.seeds,
-        "tuning_seeds": comparison.tuning_seeds,
-        "chosen_by": comparison.chosen_by,
-        "chosen": {str(c): lr for c, lr in chosen_rates(results, comparison).items()},
-        "trials": [
-            {"stage": t.stage, "contender": str(t.contender), "lr": t.lr, "seed": t.seed, **result}
-            for t, result in sorted(results.items())
-        ],
-    }
-    write_json(folder / RESULTS, content)
-    write_report(comparison, results, content, folder / "report.html")
-    return content
+    record = ComparisonRecord(comparison, queue.results(), command, git_revision(), environment())
+    write_comparison(record, folder)
+    write_report(record, folder / REPORT)
+    return record
 
 
-def _work(store: Store, comparison: Comparison, folder: Path, command: str, retry: bool, tell: Tell) -> None:
+def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, tell: Tell) -> None:
     """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
     tuning = comparison.tuning()
     planned = len(tuning) + len(comparison.contenders) * len(comparison.seeds)
     offered, written, revision = set(tuning), 0.0, git_revision()
-    store.enqueue(tuning, retry=retry)
+    queue.enqueue(tuning, retry=retry)
     while True:
-        wanted = tuning + _final(comparison, store.results())
-        store.enqueue([trial for trial in wanted if trial not in offered], retry=retry)
+        results = queue.results()
+        wanted = tuning + _final(comparison, results)
+        queue.enqueue([trial for trial in wanted if trial not in offered], retry=retry)
         offered.update(wanted)
-        trial = store.take(wanted)
-        results = store.results()
+        trial = queue.take([trial for trial in wanted if not _succeeded(results, trial)])
+        results = queue.results()
         if trial is None:
             if all(t in results for t in tuning + _final(comparison, results)):
                 return
-            store.enqueue(wanted)  # those whose worker died
+            queue.enqueue(wanted)  # those whose worker died
             time.sleep(_POLL)
             continue
         done = sum(t in results for t in wanted)
         label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
-        result = run_trial(comparison, trial, partial(store.beat, trial), BEAT) | {"git_revision": revision}
-        store.finish(trial, result)
+        result = run_trial(comparison, trial, partial(queue.beat, trial), BEAT) | {"git_revision": revision}
+        queue.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
         tell(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
         if time.monotonic() > written + _REPORT:
-            write_results(store, comparison, folder, command)
+            _write(queue, comparison, folder, command)
             written = time.monotonic()
+
+
+def _succeeded(results: Results, trial: Trial) -> bool:
+    return trial in results and "error" not in results[trial]
 
 
 def _final(comparison: Comparison, results: Results) -> list[Trial]:

@@ -83,11 +83,6 @@ def chosen_rates(results: Results, comparison: Comparison) -> dict[Contender, fl
     return {contender: rate for contender, rate in rates.items() if rate is not None}
 
 
-def final_values(results: Results, contender: Contender, lr: float | None, metric: str) -> dict[int, float]:
-    """Test metric by seed at the chosen rate."""
-    return {seed: run["after"][metric] for seed, run in final_runs(results, contender, lr).items()}
-
-
 def final_runs(results: Results, contender: Contender, lr: float | None) -> dict[int, Mapping[str, Any]]:
     """What the runs at the chosen rate left, by seed."""
     return {

@@ -9,6 +9,7 @@ from .doctor import doctor
 from .export import export
 from .inspect import inspect
 from .methods import methods
+from .report import report
 from .reproduce import reproduce
 from .train import train
 
@@ -22,5 +23,5 @@ app = typer.Typer(
     "Begin with [b]scalora train recipes/demo.yaml[/b]; see what this machine has with [b]scalora doctor[/b].",
 )
 
-for _verb in (train, export, inspect, compare, reproduce, methods, doctor):
+for _verb in (train, export, inspect, compare, report, reproduce, methods, doctor):
     app.command()(_verb)

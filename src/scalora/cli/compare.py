@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from ..common.disk_layout import REPORT, RESULTS
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
 from .guard import guarded, leave, require
+from .report import show_comparison
 
 
 def compare(
@@ -46,10 +47,7 @@ def compare(
         quiet()
         require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
-        from ..arena.queue import Store
-        from ..arena.report import COLUMNS, in_words, table
         from ..arena.run import check_comparison, run_comparison
-        from ..arena.statistics import curve_verdict
 
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:
@@ -66,23 +64,13 @@ def compare(
         command = shlex.join(["scalora", *sys.argv[1:]])
         try:
             check_comparison(comparison, folder, retry=retry)
-            run_comparison(
+            record = run_comparison(
                 comparison, folder, command=command, retry=retry, tell=lambda line: console.print(line, highlight=False)
             )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
-        results = Store(folder, comparison).results()
-        caption, rows = table(comparison, results)
-        places = [
-            COLUMNS.index(name) for name in ("contender", "lr", "metric", "vs LoRA (95 %)", "verdict", "time/LoRA")
-        ]
-        shown = Table(*(COLUMNS[i] for i in places), title=caption, title_justify="left")
-        for row in rows:
-            shown.add_row(*(row.cells[i] for i in places))
-        console.print(shown)
-        for line in ([curve_verdict(results, comparison.curve)] if curve else []) + in_words(rows):
-            console.print(line, highlight=False)
-        console.print(f"report: {folder / 'report.html'}   every trial: {folder / 'results.json'}", highlight=False)
+        show_comparison(console, record)
+        console.print(f"report: {folder / REPORT}   every trial: {folder / RESULTS}", highlight=False)
 
 
 def _rate(text: str) -> float:

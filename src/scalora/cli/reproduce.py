@@ -84,12 +84,6 @@ def reproduce(
 
 def _show(console: Console, outcome: Outcome) -> None:
     for table in outcome.tables:
-        shown = RichTable(title=table.title, title_justify="left")
-        # On a narrow screen nothing is cut off, and what a row is stays whole.
-        for place, column in enumerate(table.columns):
-            shown.add_column(column, no_wrap=place == 0, overflow="fold")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(table.terminal())
     for remark in outcome.remarks:
         console.print(f"• {remark}", highlight=False)

@@ -19,5 +19,6 @@ ALPHA_STATE = "alpha_optimizer.pt"
 EXPORT = "export.json"
 DELTA, REPLACED = "delta.safetensors", "replaced.safetensors"
 
-# A comparison or an experiment: every result, and the queue of trials.
+# A comparison or an experiment: every result, this machine's queue of trials, and the pages made of results.
 RESULTS, QUEUE = "results.json", "trials.sqlite3"
+REPORT, TABLES = "report.html", "tables.md"

@@ -21,8 +21,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, content: Any, *, depth: int | None = None) -> None:
+    """Write JSON; with ``depth``, lists and objects that lie so deep take one line each, as do those without others."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) if depth is None else _compact(content, depth, "")
+    write_text(path, text + "\n")
+
+
+def _compact(value: Any, depth: int, indent: str) -> str:
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    if not depth or not any(isinstance(item, dict | list | tuple) for item in items):
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    within = indent + " "
+    texts = [_compact(item, depth - 1, within) for item in items]
+    if isinstance(value, dict):
+        texts = [f"{json.dumps(str(key), ensure_ascii=False)}: {text}" for key, text in zip(value, texts, strict=True)]
+    inside = ",\n".join(within + text for text in texts)
+    return f"{{\n{inside}\n{indent}}}" if isinstance(value, dict) else f"[\n{inside}\n{indent}]"
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -16,9 +16,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..algebra.lowrank import numerical_rank
 from ..common.errors import ScaloraError
 from ..common.files import seal
-from ..algebra.lowrank import numerical_rank
 from ..methods import Spectrum
 
 POINTS = 10  # measurements of the rank over a run

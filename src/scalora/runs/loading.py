@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from .callbacks import StepTimer
+from ..common.disk_layout import CHECKPOINTS
 from ..common.errors import ScaloraError
 from ..methods.support.targets import find_targets
 from ..models.heads import find_heads
 from ..models.load import load_model
-from .recipe import Recipe
-from ..common.disk_layout import CHECKPOINTS
 from ..tasks import Task, build_task
 from ..tasks.task import Collator, TokenDataset
+from .callbacks import StepTimer
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)

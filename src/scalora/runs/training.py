@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
+from ..common.disk_layout import ADAPTER, METRICS
+from ..common.environment import environment, peak_memory
 from ..common.errors import ScaloraError
 from ..common.files import write_json
 from ..engine.trainer import ScaLoraCallback
-from .loading import load_inputs, setting_up
 from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
-from .plots import draw_curves, draw_rank
-from ..common.environment import environment, peak_memory
-from .recipe import Recipe
-from ..common.disk_layout import ADAPTER, METRICS
-from .folder import RunFolder, last_checkpoint, writing
 from ..tasks import Score, Split
-from collections.abc import Collection
-from torch import nn
-from torch.optim import Optimizer
+from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
+from .folder import RunFolder, last_checkpoint, writing
+from .loading import load_inputs, setting_up
+from .plots import draw_curves, draw_rank
+from .recipe import Recipe
 
 
 class Interrupted(Exception):

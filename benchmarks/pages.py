@@ -1,0 +1,153 @@
+"""The pages that show results: docs/results.md, and the table in README between its markers.
+
+python -m benchmarks.pages
+
+Words stand in benchmarks/notes.md; a line ``[[what …]]`` there becomes a table, a command or a picture. Pictures that
+``scalora reproduce`` has drawn into benchmarks/results since are moved to docs/images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+from scalora.arena.plan import parse_contender
+from scalora.arena.results import ComparisonRecord, read_comparison, read_results
+from scalora.arena.statistics import over_rates
+from scalora.arena.table import ComparisonTable, ContenderRow, TextTable, comparison_table
+from scalora.common.disk_layout import RESULTS
+from scalora.common.files import write_text
+from scalora_papers.run import read_experiment
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("benchmarks/results")
+NOTES, PAGE = ROOT / "benchmarks" / "notes.md", ROOT / "docs" / "results.md"
+README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# In docs/images → where `scalora reproduce` draws it.
+FIGURES = {
+    "fig1": "fig1/fig1", "fig2": "fig2/fig2", "fig3": "fig3/fig3", "complexity": "table4/complexity",
+    "sensitivity": "sensitivity/sensitivity", "alpha-theory": "alpha-theory/accuracy",
+}  # fmt: skip
+# A task in words, its folder, and who stands for this project there.
+OVERVIEW = (
+    ("turned digits, dense network, rank 2", "digits", "scalora-i@2"),
+    ("headlines, MiniLM, rank 4", "minilm-sarcasm-rates", "scalora-i@4"),
+    ("SST-2, MiniLM, rank 4", "reproduce/table1/SST-2", "scalora-i@4"),
+    ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4"),
+    ("RTE, MiniLM, rank 4", "reproduce/table1/RTE", "scalora-i@4"),
+    ("STS-B, MiniLM, rank 4", "reproduce/table1/STS-B", "scalora@4"),
+    ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4"),
+    ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2"),
+)
+
+
+def pages() -> dict[Path, str]:
+    """Each page and what should stand in it; README as it is where it has no markers."""
+    notes = NOTES.read_text(encoding="utf-8")
+    page = re.sub(r"^\[\[(\w+) ?(.*)\]\]$", lambda found: PARTS[found[1]](*found[2].split()), notes, flags=re.M)
+    readme = README.read_text(encoding="utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        readme = f"{before}{begin}\n\n{overview()}\n\n{end}{after}"
+    return {PAGE: page, README: readme}
+
+
+def overview() -> str:
+    """LoRA beside this project, a row per task."""
+    rows = []
+    for task, folder, name in OVERVIEW:
+        table = _table(folder)
+        found = {str(row.contender): row for row in table.rows}
+        ours, lora = found[name], found[str(table.baseline)]
+        assert ours.difference
+        verdict = f"{ours.difference.verdict} ({ours.difference.n} seeds)"
+        rows.append([f"{task}: {_score(table)}", _short(lora), f"{_short(ours)} (`{ours.contender}`)", verdict])
+    return _untitled(TextTable("", ["task and test score", "LoRA", "ours", "verdict"], rows))
+
+
+def comparison(folder: str) -> str:
+    """Command, how many differ from LoRA, and a row per contender, the best first."""
+    table = _table(folder).best_first()
+    counts = Counter(row.difference.verdict for row in table.rows if row.difference)
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("better", "worse", "within noise"))
+    text = table.text("contender", "lr", "quality", "seeds", "difference", "verdict", "time", rates=True)
+    verdict = f"Against `{table.baseline}`: {said}. The score: {_score(table)}."
+    return f"{command(folder)}\n\n{verdict}\n\n{_untitled(text)}"
+
+
+def against(folder: str, baseline: str, *shown: str) -> str:
+    """What some contenders, or all, gain on one of them."""
+    record = _record(folder)
+    table = comparison_table(record.comparison, record.results, parse_contender(baseline, 0)).best_first()
+    rows = [row for row in table.rows if row.difference and (not shown or str(row.contender) in shown)]
+    kept = ComparisonTable(table.metric, table.higher_is_better, table.baseline, table.rates, rows)
+    return _untitled(kept.text("contender", "difference", "wins", "verdict"))
+
+
+def seeds(folder: str, rate: str) -> str:
+    """The validation metric at one rate, tuning seed by tuning seed."""
+    record, metric = _record(folder), _table(folder).metric
+    names = [str(seed) for seed in record.comparison.tuning_seeds]
+    rows = [
+        [str(c), *(f"{value:.3f}" for value in over_rates(record.results, c, metric)[float(rate)])]
+        for c in record.comparison.contenders
+    ]
+    return _untitled(TextTable("", ["method", *names], rows))
+
+
+def tables(folder: str) -> str:
+    """Command and tables of a paper's experiment."""
+    record = read_experiment(read_results(ROOT / FOLDER / folder), FOLDER / folder / RESULTS)
+    return "\n\n".join([command(folder), *(table.markdown().strip() for table in record.tables)])
+
+
+def command(folder: str) -> str:
+    """How it was called, and where its numbers lie."""
+    called = read_results(ROOT / FOLDER / folder)["command"]
+    return f"    {called}\n\nNumbers: `{FOLDER / folder / RESULTS}`."
+
+
+def figure(name: str, *words: str) -> str:
+    """A picture of docs/images."""
+    return f"![{' '.join(words)}](images/{name}.png)"
+
+
+PARTS = {part.__name__: part for part in (overview, comparison, against, seeds, tables, command, figure)}
+
+
+def main() -> None:
+    for name, place in FIGURES.items():
+        drawn = ROOT / FOLDER / "reproduce" / f"{place}.png"
+        if drawn.exists():
+            drawn.replace(IMAGES / f"{name}.png")
+    for path, text in pages().items():
+        write_text(path, text)
+
+
+@cache
+def _record(folder: str) -> ComparisonRecord:
+    return read_comparison(ROOT / FOLDER / folder)
+
+
+def _table(folder: str) -> ComparisonTable:
+    return comparison_table(_record(folder).comparison, _record(folder).results)
+
+
+def _score(table: ComparisonTable) -> str:
+    return f"{table.metric.replace('_', ' and ')}, {'higher' if table.higher_is_better else 'lower'} is better"
+
+
+def _short(row: ContenderRow) -> str:
+    return f"{row.quality.value:.3f} ± {row.quality.error:.3f}"
+
+
+def _untitled(table: TextTable) -> str:
+    return TextTable("", table.columns, table.rows).markdown().strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The table of a comparison: a row of named figures per contender, and tables of text for page, Markdown and screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import isfinite
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from .plan import Comparison, Contender
+from .statistics import (
+    Difference,
+    Mean,
+    Results,
+    chosen_rates,
+    compare,
+    final_runs,
+    over_rates,
+    primary,
+    relative_cost,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Texts under column names, and three ways to show them."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [_line(self.columns), _line(["---"] * len(self.columns)), *map(_line, self.rows), ""]
+        return "\n".join([f"**{self.title}**", "", *lines] if self.title else lines)
+
+    def html(self) -> str:
+        titles = "".join(f"<th>{escape(title)}</th>" for title in self.columns)
+        lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
+        return f"<table><caption>{escape(self.title)}</caption><tr>{titles}</tr>{lines}</table>"
+
+    def terminal(self) -> rich.table.Table:
+        """For a rich console. On a narrow screen nothing is cut off, and what a row is stays whole."""
+        from rich.markup import escape as literal
+        from rich.table import Table
+
+        shown = Table(title=literal(self.title), title_justify="left")
+        for place, column in enumerate(self.columns):
+            shown.add_column(literal(column), no_wrap=place == 0, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*map(literal, row))
+        return shown
+
+
+@dataclass(frozen=True)
+class ContenderRow:
+    """What a contender reached at its chosen rate, and what it took."""
+
+    contender: Contender
+    lr: float
+    quality: Mean  # of the test metric, over seeds
+    difference: Difference | None  # to the baseline; None for itself and where they share no seed
+    trainable: int
+    time: float | None  # seconds per step relative to the baseline's; None where they never met on one machine
+    memory: float | None  # peak bytes, likewise
+    disk: float  # bytes of the saved adapter
+    validation: Mapping[float, float]  # learning rate → mean validation metric; failed trials are missing
+
+
+# Field → its column's title, and its text. {baseline} is who the others are held against.
+_FIELDS: dict[str, tuple[str, Callable[[ContenderRow], str]]] = {
+    "contender": ("method", lambda row: str(row.contender)),
+    "lr": ("lr", lambda row: f"{row.lr:g}"),
+    "quality": ("test {metric}", lambda row: _quality(row.quality)),
+    "seeds": ("seeds", lambda row: str(row.quality.n)),
+    "difference": ("vs {baseline} (95 %)", lambda row: _difference(row.difference)),
+    "wins": ("wins", lambda row: f"{row.difference.wins}/{row.difference.n}" if row.difference else ""),
+    "verdict": ("verdict", lambda row: row.difference.verdict if row.difference else ""),
+    "trainable": ("trainable", lambda row: f"{row.trainable:,}"),
+    "time": ("time ratio", lambda row: _ratio(row.time)),
+    "memory": ("memory ratio", lambda row: _ratio(row.memory)),
+    "disk": ("on disk", lambda row: f"{row.disk / 2**20:.1f} MiB"),
+}
+EVERY_FIELD = tuple(_FIELDS)
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """A row per contender that has finished a final seed, in the order they were named."""
+
+    metric: str
+    higher_is_better: bool
+    baseline: Contender
+    rates: tuple[float, ...]  # of the grid, ascending
+    rows: list[ContenderRow]
+
+    @property
+    def caption(self) -> str:
+        better = "higher is better" if self.higher_is_better else "lower is better"
+        return f"test {self.metric} ({better}): mean ± standard error over seeds"
+
+    def best_first(self) -> ComparisonTable:
+        """The same rows, the best test metric first."""
+        rows = sorted(self.rows, key=lambda row: row.quality.value, reverse=self.higher_is_better)
+        return ComparisonTable(self.metric, self.higher_is_better, self.baseline, self.rates, rows)
+
+    def text(self, *fields: str, rates: bool = False) -> TextTable:
+        """Some fields as text, and with ``rates`` the validation metric at each rate of the grid."""
+        titles = [_FIELDS[name][0].format(metric=self.metric, baseline=self.baseline) for name in fields]
+        shown = self.rates if rates else ()
+        rows = [
+            [_FIELDS[name][1](row) for name in fields]
+            + [f"{row.validation[rate]:.3f}" if rate in row.validation else "" for rate in shown]
+            for row in self.rows
+        ]
+        return TextTable(self.caption, titles + [f"{rate:g}" for rate in shown], rows)
+
+    def in_words(self) -> list[str]:
+        """A sentence per contender on its difference to the baseline."""
+        return [
+            f"{row.contender}: {_difference(row.difference)} against {self.baseline}, {row.difference.verdict} "
+            f"({row.difference.wins}/{row.difference.n} seeds won)."
+            for row in self.rows
+            if row.difference
+        ]
+
+
+def comparison_table(comparison: Comparison, results: Results, baseline: Contender | None = None) -> ComparisonTable:
+    """The figures of every contender, held against `baseline`; without one, against LoRA."""
+    metric, higher = primary(results)
+    chosen = chosen_rates(results, comparison)
+    base = baseline or lora_of(comparison)
+    runs = {c: final_runs(results, c, chosen.get(c)) for c in (*comparison.contenders, base)}
+    values = {c: {seed: run["after"][metric] for seed, run in found.items()} for c, found in runs.items()}
+    rows = []
+    for contender in comparison.contenders:
+        ours, theirs = list(runs[contender].values()), list(runs[base].values())
+        if not ours:
+            continue
+        found = over_rates(results, contender, metric)
+        rows.append(
+            ContenderRow(
+                contender,
+                chosen[contender],
+                summarize(list(values[contender].values())),
+                compare(values[contender], values[base], higher_is_better=higher) if contender != base else None,
+                ours[0]["trainable_parameters"],
+                relative_cost(ours, theirs, "seconds_per_step"),
+                relative_cost(ours, theirs, "peak_memory_bytes"),
+                mean(run["adapter_bytes"] for run in ours),
+                {rate: mean(of_seeds) for rate, of_seeds in found.items()},
+            )
+        )
+    return ComparisonTable(metric, higher, base, tuple(sorted(comparison.rates)), rows)
+
+
+def lora_of(comparison: Comparison) -> Contender:
+    """LoRA at the recipe's rank, or else the first LoRA there is."""
+    same = Contender("lora", comparison.recipe.method.rank)
+    others = [c for c in comparison.contenders if c.method == "lora"]
+    return same if same in comparison.contenders or not others else others[0]
+
+
+def _quality(m: Mean) -> str:
+    return f"{m.value:.4f}" + (f" ± {m.error:.4f}" if isfinite(m.error) else "")
+
+
+def _difference(d: Difference | None) -> str:
+    if d is None:
+        return ""
+    return f"{d.value:+.4f}" + (f" [{d.low:+.4f}, {d.high:+.4f}]" if isfinite(d.low) else "")
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |"

@@ -1,0 +1,65 @@
+"""``scalora report``: the page of a comparison, or the tables of an experiment, written again from results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from ..common.disk_layout import REPORT, RESULTS, TABLES
+from ..common.quiet import quiet
+from .guard import guarded, require
+
+if TYPE_CHECKING:
+    from ..arena.results import ComparisonRecord
+
+
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="What compare or reproduce wrote: its results.json.")],
+    output: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads it at run time)
+        typer.Option(metavar="FILE", help="The page to write; report.html (tables.md of an experiment) by default."),
+    ] = None,
+) -> None:
+    """Write a comparison's page again from results.json, and show its table; nothing is run.
+
+    In the folder of a paper's experiment it writes the tables.
+    """
+    with guarded():
+        quiet()
+        require("report", "optuna", "scipy")
+        from scalora_papers.run import read_experiment, write_tables
+
+        from ..arena.report import write_report
+        from ..arena.results import decode_comparison, read_results
+        from ..common.files import check_writable
+
+        console, place = Console(), Path(folder)
+        content = read_results(place)
+        experiment = "experiment" in content
+        path = Path(output) if output else place / (TABLES if experiment else REPORT)
+        check_writable(path.parent, "--output" if output else "FOLDER")
+        if experiment:
+            found = read_experiment(content, place / RESULTS)
+            write_tables(found, path)
+            for table in found.tables:
+                console.print(table.terminal())
+        else:
+            record = decode_comparison(content, place / RESULTS)
+            write_report(record, path)
+            show_comparison(console, record)
+        console.print(f"written: {path}", highlight=False)
+
+
+def show_comparison(console: Console, record: ComparisonRecord) -> None:
+    """A comparison's table for the terminal, and what it says in words."""
+    from ..arena.statistics import curve_verdict
+    from ..arena.table import comparison_table
+
+    table = comparison_table(record.comparison, record.results)
+    console.print(table.text("contender", "lr", "quality", "difference", "verdict", "time").terminal())
+    curve = record.comparison.curve
+    for line in ([curve_verdict(record.results, curve)] if curve else []) + table.in_words():
+        console.print(line, highlight=False)

@@ -1,0 +1,1 @@
+"""One run of a recipe, from data to a scored, saved adapter."""
