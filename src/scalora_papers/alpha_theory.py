@@ -87,7 +87,7 @@ def alpha_by_scan(target: Target, reach: float = 100.0, points: int = 2001, roun
 
 
 @dataclass(frozen=True)
-class Task:
+class Transfer:
     """A source and a target: sizes, ‖μ‖ and the cosine β between the tasks."""
 
     p: int
@@ -118,7 +118,7 @@ def ridge(X: Tensor, rhs: Tensor, gamma: float) -> Tensor:
     return torch.cholesky_solve(rhs, torch.linalg.cholesky(S))
 
 
-def simulate(task: Task, alphas: Tensor, draws: int, seed: int) -> Tensor:
+def simulate(task: Transfer, alphas: Tensor, draws: int, seed: int) -> Tensor:
     """Accuracy (draws, k) at k values of α: w_α by its definition, the test error integrated exactly."""
     generator = torch.Generator().manual_seed(seed)
     mu, mu_beta = torch.zeros(2, task.p, dtype=torch.float64)
@@ -157,11 +157,11 @@ class AlphaTheory(Experiment):
         p, N, draws = (200, 1000, 100) if small else (400, 2000, 1000)
         sizes = (p // 10, p // 2, 2 * p)  # p = 400, n = 40, N = 2000 are the paper's on Amazon reviews
         betas = (0.0, 0.3, 0.6, 0.9) if small else (-0.5, 0.0, 0.3, 0.6, 0.9, 1.0)
-        cases, like = [], Task(p, N, p, 0)
+        cases, like = [], Transfer(p, N, p, 0)
         for n in sizes:
             for beta in betas:
                 setting.tell(f"n = {n} (η = {p / n:g}), β = {beta:g}: {draws} draws")
-                cases.append(measure(Task(p, N, n, beta), draws, seed=len(cases)))
+                cases.append(measure_panel(Transfer(p, N, n, beta), draws, seed=len(cases)))
         return Outcome(
             {"p": p, "N": N, "draws": draws, "mu": like.mu, "gamma": like.gamma, "cases": cases},
             _tables(cases, draws),
@@ -170,7 +170,7 @@ class AlphaTheory(Experiment):
         )
 
 
-def measure(task: Task, draws: int, seed: int) -> dict[str, Any]:
+def measure_panel(task: Transfer, draws: int, seed: int) -> dict[str, Any]:
     """One panel: curves by theory and Monte Carlo, α* in three ways, and gains over α = 1 and α = 0 (paired)."""
     target = task.target()
     best = alpha_star(target)
@@ -272,12 +272,12 @@ def _panels(cases: Sequence[dict[str, Any]], sizes: Sequence[int], betas: Sequen
     return figure
 
 
-def _best(cases: Sequence[dict[str, Any]], like: Task, sizes: Sequence[int]) -> Figure:
+def _best(cases: Sequence[dict[str, Any]], like: Transfer, sizes: Sequence[int]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     betas = torch.linspace(min(case["beta"] for case in cases), 1, 81).tolist()
     for n, colour in zip(sizes, ("#2a6f97", "#e09f3e", "#52796f"), strict=True):
-        targets = [Task(like.p, like.N, n, beta).target() for beta in betas]
+        targets = [Transfer(like.p, like.N, n, beta).target() for beta in betas]
         label, mine = f"η = {like.p / n:g}", [case for case in cases if case["n"] == n]
         left.plot(betas, [alpha_star(target) for target in targets], color=colour, label=label)
         at = [accuracy(target, torch.tensor([alpha_star(target), 1.0], dtype=torch.float64)) for target in targets]

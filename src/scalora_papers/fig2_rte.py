@@ -20,7 +20,7 @@ from scalora.runs.training import Watcher, train
 from .base import Experiment, Outcome, Setting, TextTable
 from .published import GLUE_SETTINGS
 from .table import plans
-from .table1_glue import RANK, paper_problem, small_recipe
+from .table1_glue import GLUE_RANK, glue_problem, small_recipe
 
 _POINTS = 10
 
@@ -31,8 +31,8 @@ class Fig2(Experiment):
     name = "fig2"
     summary = "RTE: loss, rank of the update, share of layers with rank G ≥ 2r and where Theorem 5 applies"
     runs = (
-        Contender("lora", RANK), Contender("lora", 4 * RANK),
-        Contender("scalora", RANK), Contender("scalora", RANK, (("accumulate", "base"),)),
+        Contender("lora", GLUE_RANK), Contender("lora", 4 * GLUE_RANK),
+        Contender("scalora", GLUE_RANK), Contender("scalora", GLUE_RANK, (("accumulate", "base"),)),
     )  # fmt: skip
     epochs = 3
 
@@ -53,11 +53,11 @@ class Fig2(Experiment):
         return Outcome(content, [_table(content)], {"fig2": _draw(content)})
 
     def plan(self, setting: Setting) -> Outcome:
-        return plans([paper_problem(setting, "RTE")], "sequence-classification")
+        return plans([glue_problem(setting, "RTE")], "sequence-classification")
 
     def recipe(self, setting: Setting, contender: Contender) -> Recipe:
         if setting.scale == "paper":
-            problem = paper_problem(setting, "RTE")
+            problem = glue_problem(setting, "RTE")
             base, rate = problem.recipe, GLUE_SETTINGS["RTE"].rates[contender.method]
         else:
             setting.file("glue/RTE/train.tsv")

@@ -11,7 +11,7 @@ from scalora.runs.recipe import Recipe, parse_recipe
 from .base import Experiment, Outcome, Setting
 from .published import GLUE_SETTINGS
 from .table import Measured, Problem, measure, quality, summary
-from .table1_glue import paper_problem
+from .table1_glue import glue_problem
 
 _RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16)
 _LIPSCHITZ = (None, 3.0, 30.0, 300.0, 3000.0, 30000.0)  # None: calibrated
@@ -33,7 +33,7 @@ class Sensitivity(Experiment):
 
     def run(self, setting: Setting) -> Outcome:
         small = setting.scale == "small"
-        recipe = digits_recipe(setting) if small else paper_problem(setting, "RTE").recipe
+        recipe = digits_recipe(setting) if small else glue_problem(setting, "RTE").recipe
         rates = _RATES if small else (GLUE_SETTINGS["RTE"].rates["scalora"],)
         studies = contenders(recipe.method.rank)
         everyone = tuple(dict.fromkeys(c for study in studies.values() for c in study))

@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 from scalora.arena.plan import Comparison, Contender
 from scalora.arena.run import check_comparison, run_comparison
-from scalora.arena.statistics import Difference, Results, chosen_rates, compare, final_runs, primary, summarize
+from scalora.arena.statistics import (
+    Difference,
+    Results,
+    chosen_rates,
+    final_runs,
+    paired_difference,
+    primary,
+    summarize,
+)
 from scalora.runs.recipe import Recipe
 
 from .base import Outcome, Setting, TextTable
@@ -62,7 +70,7 @@ class Measured:
         """Paired difference to the first contender, which is LoRA."""
         _, higher = primary(self.results)
         first = self.comparison.contenders[0]
-        return compare(self.values(contender), self.values(first), higher_is_better=higher)
+        return paired_difference(self.values(contender), self.values(first), higher_is_better=higher)
 
 
 def measure(

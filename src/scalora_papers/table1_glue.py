@@ -12,8 +12,8 @@ from .base import Experiment, Outcome, Setting
 from .published import GLUE, GLUE_SETTINGS
 from .table import Problem, measure, plans, quality, summary, verdicts
 
-RANK = 4
-ROWS = dict(zip(GLUE_SETTINGS, (8551, 67349, 3668, 5749, 363846, 392702, 104743, 2490), strict=True))
+GLUE_RANK = 4
+GLUE_ROWS = dict(zip(GLUE_SETTINGS, (8551, 67349, 3668, 5749, 363846, 392702, 104743, 2490), strict=True))
 # Train, validation, max_length, passes. RTE stays near guessing on MiniLM in three passes too.
 _SIZES = {"SST-2": (2400, 1000, 64, 1), "RTE": (1600, 800, 128, 1)}
 _SIZE = (1600, 800, 128, 3)  # in one pass LoRA stays at guessing on MRPC
@@ -30,7 +30,9 @@ class Table1(Experiment):
     def run(self, setting: Setting) -> Outcome:
         problems = self.problems(setting)
         names = ("lora", "mora", "hira", "scalora")
-        contenders = tuple(Contender(name, RANK) for name in (*names, *(["full"] if setting.scale == "small" else [])))
+        contenders = tuple(
+            Contender(name, GLUE_RANK) for name in (*names, *(["full"] if setting.scale == "small" else []))
+        )
         measured = measure(setting, problems, contenders, rates=_RATES, seeds=self.seeds)
         title = "obtained ± standard error over seeds (published: DeBERTaV3-base)"
         remarks = verdicts(measured)
@@ -39,11 +41,11 @@ class Table1(Experiment):
         return Outcome(summary(measured), [quality(title, measured, GLUE)], remarks=remarks)
 
     def plan(self, setting: Setting) -> Outcome:
-        return plans([paper_problem(setting, task) for task in GLUE_SETTINGS], "sequence-classification")
+        return plans([glue_problem(setting, task) for task in GLUE_SETTINGS], "sequence-classification")
 
     def problems(self, setting: Setting) -> list[Problem]:
         if setting.scale == "paper":
-            return [paper_problem(setting, task) for task in GLUE_SETTINGS]
+            return [glue_problem(setting, task) for task in GLUE_SETTINGS]
         if setting.data is None:
             setting.file("glue/RTE/train.tsv")  # says what is missing
         assert setting.data is not None
@@ -63,7 +65,7 @@ def small_recipe(setting: Setting, task: str, passes: int | None = None) -> Reci
             "model": "minilm-l6-v2",
             "task": section,
             "method": {
-                "name": "lora", "rank": RANK, "alpha": 2 * RANK,
+                "name": "lora", "rank": GLUE_RANK, "alpha": 2 * GLUE_RANK,
                 "target_modules": ["query", "key", "value", "intermediate.dense", "output.dense"],
             },
             "training": {
@@ -77,17 +79,17 @@ def small_recipe(setting: Setting, task: str, passes: int | None = None) -> Reci
     )  # fmt: skip
 
 
-def paper_problem(setting: Setting, task: str) -> Problem:
+def glue_problem(setting: Setting, task: str) -> Problem:
     """DeBERTaV3-base at the settings of the paper; where it is silent, transformers' defaults."""
     published = GLUE_SETTINGS[task]
-    steps = -(-ROWS[task] // 32) * published.epochs
+    steps = -(-GLUE_ROWS[task] // 32) * published.epochs
     recipe = parse_recipe(
         {
             "model": "microsoft/deberta-v3-base",
             "config": {"cls_dropout": published.dropout} if published.dropout else {},
             "task": glue_task(task, setting.data, max_length=published.max_length),
             "method": {
-                "name": "lora", "rank": RANK, "alpha": 2 * RANK,
+                "name": "lora", "rank": GLUE_RANK, "alpha": 2 * GLUE_RANK,
                 "target_modules": ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"],
             },
             "training": {
@@ -101,8 +103,8 @@ def paper_problem(setting: Setting, task: str) -> Problem:
     )  # fmt: skip
     fixed = {}
     for name, rate in published.rates.items():
-        fixed[Contender(name, RANK)] = rate / build_method(MethodSpec(name=name)).lr_factor
-    return Problem(task, recipe, fixed, ROWS[task])
+        fixed[Contender(name, GLUE_RANK)] = rate / build_method(MethodSpec(name=name)).lr_factor
+    return Problem(task, recipe, fixed, GLUE_ROWS[task])
 
 
 EXPERIMENTS = (Table1,)

@@ -17,12 +17,15 @@ from .base import Experiment, Outcome, Setting
 from .published import COMMONSENSE_MEANS, COMMONSENSE_RATES, COMMONSENSE_SETS, MEMORY_ABOVE_LORA
 from .table import Measured, Problem, costs, measure, plans, quality, summary, verdicts
 
-RANK = 8
+COMMONSENSE_RANK = 8
 METHODS = ("lora", "relora", "lora-ga", "mora", "hira", "scalora", "scalora-i")
-CONTENDERS = (*(Contender(name, RANK) for name in METHODS), Contender("lora", 4 * RANK))
+COMMONSENSE_CONTENDERS = (
+    *(Contender(name, COMMONSENSE_RANK) for name in METHODS),
+    Contender("lora", 4 * COMMONSENSE_RANK),
+)
 MODELS = {"LLaMA2-7B": "meta-llama/Llama-2-7b-hf", "LLaMA3-8B": "meta-llama/Meta-Llama-3-8B"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-ROWS = dict(zip(COMMONSENSE_SETS, (9427, 16113, 33410, 39905, 40398, 2251, 1119, 4957), strict=True))
+COMMONSENSE_ROWS = dict(zip(COMMONSENSE_SETS, (9427, 16113, 33410, 39905, 40398, 2251, 1119, 4957), strict=True))
 _RATES = (1e-3, 3e-3)
 
 
@@ -36,15 +39,15 @@ class Table2(Experiment):
     def run(self, setting: Setting) -> Outcome:
         if setting.scale == "small":
             problems = small_problems(setting)
-            measured = measure(setting, problems, CONTENDERS, rates=_RATES, seeds=self.seeds)
+            measured = measure(setting, problems, COMMONSENSE_CONTENDERS, rates=_RATES, seeds=self.seeds)
             published = {name: {"mean": value} for name, value in COMMONSENSE_MEANS["LLaMA2-7B"].items()}
             table = quality("obtained ± standard error (published mean of eight sets: LLaMA2-7B)", measured, published)
             remarks = [*verdicts(measured), "SmolLM2-135M on subsets is no LLaMA: compare differences, not levels."]
             return Outcome(summary(measured), [table], remarks=remarks)
         content, tables, remarks = {}, [], []
         for model in MODELS:
-            problems = [paper_problem(setting, model, name) for name in COMMONSENSE_SETS]
-            measured = measure(setting, problems, CONTENDERS, rates=_RATES, seeds=self.seeds)
+            problems = [commonsense_problem(setting, model, name) for name in COMMONSENSE_SETS]
+            measured = measure(setting, problems, COMMONSENSE_CONTENDERS, rates=_RATES, seeds=self.seeds)
             by_set = {problem.removeprefix(f"{model}-"): each for problem, each in measured.items()}
             published = {name: {"mean": value} for name, value in COMMONSENSE_MEANS[model].items()}
             tables.append(quality(f"{model}: obtained ± standard error (published)", by_set, published))
@@ -53,7 +56,7 @@ class Table2(Experiment):
         return Outcome(content, tables, remarks=remarks)
 
     def plan(self, setting: Setting) -> Outcome:
-        return plans([paper_problem(setting, m, name) for m in MODELS for name in COMMONSENSE_SETS], "causal-lm")
+        return plans([commonsense_problem(setting, m, name) for m in MODELS for name in COMMONSENSE_SETS], "causal-lm")
 
 
 class Fig3(Experiment):
@@ -68,17 +71,17 @@ class Fig3(Experiment):
 
     def run(self, setting: Setting) -> Outcome:
         small = setting.scale == "small"
-        first = small_problems(setting)[0] if small else paper_problem(setting, "LLaMA2-7B", "ARC-e")
+        first = small_problems(setting)[0] if small else commonsense_problem(setting, "LLaMA2-7B", "ARC-e")
         content = first.recipe.model_dump(mode="json")
         content["training"] |= {"max_steps": self.steps, "warmup_steps": 1}
         content["task"]["data"] |= {"test_size": 8}
-        problem = Problem(first.name, parse_recipe(content), dict.fromkeys(CONTENDERS, 1e-4))
-        measured = measure(setting, [problem], CONTENDERS, rates=(1e-4,), seeds=self.rounds, ranks=False)
+        problem = Problem(first.name, parse_recipe(content), dict.fromkeys(COMMONSENSE_CONTENDERS, 1e-4))
+        measured = measure(setting, [problem], COMMONSENSE_CONTENDERS, rates=(1e-4,), seeds=self.rounds, ranks=False)
         table = costs(measured, MEMORY_ABOVE_LORA)
         return Outcome(summary(measured), [table], {"fig3": _bars(measured[problem.name])})
 
     def plan(self, setting: Setting) -> Outcome:
-        return plans([paper_problem(setting, "LLaMA2-7B", "ARC-e")], "causal-lm")
+        return plans([commonsense_problem(setting, "LLaMA2-7B", "ARC-e")], "causal-lm")
 
 
 def small_problems(setting: Setting) -> list[Problem]:
@@ -99,22 +102,26 @@ def small_problems(setting: Setting) -> list[Problem]:
     return found
 
 
-def paper_problem(setting: Setting, model: str, name: str) -> Problem:
+def commonsense_problem(setting: Setting, model: str, name: str) -> Problem:
     """LLaMA at the settings of the paper."""
     rates = COMMONSENSE_RATES[model]
     fixed = {}
-    for contender in CONTENDERS:
-        key = f"{contender.method}@{contender.rank}" if contender.rank != RANK else contender.method.removesuffix("-i")
+    for contender in COMMONSENSE_CONTENDERS:
+        key = (
+            f"{contender.method}@{contender.rank}"
+            if contender.rank != COMMONSENSE_RANK
+            else contender.method.removesuffix("-i")
+        )
         factor = build_method(MethodSpec(name=contender.method)).lr_factor
         fixed[contender] = rates.get(key, rates["lora"])[name] / factor
-    steps = -(-ROWS[name] // 16) * 3
+    steps = -(-COMMONSENSE_ROWS[name] // 16) * 3
     training = {
         "per_device_train_batch_size": 16, "num_train_epochs": 3, "lr_scheduler_type": "cosine",
         "warmup_steps": int(0.03 * steps), "bf16": True,
     }  # fmt: skip
     task = commonsense_task(name, setting.data, max_length=256, harness=True)
     recipe = _recipe(setting, f"{model}-{name}", MODELS[model], task, training, dtype="bfloat16", dropout=0.05)
-    return Problem(f"{model}-{name}", recipe, fixed, ROWS[name])
+    return Problem(f"{model}-{name}", recipe, fixed, COMMONSENSE_ROWS[name])
 
 
 _SMALL = {
@@ -133,7 +140,7 @@ def _recipe(
             "dtype": dtype,
             "task": task,
             "method": {
-                "name": "lora", "rank": RANK, "alpha": 16, "dropout": dropout, "target_modules": TARGETS,
+                "name": "lora", "rank": COMMONSENSE_RANK, "alpha": 16, "dropout": dropout, "target_modules": TARGETS,
             },
             "training": training,
             "output": str(setting.folder / name / "run"),

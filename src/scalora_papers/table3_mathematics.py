@@ -13,8 +13,8 @@ from .base import Experiment, Outcome, Setting, TextTable
 from .table import Measured, Problem, measure, plans, quality, summary, verdicts
 from .table2_commonsense import TARGETS
 
-RANK = 8
-CONTENDERS = tuple(Contender(name, RANK) for name in ("lora", "scalora-scalar", "scalora-i"))
+MATHEMATICS_RANK = 8
+MATHEMATICS_CONTENDERS = tuple(Contender(name, MATHEMATICS_RANK) for name in ("lora", "scalora-scalar", "scalora-i"))
 _PAPER_RATE = 1e-4  # the paper prints none
 _RATES = (1e-3, 3e-3)
 _META_ROWS = 395_000
@@ -29,7 +29,9 @@ class Table3(Experiment):
 
     def run(self, setting: Setting) -> Outcome:
         # By exact match a rate would be chosen by chance: a small model solves none or one of forty problems.
-        measured = measure(setting, self.problems(setting), CONTENDERS, rates=_RATES, seeds=self.seeds, chosen_by="nll")
+        measured = measure(
+            setting, self.problems(setting), MATHEMATICS_CONTENDERS, rates=_RATES, seeds=self.seeds, chosen_by="nll"
+        )
         tables = [quality("exact match, % ± standard error", measured, {}), likelihood(measured)]
         remarks = [*verdicts(measured), "published: LoRA < scalar-only < ScaLoRA-I on GSM8K and MATH"]
         return Outcome(summary(measured), tables, remarks=remarks)
@@ -65,7 +67,7 @@ def paper_problems(setting: Setting) -> list[Problem]:
                 setting, name, "google/gemma-3-12b-pt", {"train": "meta-math/MetaMathQA", "test": test}, training,
                 dtype="bfloat16", dropout=0.05, max_length=256,
             ),
-            dict.fromkeys(CONTENDERS, _PAPER_RATE),
+            dict.fromkeys(MATHEMATICS_CONTENDERS, _PAPER_RATE),
             _META_ROWS,
         )
         for name, test in tests.items()
@@ -75,7 +77,7 @@ def paper_problems(setting: Setting) -> list[Problem]:
 def likelihood(measured: Mapping[str, Measured]) -> TextTable:
     """Nats per token of the reference solutions, mean over seeds: it tells methods apart where exact match cannot."""
     rows = []
-    for contender in CONTENDERS:
+    for contender in MATHEMATICS_CONTENDERS:
         finals = [each.finals(contender).values() for each in measured.values()]
         rows.append([str(contender), *(f"{mean(r['after']['nll'] for r in f):.4f}" if f else "failed" for f in finals)])
     return TextTable("nll of the reference solutions, mean over seeds", ["method", *measured], rows)
@@ -95,7 +97,7 @@ def _recipe(
                 "answer": r"(?:####|answer is:?)\s*\$?(.+)", "max_new_tokens": new_tokens or max_length,
             },
             "method": {
-                "name": "lora", "rank": RANK, "alpha": 16, "dropout": dropout,
+                "name": "lora", "rank": MATHEMATICS_RANK, "alpha": 16, "dropout": dropout,
                 # Not the vision tower, whose projections have the same names.
                 "target_modules": rf"(?!.*vision).*\.({'|'.join(TARGETS)})",
             },

@@ -97,7 +97,7 @@ class Cost(NamedTuple):
     events: float
 
 
-def measure(size: Size, store: Accumulate, *, interval: int, steps: int, device: str) -> Cost:
+def measure_cost(size: Size, store: Accumulate, *, interval: int, steps: int, device: str) -> Cost:
     """Train one m×n layer for that many steps, with an event before every ``interval``-th of them."""
     model, handle = _attached(size, store, interval, device)
     X = torch.randn(TOKENS, size.n, device=device, requires_grad=True)  # a deep model wants ∂ℓ/∂X too
@@ -198,11 +198,13 @@ class Complexity(Experiment):
         for size in plan:
             setting.tell(f"m, n, r = {', '.join(map(str, size))}")
             for store in _STORES:  # fixed costs at the same time, because a busy machine's speed drifts
-                tiny.append(measure(_TINY, store, interval=1, steps=self.steps, device=device))
-                costs.append(measure(size, store, interval=1, steps=self.steps, device=device))
+                tiny.append(measure_cost(_TINY, store, interval=1, steps=self.steps, device=device))
+                costs.append(measure_cost(size, store, interval=1, steps=self.steps, device=device))
         centre = Size(middle, middle, rank)
         long = SLOTS * max(self.intervals)  # one recompression at the greatest I
-        over_I = [measure(centre, s, interval=i, steps=long, device=device) for s in _STORES for i in self.intervals]
+        over_I = [
+            measure_cost(centre, s, interval=i, steps=long, device=device) for s in _STORES for i in self.intervals
+        ]
         laws = {}
         for part in PARTS:
             pairs = [(c, t) for c, t in zip(costs, tiny, strict=True) if part in c.seconds]

@@ -7,10 +7,10 @@ from scipy import stats
 from scalora.arena.plan import Contender, Trial
 from scalora.arena.statistics import (
     choose_rate,
-    compare,
     curve_verdict,
     final_runs,
     over_rates,
+    paired_difference,
     relative_cost,
     summarize,
 )
@@ -41,7 +41,7 @@ def test_the_rate_is_chosen_on_validation_only_and_ties_go_to_the_lower_nll():
 
 def test_paired_differences_are_those_of_a_paired_t_test():
     ours, base = np.array([0.8, 0.82, 0.79, 0.85]), np.array([0.78, 0.81, 0.8, 0.8])
-    found = compare(dict(enumerate(ours)), {**dict(enumerate(base)), 9: 0.1}, higher_is_better=True)
+    found = paired_difference(dict(enumerate(ours)), {**dict(enumerate(base)), 9: 0.1}, higher_is_better=True)
     expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.value == pytest.approx((ours - base).mean())
@@ -59,11 +59,11 @@ def test_paired_differences_are_those_of_a_paired_t_test():
 )
 def test_verdicts_in_words(gains, higher, verdict):
     nothing = dict.fromkeys(range(len(gains)), 0.0)
-    assert compare(dict(enumerate(gains)), nothing, higher_is_better=higher).verdict == verdict
+    assert paired_difference(dict(enumerate(gains)), nothing, higher_is_better=higher).verdict == verdict
 
 
 def test_no_common_seed_and_no_values():
-    assert compare({0: 1.0}, {1: 1.0}, higher_is_better=True) is None
+    assert paired_difference({0: 1.0}, {1: 1.0}, higher_is_better=True) is None
     with pytest.raises(ValueError, match="no values"):
         summarize([])
     assert math.isnan(summarize([1.0]).error)

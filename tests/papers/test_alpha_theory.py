@@ -8,13 +8,13 @@ import torch
 
 from scalora_papers.alpha_theory import (
     Target,
-    Task,
+    Transfer,
     accuracy,
     alpha_by_scan,
     alpha_star,
     limits,
     mean_and_error,
-    measure,
+    measure_panel,
     ridge,
     simulate,
 )
@@ -66,10 +66,10 @@ def test_the_closed_form_is_the_best_alpha(target):
 @pytest.mark.parametrize(
     "task",
     [
-        Task(p=120, N=600, n=60, beta=0.5),
-        Task(p=120, N=300, n=480, beta=0.9, gamma=0.3, gamma_source=2.0),
-        Task(p=150, N=600, n=30, beta=-0.4, mu=1.0, gamma=2.0),
-        Task(p=100, N=400, n=100, beta=1.0, mu=2.0),
+        Transfer(p=120, N=600, n=60, beta=0.5),
+        Transfer(p=120, N=300, n=480, beta=0.9, gamma=0.3, gamma_source=2.0),
+        Transfer(p=150, N=600, n=30, beta=-0.4, mu=1.0, gamma=2.0),
+        Transfer(p=100, N=400, n=100, beta=1.0, mu=2.0),
     ],
 )
 def test_theory_equals_monte_carlo(task):
@@ -89,12 +89,12 @@ def test_the_simulated_classifier_is_the_ridge_regression_about_the_source():
 
 
 def test_an_unrelated_source_is_best_ignored_and_an_opposed_one_subtracted():
-    assert alpha_star(Task(100, 500, 50, beta=0.0).target()) == 0
-    assert alpha_star(Task(100, 500, 50, beta=-0.5).target()) < 0
+    assert alpha_star(Transfer(100, 500, 50, beta=0.0).target()) == 0
+    assert alpha_star(Transfer(100, 500, 50, beta=-0.5).target()) < 0
 
 
 def test_a_measurement_is_json_and_finds_the_best_alpha():
-    found = json.loads(json.dumps(measure(Task(p=60, N=300, n=60, beta=0.7), draws=40, seed=0)))
+    found = json.loads(json.dumps(measure_panel(Transfer(p=60, N=300, n=60, beta=0.7), draws=40, seed=0)))
     assert abs(found["alpha_drawn"] - found["alpha_formula"]) <= 3 * found["alpha_drawn_error"] + found["step"]
     gain = found["gains"]["0"]
     assert abs(gain["mean"] - gain["theory"]) <= 3 * gain["error"]

@@ -8,7 +8,7 @@ import torch
 
 from scalora.engine.stores.adapter import SLOTS
 from scalora_papers import Setting
-from scalora_papers.table4_complexity import PARTS, Clock, Complexity, Size, fit_law, measure, memory
+from scalora_papers.table4_complexity import PARTS, Clock, Complexity, Size, fit_law, measure_cost, memory
 
 SIZES = [Size(n, n, r) for n in (16, 32, 64) for r in (2, 4)] + [Size(16, 64, 2), Size(64, 16, 2)]
 
@@ -58,7 +58,7 @@ def test_the_clock_gives_each_part_its_own_time_only(monkeypatch):
 
 @pytest.mark.parametrize("store", ["base", "adapter"])
 def test_real_events_are_timed(store):
-    cost = measure(Size(12, 10, 2), store, interval=2, steps=4 * SLOTS, device="cpu")
+    cost = measure_cost(Size(12, 10, 2), store, interval=2, steps=4 * SLOTS, device="cpu")
     expected = {"base": {"step", "factors", "merge"}, "adapter": {"beside", "factors", "append", "recompress"}}
     assert set(cost.seconds) == expected[store]
     assert all(seconds >= 0 for seconds in cost.seconds.values())

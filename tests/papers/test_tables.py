@@ -16,7 +16,7 @@ from scalora_papers import Setting, all_experiments, find_experiment, sensitivit
 from scalora_papers.published import COMMONSENSE_MEANS, COMMONSENSE_SETS, GLUE, GLUE_SETTINGS
 from scalora_papers.run import run_experiment
 from scalora_papers.table1_glue import small_recipe
-from scalora_papers.table2_commonsense import CONTENDERS, paper_problem
+from scalora_papers.table2_commonsense import COMMONSENSE_CONTENDERS, commonsense_problem
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -165,12 +165,12 @@ def test_the_published_numbers_are_the_papers():
 
 
 def test_paper_scale_commonsense_rates_by_method(tmp_path):
-    problem = paper_problem(_setting(tmp_path), "LLaMA3-8B", "HellaSwag")
+    problem = commonsense_problem(_setting(tmp_path), "LLaMA3-8B", "HellaSwag")
     rates = {str(c): rate for c, rate in problem.fixed.items()}
     assert rates["lora@8"] == rates["relora@8"] == rates["lora-ga@8"] == 1e-4
     assert rates["hira@8"] == pytest.approx(1e-3 / 10)  # on the common grid, on which HiRA has ten times the rate
     assert rates["scalora@8"] == rates["scalora-i@8"] == 1e-4
-    assert set(problem.fixed) == set(CONTENDERS)
+    assert set(problem.fixed) == set(COMMONSENSE_CONTENDERS)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_every_experiment_is_listed():
     assert all(name in listed for name in all_experiments())
     assert {"fig2", "fig3", "table1", "table2", "table3", "sensitivity"} <= set(all_experiments())
     assert len(COMMONSENSE_SETS) == 8
-    assert Contender("lora", 32) in CONTENDERS
+    assert Contender("lora", 32) in COMMONSENSE_CONTENDERS

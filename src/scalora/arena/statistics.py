@@ -118,7 +118,9 @@ def summarize(values: Sequence[float]) -> Mean:
     return Mean(mean(values), error, len(values))
 
 
-def compare(ours: Mapping[int, float], baseline: Mapping[int, float], *, higher_is_better: bool) -> Difference | None:
+def paired_difference(
+    ours: Mapping[int, float], baseline: Mapping[int, float], *, higher_is_better: bool
+) -> Difference | None:
     """Paired over common seeds; None without any."""
     sign = 1 if higher_is_better else -1
     gains = [sign * (ours[seed] - baseline[seed]) for seed in sorted(ours.keys() & baseline.keys())]

@@ -15,9 +15,9 @@ from .statistics import (
     Mean,
     Results,
     chosen_rates,
-    compare,
     final_runs,
     over_rates,
+    paired_difference,
     primary,
     relative_cost,
     summarize,
@@ -148,7 +148,9 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 contender,
                 chosen[contender],
                 summarize(list(values[contender].values())),
-                compare(values[contender], values[base], higher_is_better=higher) if contender != base else None,
+                paired_difference(values[contender], values[base], higher_is_better=higher)
+                if contender != base
+                else None,
                 ours[0]["trainable_parameters"],
                 relative_cost(ours, theirs, "seconds_per_step"),
                 relative_cost(ours, theirs, "peak_memory_bytes"),

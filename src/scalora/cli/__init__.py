@@ -6,7 +6,7 @@ import typer
 
 from .compare import compare
 from .doctor import doctor
-from .export import export
+from .export import export_verb
 from .inspect import inspect
 from .methods import methods
 from .report import report
@@ -23,5 +23,5 @@ app = typer.Typer(
     "Begin with [b]scalora train recipes/demo.yaml[/b]; see what this machine has with [b]scalora doctor[/b].",
 )
 
-for _verb in (train, export, inspect, compare, report, reproduce, methods, doctor):
-    app.command()(_verb)
+for _verb in (train, export_verb, inspect, compare, report, reproduce, methods, doctor):
+    app.command(_verb.__name__.removesuffix("_verb"))(_verb)

@@ -14,7 +14,7 @@ from ..common.quiet import quiet
 from .guard import guarded
 
 
-def export(
+def export_verb(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
     to: Annotated[
         str, typer.Option(help="lora: one plain PEFT LoRA; merged: the whole model; delta: the dense difference.")

@@ -29,7 +29,7 @@ def inspect(
         if as_json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
-            show(Console(), report)
+            show_report(Console(), report)
 
 
 def describe(artefact: Artefact) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def describe(artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def show(console: Console, report: dict[str, Any]) -> None:
+def show_report(console: Console, report: dict[str, Any]) -> None:
     """The same as tables: facts, then figures of each kind of layer."""
     facts = Table(title=report["what"], title_justify="left", show_header=False)
     for name, value in _facts(report):
