@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from peft.tuners import hira, lora
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import tables
@@ -141,3 +142,12 @@ def test_tables_of_committed_results():
     folder = ROOT / "benchmarks" / "results" / "minilm-sarcasm-head"
     assert tables.markdown(folder).count("\n| lora@4 |") == 1
     assert "\n| lora@4 |" in tables.against(folder, "scalora-i@4")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lora:peft", lora.layer.Linear), ("hira:peft", hira.layer.Linear)])
+def test_overhead_compares_with_layers_of_peft(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("benchmarks.cost.overhead")
+    overhead(monkeypatch, module)
+    runner = module.Runner(name, module.MODELS["tiny"], "fp32", "cpu")
+    assert {type(layer) for layer in runner.model.modules() if isinstance(layer, kind)} == {kind}
