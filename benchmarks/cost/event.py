@@ -61,7 +61,7 @@ class Ground:
         self._gradients()
         self.optimizer.step()
         self.handle = scalora.attach(self.model, self.optimizer, scalora.ScaLoraConfig(interval=1, accumulate=store))  # pyright: ignore[reportArgumentType]
-        self.handle._hook.remove()  # events are taken by hand
+        self.handle.detach()  # events are taken by hand
         columns = self.handle.layers[0].frozen().rank // rank if store == "adapter" else 2
         for _ in range(columns):
             self.event()

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft.tuners import hira, lora
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -60,7 +59,6 @@ METHODS = (
     "lora@4r",
     "full",
 )
-PEFTS = {LoraForward: lora.layer.Linear, HiraForward: hira.layer.Linear}  # what our layers stand in for
 _MEASURED_EVENTS = 3 * SLOTS
 
 
@@ -78,8 +76,10 @@ class Runner:
         self.adapted = build_method(spec).adapt(model.to(device).train(), what["head"])
         self.model = self.adapted.model
         if option == "peft":  # as PEFT computes it
-            for module in self.model.modules():
-                module.__class__ = PEFTS.get(type(module), type(module))
+            ours = [module for module in self.model.modules() if isinstance(module, (LoraForward, HiraForward))]
+            for module in ours:
+                _, module.__class__ = type(module).__bases__  # undoes `adopt`
+            assert ours, f"{name}: there is no layer to give back to PEFT"
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.arguments = TrainingArguments(output_dir="unused", learning_rate=1e-4, use_cpu=device == "cpu")
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)

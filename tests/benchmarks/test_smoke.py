@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from peft.tuners import hira, lora
 from transformers import BertConfig, BertForSequenceClassification
 
 from helpers import tokenized, workspace
@@ -134,3 +135,12 @@ def test_it_runs(name, tmp_path, monkeypatch):
         text = written.read_text(encoding="utf-8")
         json.loads(text, parse_constant=lambda value: pytest.fail(f"{value} in {written}"))
         assert {'"command"', '"environment"'} <= set(text.replace(":", " ").split())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lora:peft", lora.layer.Linear), ("hira:peft", hira.layer.Linear)])
+def test_overhead_compares_with_layers_of_peft(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("benchmarks.cost.overhead")
+    overhead(monkeypatch, module)
+    runner = module.Runner(name, module.MODELS["tiny"], "fp32", "cpu")
+    assert {type(layer) for layer in runner.model.modules() if isinstance(layer, kind)} == {kind}
