@@ -146,9 +146,9 @@ def test_results_of_another_recipe_are_refused_before_a_queue_is_made(record, tm
 def test_report_writes_the_page_again(record, tmp_path, old):
     out = tmp_path / "out"
     (out / "results.json").write_text(json.dumps(_first_format(record) if old else encode_comparison(record)))
-    result = CliRunner().invoke(app, ["report", str(out), "--output", str(tmp_path / "page.html")])
+    result = CliRunner().invoke(app, ["report", str(out), "--output", str(tmp_path / "new" / "page.html")])
     assert result.exit_code == 0, result.stderr
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("<svg") == 4
     assert "scalora@2: +0.0500" in page
     assert "scalora@2: +0.0500" in result.stdout.replace("\n", " ")
@@ -161,3 +161,10 @@ def test_report_of_a_folder_without_results_is_refused(tmp_path):
         assert result.exit_code == 2
         assert "holds no results.json" in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_report_takes_no_folder_for_a_file(record, tmp_path):
+    write_comparison(record, tmp_path / "out")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is a folder" in result.stderr

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..common.disk_layout import REPORT, RESULTS, TABLES
+from ..common.errors import ScaloraError
 from ..common.quiet import quiet
 from .guard import guarded, require
 
@@ -40,7 +41,10 @@ def report(
         content = read_results(place)
         experiment = "experiment" in content
         path = Path(output) if output else place / (TABLES if experiment else REPORT)
+        if path.is_dir():
+            raise ScaloraError(f"--output {path} is a folder: name the file to write, e.g. {path / REPORT}")
         check_writable(path.parent, "--output" if output else "FOLDER")
+        path.parent.mkdir(parents=True, exist_ok=True)
         if experiment:
             found = read_experiment(content, place / RESULTS)
             write_tables(found, path)
