@@ -1,0 +1,47 @@
+"""What the pages name exists: the paper's functions, the public interface, every setting."""
+
+import dataclasses
+import re
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import scalora
+
+DOCS = Path(__file__).parents[2] / "docs"
+BUILT = (DOCS / "built.md").read_text(encoding="utf-8").split("## Paper to code")[1]
+NAMED = sorted(set(re.findall(r"`(scalora\.[\w.]+)`", BUILT)))
+
+
+def _resolve(dotted):
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            module = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        return reduce(getattr, parts[end:], module)
+    raise ModuleNotFoundError(dotted)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_functions_of_the_paper_exist(name):
+    assert callable(_resolve(name))
+
+
+@pytest.mark.parametrize("item", ["Equation 7", "Theorem 1", "Theorem 3", "Theorem 5", "Lemmas 2 and 4", "Algorithm 1"])
+def test_each_item_of_the_paper_has_a_function(item):
+    assert re.search(rf"^\| {item} \|.*`scalora\.", BUILT, flags=re.MULTILINE)
+
+
+def test_the_reference_has_every_public_name():
+    shown = re.findall(r"^::: scalora\.(\w+)$", (DOCS / "reference" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(shown) == sorted(scalora.__all__)
+
+
+def test_every_setting_has_its_row():
+    text = (DOCS / "library.md").read_text(encoding="utf-8").split("`ScaLoraConfig`")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)
+    assert rows == [field.name for field in dataclasses.fields(scalora.ScaLoraConfig)]
