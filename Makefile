@@ -19,7 +19,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-docs: .venv/.dev  ## the documentation site, in site/: open site/index.html
+docs: .venv/.dev  ## the site, in site/; its search wants a server: python -m http.server -d site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/.dev  ## hours on a CPU, with nothing else running

@@ -1,7 +1,8 @@
-"""mkdocs hooks: pages from the repository's root, links that leave docs/, and roles in docstrings."""
+"""mkdocs hooks: pages from outside docs/, links that leave docs/, and roles in docstrings."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-ADDED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}  # page: the file that it shows
+# Page: the file that it shows.
+ADDED = {
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "quickstart.md": "examples/quickstart.ipynb",
+}
 PICTURES = (".png", ".svg")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):(?=<code>)")
@@ -21,7 +27,9 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr):(?=<code>)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies outside docs/: the pages of `ADDED`, and every picture that a page shows."""
     for page, source in ADDED.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        content = _notebook(text) if source.endswith(".ipynb") else text
+        files.append(File.generated(config, page, content=content))
     for file in files.documentation_pages():
         for picture, _, target, _ in LINK.findall(file.content_string):
             path = _repository_path(file, target)
@@ -48,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
             return link.group(0)  # mkdocs says that it leads nowhere
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
-        return f"`{path}`" if text.strip("`") in (str(path), path.name) else f"{text} (`{path}`)"
+        return f"`{path}`" if str(path).endswith(text.strip("`")) else f"{text} (`{path}`)"
 
     return LINK.sub(moved, markdown)
 
@@ -58,7 +66,21 @@ def on_page_content(html: str, **_: Any) -> str:
     return ROLE.sub("", html)
 
 
+def _notebook(text: str) -> str:
+    """A notebook as Markdown: its text, its code, what it printed and drew."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append("```text\n" + "".join(output["text"]).rstrip() + "\n```")
+            elif "image/png" in output["data"]:
+                parts.append(f"![](data:image/png;base64,{output['data']['image/png'].strip()})")
+    return "\n\n".join(parts) + "\n"
+
+
 def _repository_path(file: File, target: str) -> PurePosixPath:
-    """The path, from the repository's root, of a link's target; links of added pages start from that root."""
-    start = PurePosixPath() if file.src_uri in ADDED else PurePosixPath("docs") / PurePosixPath(file.src_uri).parent
-    return PurePosixPath(os.path.normpath(start / target))
+    """The path, from the repository's root, of a link's target; links of added pages start at the file they show."""
+    source = ADDED.get(file.src_uri, f"docs/{file.src_uri}")
+    return PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target))
