@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .engine.plain_lora import save_plain_lora
     from .engine.trainer import ScaLoraCallback
     from .runs.export.load import load
+    from .layers.lora_forward import fuse_lora
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "ScaLoraCallback": "engine.trainer",
     "save_plain_lora": "engine.plain_lora",
     "load": "runs.export.load",
+    "fuse_lora": "layers.lora_forward",
     "ScaloraError": "common.errors",
 }
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "attach",
     "create_scalora_optimizer",
     "load",
+    "fuse_lora",
     "prepare",
     "save_plain_lora",
 ]

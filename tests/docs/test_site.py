@@ -31,6 +31,16 @@ def test_the_functions_of_the_paper_exist(name):
     assert callable(_resolve(f"scalora.{name}"))
 
 
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_calls_by_its_path_exists(page):
+    for name in re.findall(r"\b(scalora(?:\.[a-zA-Z_]\w*)+)", page.read_text(encoding="utf-8")):
+        if not name.endswith(".safetensors"):
+            _resolve(name)
+
+
 @pytest.mark.parametrize("item", ["Equation 7", "Theorem 1", "Theorem 3", "Theorem 5", "Lemmas 2 and 4", "Algorithm 1"])
 def test_each_item_of_the_paper_has_a_function(item):
     assert re.search(rf"^\| {item} \|.*\| `\w+\.\w+\.\w+", BUILT, flags=re.MULTILINE)
