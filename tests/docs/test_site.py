@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import scalora
+from scalora.methods import all_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 BUILT = (DOCS / "built.md").read_text(encoding="utf-8").split("## Paper to code")[1]
@@ -55,3 +56,13 @@ def test_every_setting_has_its_row():
     text = (DOCS / "library.md").read_text(encoding="utf-8").split("`ScaLoraConfig`")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)
     assert rows == [field.name for field in dataclasses.fields(scalora.ScaLoraConfig)]
+
+
+def test_the_table_of_methods_is_complete():
+    table = (DOCS / "methods.md").read_text(encoding="utf-8").split("## Notes")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (`.*) \|$", table, flags=re.MULTILINE)]
+    options = {name: row[3] for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    assert options.keys() - {"peft:<TYPE>"} == all_methods().keys()
+    for name, method in all_methods().items():
+        if "ScaLoraConfig" not in options[name]:
+            assert re.findall(r"`(\w+):", options[name]) == list(method.Options.model_fields), name
