@@ -42,6 +42,15 @@ def test_what_a_page_calls_by_its_path_exists(page):
             _resolve(name)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_runs_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m (benchmarks[\w.]+)", text):
+        assert (DOCS.parent / module.rstrip(".").replace(".", "/")).with_suffix(".py").is_file(), module
+    for recipe in re.findall(r"\b(recipes/[\w-]+\.yaml)", text):
+        assert (DOCS.parent / recipe).is_file(), recipe
+
+
 @pytest.mark.parametrize("item", ["Equation 7", "Theorem 1", "Theorem 3", "Theorem 5", "Lemmas 2 and 4", "Algorithm 1"])
 def test_each_item_of_the_paper_has_a_function(item):
     assert re.search(rf"^\| {item} \|.*\| `\w+\.\w+\.\w+", BUILT, flags=re.MULTILINE)
