@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .engine.event import ScaLora
     from .engine.plain_lora import save_plain_lora
     from .engine.trainer import ScaLoraCallback
-    from .runs.export.load import load
     from .layers.lora_forward import fuse_lora
+    from .runs.export.load import load
 
 __version__ = "0.1.0"
 
@@ -41,8 +41,8 @@ __all__ = [
     "ScaloraError",
     "attach",
     "create_scalora_optimizer",
-    "load",
     "fuse_lora",
+    "load",
     "prepare",
     "save_plain_lora",
 ]

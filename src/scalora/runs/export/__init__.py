@@ -1,0 +1,1 @@
+"""What a run has left, in other forms: as a LoRA, merged, as differences; opened again, verified."""
