@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo test quick lint docs bench clean
 demo: .venv/.cli
 	$(BIN)/scalora train recipes/demo.yaml --overwrite
 
@@ -18,6 +18,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+docs: .venv/.dev  ## the site, in site/; its search wants a server: python -m http.server -d site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/.dev  ## hours on a CPU, with nothing else running
 	for model in minilm smollm2; do for precision in fp32 bf16; do \
@@ -49,4 +52,4 @@ bench: .venv/.dev  ## hours on a CPU, with nothing else running
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

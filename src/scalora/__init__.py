@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine.event import ScaLora
     from .engine.plain_lora import save_plain_lora
     from .engine.trainer import ScaLoraCallback
+    from .layers.lora_forward import fuse_lora
     from .runs.export.load import load
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "ScaLoraCallback": "engine.trainer",
     "save_plain_lora": "engine.plain_lora",
     "load": "runs.export.load",
+    "fuse_lora": "layers.lora_forward",
     "ScaloraError": "common.errors",
 }
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ScaloraError",
     "attach",
     "create_scalora_optimizer",
+    "fuse_lora",
     "load",
     "prepare",
     "save_plain_lora",

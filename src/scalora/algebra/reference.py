@@ -1,7 +1,8 @@
 """The obviously right twin of :mod:`scalora.algebra.scaling`: dense, float64, one layer at a time.
 
 Recovers nothing, forms everything: takes the full gradient G (m×n), builds the 2r matrices A_i g_B,iᵀ and g_A,i B_iᵀ of
-Theorem 5 and solves the least-squares problem on their m·n entries with standard solvers. For tests and ablations.
+Theorem 5 and solves the least-squares problem on their m·n entries with standard solvers. For tests and ablations:
+it needs scipy, which the core does not install (`scalora[arena]` does).
 """
 
 from __future__ import annotations

@@ -113,9 +113,11 @@ def optimal_scaling(
     """Column factors (α, β) that make A diag(α), B diag(β) the best adapters for the present gradient.
 
     Args:
-        A, B: adapters of W = W_pt + A Bᵀ, (…, m, r) and (…, n, r); leading dimensions are layers.
-        grad_A, grad_B: ∂ℓ/∂A = G B and ∂ℓ/∂B = GᵀA, same shapes. The solution does not change when both are
-            multiplied by one number, so clipping and loss scaling leave it alone.
+        A: adapter of W = W_pt + A Bᵀ, (…, m, r); leading dimensions are layers.
+        B: its partner, (…, n, r).
+        grad_A: ∂ℓ/∂A = G B, shaped as A.
+        grad_B: ∂ℓ/∂B = GᵀA, shaped as B. The solution does not change when both gradients are multiplied by one
+            number, so clipping and loss scaling leave it alone.
         c: 1/(L·η), one number or one per layer: the squared column norm that the adapters are driven to.
         method: "paper" (Theorem 5 where all its factors are positive, else Theorem 3), "nonnegative" (the constrained
             optimum, in every layer), "scalar" (Theorem 3) or "normalize" (every column to norm √c; an ablation).

@@ -47,7 +47,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None 
     Raises:
         ScaloraError: something cannot be handled exactly; the message names it and the way out.
 
-    Example:
+    Examples:
         >>> scalora.attach(model, optimizer)
         >>> for batch in loader: ...  # the usual loop
     """

@@ -54,7 +54,7 @@ class Truncation:
     Raises:
         ScaloraError: not exactly one of the two is given, or it is out of range.
 
-    Example:
+    Examples:
         >>> scalora.save_plain_lora(model, "small", Truncation(rank=16))
     """
 

@@ -96,7 +96,11 @@ def shorten(module: nn.Module) -> None:
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Every LoRA layer of a PEFT model takes the short way where it can; trained, saved and merged as before."""
+    """Every LoRA layer of a PEFT model takes the short way where it can; trained, saved and merged as before.
+
+    Args:
+        model: what ``get_peft_model`` returned; changed in place. Layers that are not plain LoRA stay as they are.
+    """
     for module in model.modules():
         shorten(module)
 
