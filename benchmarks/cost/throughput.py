@@ -20,6 +20,7 @@ from rich.table import Table
 
 from scalora.models.load import load_model
 from scalora.runs.callbacks import StepTimer
+from scalora.runs.precision import decide
 from scalora.runs.recipe import Recipe, load_recipe
 from scalora.runs.training import Watcher, train
 from scalora.tasks import build_task
@@ -56,6 +57,7 @@ def with_trl(recipe: Recipe) -> float:
     targets: Any = spec.target_modules
     with tempfile.TemporaryDirectory() as place:
         same = recipe.training | {"report_to": [], "save_strategy": "no"}
+        same["bf16"] = decide(recipe.precision, recipe.training).precision == "bfloat16"
         arguments = trl.SFTConfig(
             output_dir=place, max_length=recipe.task.max_length, completion_only_loss=True, use_cpu=True,  # pyright: ignore
             gradient_checkpointing=False, disable_tqdm=True, **same,

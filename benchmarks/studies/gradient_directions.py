@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from scalora.layers.peft_lora import find_layers
 from scalora.models.load import load_model
+from scalora.runs.precision import decide
 from scalora.runs.recipe import load_recipe
 from scalora.tasks import build_task
 
@@ -45,7 +46,7 @@ class Ground:
     """A recipe's model with plain LoRA, and its training batches in a fixed order."""
 
     def __init__(self, recipe: Any) -> None:
-        self.recipe = recipe
+        self.recipe, self.precision = recipe, decide(recipe.precision, recipe.training).precision
         task, spec = build_task(recipe.task), recipe.method
         self.model, tokenizer = load_model(
             recipe.model, head=task.head, num_labels=task.num_labels, attn_implementation=recipe.attn_implementation
@@ -58,7 +59,7 @@ class Ground:
         self.batches = _batches(dataset, collate, recipe.training["per_device_train_batch_size"])
 
     def backward(self, batch: dict[str, Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.recipe.training.get("bf16"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.peft_model(**batch).loss
         loss.backward()
 

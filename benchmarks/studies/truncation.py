@@ -19,6 +19,7 @@ from peft import PeftModel
 from scalora.algebra.lowrank import truncate
 from scalora.layers.peft_lora import find_layers
 from scalora.models.load import load_model
+from scalora.runs.precision import AUTOCAST, decide
 from scalora.runs.recipe import Recipe, load_recipe
 from scalora.runs.training import ADAPTER, train
 from scalora.tasks import build_task
@@ -73,7 +74,7 @@ def cut(recipe: Recipe, ranks: list[int]) -> dict[str, Any]:
             best = truncate(layer.A.double(), layer.Bt.double().mT, rank)
             layer.A.zero_()[:, :rank] = best.P
             layer.Bt.zero_()[:rank] = best.Q.mT
-        autocast = torch.bfloat16 if recipe.training.get("bf16") else None
+        autocast = AUTOCAST[decide(recipe.precision, recipe.training).precision]
         score = task.score(model, tokenizer, "test", batch_size=recipe.score_batch_size, autocast=autocast)
         found[str(rank)] = score.metrics
     return found

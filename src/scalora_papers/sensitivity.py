@@ -61,6 +61,7 @@ def digits_recipe(setting: Setting) -> Recipe:
     return parse_recipe(
         {
             "model": "digits-mlp",
+            "precision": "float32",
             "task": {
                 "kind": "vectors", "features": "pixels", "metric": "nll",
                 "data": {"train": "digits-turned", "train_size": 1000, "validation_size": 297, "test_size": 500},

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from scalora.arena.plan import Comparison, Contender
 from scalora.arena.run import check_comparison, run_comparison
+from scalora.arena.settle import settle_precision
 from scalora.arena.statistics import (
     Difference,
     Results,
@@ -85,11 +86,12 @@ def measure(
         )
         for problem in problems
     }  # fmt: skip
-    for name, comparison in comparisons.items():  # the last set's data must not be found wanting after hours
+    settled = {name: settle_precision(each, setting.folder / name) for name, each in comparisons.items()}
+    for name, (comparison, _) in settled.items():  # the last set's data must not be found wanting after hours
         check_comparison(comparison, setting.folder / name, retry=setting.retry)
     found = {}
-    for name, comparison in comparisons.items():
-        setting.tell(f"{name}: {comparison.recipe.model}")
+    for name, (comparison, choice) in settled.items():
+        setting.tell(f"{name}: {comparison.recipe.model}; precision: {choice}")
         folder = setting.folder / name
         record = run_comparison(comparison, folder, command=setting.command, retry=setting.retry, tell=setting.tell)
         found[name] = Measured(comparison, record.results)

@@ -71,7 +71,7 @@ def small_recipe(setting: Setting, task: str, passes: int | None = None) -> Reci
             "training": {
                 "per_device_train_batch_size": 16, "num_train_epochs": passes,
                 "warmup_steps": passes * train // 16 * 6 // 100,
-                "lr_scheduler_type": "linear", "train_sampling_strategy": "group_by_length", "bf16": True,
+                "lr_scheduler_type": "linear", "train_sampling_strategy": "group_by_length",
             },
             "score_batch_size": 64,
             "output": str(setting.folder / task / "run"),
@@ -86,6 +86,7 @@ def glue_problem(setting: Setting, task: str) -> Problem:
     recipe = parse_recipe(
         {
             "model": "microsoft/deberta-v3-base",
+            "precision": "float32",
             "config": {"cls_dropout": published.dropout} if published.dropout else {},
             "task": glue_task(task, setting.data, max_length=published.max_length),
             "method": {

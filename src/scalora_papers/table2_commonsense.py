@@ -125,7 +125,7 @@ def commonsense_problem(setting: Setting, model: str, name: str) -> Problem:
 
 
 _SMALL = {
-    "per_device_train_batch_size": 8, "num_train_epochs": 1, "warmup_steps": 5, "bf16": True,
+    "per_device_train_batch_size": 8, "num_train_epochs": 1, "warmup_steps": 5,
     "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
 

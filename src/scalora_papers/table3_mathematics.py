@@ -48,7 +48,7 @@ class Table3(Experiment):
             "train_size": 300, "validation_size": 40, "test_size": 60,
         }  # fmt: skip
         training = {
-            "per_device_train_batch_size": 4, "num_train_epochs": 1, "warmup_steps": 8, "bf16": True,
+            "per_device_train_batch_size": 4, "num_train_epochs": 1, "warmup_steps": 8,
             "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
         return [Problem("GSM8K", _recipe(setting, "GSM8K", "smollm2-135m-instruct", data, training, new_tokens=256))]

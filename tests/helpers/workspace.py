@@ -23,6 +23,7 @@ def lay(folder: Path) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "model": str(folder / "llama"),
+        "precision": "float32",  # the same on every machine
         "task": {
             "kind": "multiple_choice",
             # The id makes rows distinct: repeated rows are never split over train and test.

@@ -28,6 +28,7 @@ def cache(tmp_path_factory):
 def _recipe(folder, **changes):
     content = {
         "model": "digits-mlp",
+        "precision": "float32",
         "task": {
             "kind": "vectors", "features": "pixels", "metric": "nll",
             "data": {"train": "digits-turned", "train_size": 256, "validation_size": 40, "test_size": 200},

@@ -109,7 +109,7 @@ class Comparison:
         )
 
 
-_SHARED = ("model", "dtype", "config", "attn_implementation", "task", "training", "head_learning_rate")
+_SHARED = ("model", "dtype", "precision", "config", "attn_implementation", "task", "training", "head_learning_rate")
 
 
 def shared_parts(recipe: Recipe) -> dict[str, Any]:

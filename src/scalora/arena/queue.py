@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..common.disk_layout import QUEUE, RESULTS
 from ..common.errors import ScaloraError
-from ..runs.recipe import Recipe, parse_recipe
+from ..runs.recipe import Recipe, parse_recipe, with_precision
 from .plan import Comparison, Trial, parse_contender, shared_parts
 from .results import read_comparison
 from .statistics import Results
@@ -43,7 +43,8 @@ class TrialQueue:
         self.running: dict[Trial, optuna.Trial] = {}  # in this process
         recipe = comparison.recipe.model_dump(mode="json")
         # A queue of an earlier version lacks what recipes could not say then: it meant what is the default now.
-        stored = {key: self.study.user_attrs.get("recipe", recipe).get(key, value) for key, value in recipe.items()}
+        stored = recipe | with_precision(self.study.user_attrs.get("recipe", recipe))
+        stored = {key: stored[key] for key in recipe}
         _check_same(comparison.recipe, parse_recipe(stored, str(folder)), folder)
         self.study.set_user_attr("recipe", recipe)
         if kept:
@@ -128,7 +129,8 @@ def _check_same(mine: Recipe, theirs: Recipe, folder: Path) -> None:
     parts = shared_parts(theirs)
     for key, value in shared_parts(mine).items():
         if parts[key] != value:
-            raise ScaloraError(f"{folder} holds a comparison with another {key}: choose another --output")
+            given = f" ({parts[key]}, not {value})" if isinstance(value, str) else ""
+            raise ScaloraError(f"{folder} holds a comparison with another {key}{given}: choose another --output")
 
 
 def _worker_lives(frozen: FrozenTrial) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ..common.disk_layout import RESULTS
 from ..common.errors import ScaloraError
 from ..common.files import write_json
-from ..runs.recipe import parse_recipe
+from ..runs.recipe import parse_recipe, with_precision
 from .plan import CURVE_RANKS, Comparison, Contender, Trial, parse_contender
 from .statistics import Results, chosen_rates
 
@@ -104,7 +104,7 @@ def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecor
         said = content if "format" in content else {**content, **_unsaid(content)}
         fixed = said["fixed"]
         comparison = Comparison(
-            parse_recipe(said["recipe"], str(file)),
+            parse_recipe(with_precision(said["recipe"]), str(file)),
             tuple(map(_contender, said["contenders"])),
             tuple(said["rates"]),
             tuple(said["seeds"]),

@@ -48,6 +48,7 @@ def compare(
         require("compare", "optuna", "scipy")
         from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
         from ..arena.run import check_comparison, run_comparison
+        from ..arena.settle import settle_precision
 
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:
@@ -62,6 +63,8 @@ def compare(
         )
         console, folder = Console(), Path(output)
         command = shlex.join(["scalora", *sys.argv[1:]])
+        comparison, choice = settle_precision(comparison, folder)
+        console.print(f"precision: {choice}", highlight=False)
         try:
             check_comparison(comparison, folder, retry=retry)
             record = run_comparison(

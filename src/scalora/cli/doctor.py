@@ -58,6 +58,8 @@ def _versions() -> list[tuple[str, str]]:
 def _devices() -> list[tuple[str, str]]:
     import torch
 
+    from ..runs.precision import choose, find_device
+
     rows = [
         (
             "cpu",
@@ -73,7 +75,7 @@ def _devices() -> list[tuple[str, str]]:
     ]
     if torch.backends.mps.is_available():
         rows.append(("mps", "available"))
-    return rows
+    return [*rows, ("precision: auto", str(choose(find_device())))]
 
 
 def _reachable() -> list[tuple[str, str]]:

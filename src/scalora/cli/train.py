@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +66,26 @@ def train(
             show(console, result)
 
 
+class _Pace:
+    """When to tell how far something is, and how long the rest takes at the pace so far."""
+
+    def __init__(self, done: int = 0) -> None:
+        self.began, self.first = time.monotonic(), done
+        self.due = self.began + 2.0
+
+    def left(self, done: int, total: int) -> str:
+        """The rest in words; `done` and `total` count sequences or steps."""
+        seconds = (time.monotonic() - self.began) / max(1, done - self.first) * (total - done)
+        return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+
+    def is_due(self) -> bool:
+        """Whether nothing was told for ten seconds; what is told next counts."""
+        if time.monotonic() < self.due:
+            return False
+        self.due = time.monotonic() + 10.0
+        return True
+
+
 def live_watcher(console: Console) -> Any:
     """A watcher that draws progress bars on a terminal, and prints plain lines elsewhere."""
     from transformers import TrainerCallback
@@ -79,13 +100,18 @@ def live_watcher(console: Console) -> Any:
                 console=console, disable=not console.is_terminal,
             )  # fmt: skip
             self.bar: Any = None
+            self.name, self.pace = "", _Pace()
             self.callbacks = (self,)
 
         def phase(self, text: str) -> None:
             if not console.is_terminal:
-                console.print(text, highlight=False)
+                self.say(text)
+            self.name, self.pace = text, _Pace()
             self.finish()
             self.bar = self.display.add_task(text, total=None, note="")
+
+        def say(self, text: str) -> None:
+            console.print(text, highlight=False)
 
         def finish(self) -> None:
             """A phase without a count is over as a whole."""
@@ -94,9 +120,14 @@ def live_watcher(console: Console) -> Any:
 
         def progress(self, done: int, total: int) -> None:
             self.display.update(self.bar, completed=done, total=total)
+            if not console.is_terminal and done < total and self.pace.is_due():
+                self.say(f"  {self.name}: {done}/{total}, {self.pace.left(done, total)}")
+
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            self.pace = _Pace(state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.display.update(self.bar, completed=state.global_step, total=state.max_steps)
+            self.progress(state.global_step, state.max_steps)
 
         def on_log(self, args, state, control, **kwargs) -> None:
             logs = kwargs.get("logs") or {}
@@ -104,7 +135,8 @@ def live_watcher(console: Console) -> Any:
                 note = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
                 self.display.update(self.bar, note=note)
                 if not console.is_terminal:
-                    console.print(f"  step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+                    left = self.pace.left(state.global_step, state.max_steps)
+                    self.say(f"  step {state.global_step}/{state.max_steps}  {note}  {left}")
 
     return Live()
 

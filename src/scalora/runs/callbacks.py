@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -57,6 +59,10 @@ class StepTimer(TrainerCallback):
     def median(self) -> float:
         """Median seconds of a step; 0 where none was taken."""
         return median(self.seconds) if self.seconds else 0.0
+
+    def remaining(self) -> float | None:
+        """Seconds until this step ends, by those before it; None in the first."""
+        return max(0.0, self._started + self.median() - time.perf_counter()) if self.seconds else None
 
 
 class RankTracker(TrainerCallback):
@@ -133,13 +139,22 @@ class Sealed(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    A thread says so: Python's own handler has to wait until torch returns, which may take a whole backward pass.
+    """
+
+    def __init__(self, say: Callable[[str], None], timer: StepTimer) -> None:
         self.received: signal.Signals | None = None
+        self._say, self._timer = say, timer
         self._previous: dict[signal.Signals, Any] = {}
+        self._wakeup: tuple[socket.socket, int] | None = None  # ours, and the descriptor that was set before
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        heard, ours = socket.socketpair()
+        ours.setblocking(False)
+        threading.Thread(target=self._answer, args=(heard,), daemon=True).start()
+        self._wakeup = ours, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -154,8 +169,25 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._wakeup is not None:
+            ours, before = self._wakeup
+            signal.set_wakeup_fd(before)
+            ours.close()  # which ends the thread
+            self._wakeup = None
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+    def _answer(self, heard: socket.socket) -> None:
+        """Runs in the thread: a byte is the number of a signal that came."""
+        answered = False
+        with heard:
+            while byte := heard.recv(1):
+                if byte[0] not in (signal.SIGINT, signal.SIGTERM):
+                    continue
+                left = self._timer.remaining()
+                when = "" if left is None else f", about {max(1, round(left))} s"
+                self._say("stopping" if answered else f"stopping after this step{when}; Ctrl-C again stops at once")
+                answered = True

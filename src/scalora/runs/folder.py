@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -18,6 +18,7 @@ from ..common.errors import ScaloraError
 from ..common.files import damage, is_sealed, write_text
 
 if TYPE_CHECKING:
+    from .precision import Precision
     from .recipe import Recipe  # itself slow to import
 
 _LOCK = ".lock"
@@ -144,13 +145,32 @@ def _check_resumable(folder: Path, recipe: Recipe) -> None:
         )
     if last_checkpoint(folder) is None:
         raise ScaloraError(f"there is no checkpoint in {str(folder)!r} to resume from: start it without --resume")
-    try:
-        saved = dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ScaloraError(f"{folder / RECIPE} is not the recipe that the run wrote: put it back to resume") from error
+    saved = _saved_recipe(folder)
     for key, value in recipe.model_dump(mode="json").items():
         if saved.get(key) != value:
             raise ScaloraError(f"{key} differs from that of the run in {str(folder)!r}: resume with the same recipe")
+
+
+def saved_precision(folder: Path) -> Precision | None:
+    """What the run in a folder computes in, to resume it alike; None where there is no run.
+
+    Raises:
+        ScaloraError: its recipe was changed.
+    """
+    if not (folder / RECIPE).exists():
+        return None
+    precision = _saved_recipe(folder)["precision"]
+    return None if precision == "auto" else precision
+
+
+def _saved_recipe(folder: Path) -> dict[str, Any]:
+    from .recipe import parse_recipe, with_precision
+
+    try:
+        saved = dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+        return parse_recipe(with_precision(saved)).model_dump(mode="json")
+    except (yaml.YAMLError, TypeError, ValueError, ScaloraError) as error:
+        raise ScaloraError(f"{folder / RECIPE} is not the recipe that the run wrote: put it back to resume") from error
 
 
 def _sound_checkpoint(folder: Path) -> Path:

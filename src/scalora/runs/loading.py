@@ -19,6 +19,7 @@ from ..models.load import load_model
 from ..tasks import Task, build_task
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
+from .precision import decide
 from .recipe import Recipe
 
 
@@ -93,5 +94,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     output = Path(recipe.output).expanduser() / CHECKPOINTS
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
     ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
+    precision = decide(recipe.precision, recipe.training).precision
+    ours |= {"bf16": precision == "bfloat16", "fp16": precision == "float16"}
     with setting_up():
         return TrainingArguments(output_dir=str(output), **{**ours, **recipe.training})

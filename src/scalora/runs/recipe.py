@@ -8,14 +8,15 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..common.errors import ScaloraError
 from ..methods import MethodSpec
 from ..tasks import TaskSpec, all_tasks
+from .precision import Precision
 
 # What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
 _TRAINING_DEFAULTS: dict[str, Any] = {
@@ -27,6 +28,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "dataloader_pin_memory": False,
 }
+_FLAGS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}  # of TrainingArguments
 _OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "overwrite_output_dir")
 
 
@@ -46,6 +48,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
+    precision: Literal["auto"] | Precision = Field(
+        default="auto", description="What products are computed in (autocast); auto is the device's fastest safe one."
+    )
     config: dict[str, Any] = Field(
         default_factory=dict, description="Values that replace those of the model's configuration, e.g. cls_dropout."
     )
@@ -90,6 +95,17 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} is {given!r}: it must be a finite number")
         return {**_TRAINING_DEFAULTS, **value}
 
+    @model_validator(mode="after")
+    def _one_precision(self) -> Recipe:
+        """training.bf16 and training.fp16 are orders of a precision, and are kept as such."""
+        flags = {flag: self.training.pop(flag) for flag in _FLAGS if flag in self.training}
+        for flag, on in sorted(flags.items(), key=lambda item: not item[1]):
+            if self.precision == "auto" and (on or flag == "bf16"):
+                self.precision = _FLAGS[flag] if on else "float32"
+            elif self.precision != "auto" and (self.precision == _FLAGS[flag]) != on:
+                raise ValueError(f"precision is {self.precision!r}, but training.{flag} is {on}: leave one of them out")
+        return self
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
@@ -124,6 +140,12 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise ScaloraError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
+
+
+def with_precision(content: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe's content, with the precision of its day: float32 unless its training section had a flag."""
+    flags = [precision for flag, precision in _FLAGS.items() if (content.get("training") or {}).get(flag)]
+    return {"precision": flags[0] if flags else "float32"} | content
 
 
 def read_value(text: str) -> Any:
@@ -167,7 +189,7 @@ def _explain(error: Any) -> str:
     if error["type"].startswith("union_tag"):
         return f"{name}.kind: {error['msg']}"
     if error["type"] == "value_error":  # ours, which names the value itself where that helps
-        return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+        return ": ".join(filter(None, (name, error["msg"].removeprefix("Value error, "))))
     return f"{name} is {error.get('input')!r:.60}: {error['msg']}"
 
 

@@ -23,9 +23,10 @@ from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
 from ..tasks import Score, Split
 from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
-from .folder import RunFolder, last_checkpoint, writing
+from .folder import RunFolder, last_checkpoint, saved_precision, writing
 from .loading import load_inputs, setting_up
 from .plots import draw_curves, draw_rank
+from .precision import AUTOCAST, Choice, decide
 from .recipe import Recipe
 
 
@@ -55,6 +56,9 @@ class Watcher:
 
     def phase(self, text: str) -> None:
         """A new phase begins."""
+
+    def say(self, text: str) -> None:
+        """A line that is worth reading; may come from another thread."""
 
     def progress(self, done: int, total: int) -> None:
         """Sequences scored so far."""
@@ -86,18 +90,24 @@ def train(
             f"WORLD_SIZE is {processes}: recipes run in one process; for many devices use Trainer or accelerate with "
             "scalora's callback (examples/distributed)"
         )
+    recorded = saved_precision(Path(recipe.output).expanduser()) if resume else None
+    choice = decide(recipe.precision, recipe.training, recorded)
+    recipe = recipe.model_copy(update={"precision": choice.precision})
     place = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
-        return _train(recipe, place, split, baseline, ranks, watcher or Watcher())
+        return _train(recipe, choice, place, split, baseline, ranks, watcher or Watcher())
     except KeyboardInterrupt:
         raise Interrupted(last_checkpoint(place.path)) from None
     finally:
         place.release()
 
 
-def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher) -> RunResult:
+def _train(
+    recipe: Recipe, choice: Choice, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher
+) -> RunResult:
     folder, method = place.path, build_method(recipe.method)
 
+    watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
     loaded = load_inputs(recipe)
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
@@ -105,10 +115,9 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     model.to(arguments.device)
 
     def score(split: Split) -> Score:
-        autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         return task.score(
-            adapted.model, loaded.tokenizer, split, batch_size=recipe.score_batch_size, autocast=autocast,
-            progress=watcher.progress,
+            adapted.model, loaded.tokenizer, split, batch_size=recipe.score_batch_size,
+            autocast=AUTOCAST[choice.precision], progress=watcher.progress,
         )  # fmt: skip
 
     set_seed(arguments.seed)  # adapters start alike, whatever was drawn before
@@ -121,7 +130,8 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
     if ranks and adapted.remember:
         adapted.remember()
-    timer, stop = StepTimer(), StopOnSignal()
+    timer = StepTimer()
+    stop = StopOnSignal(watcher.say, timer)
     tracker = [RankTracker(adapted.spectra)] if ranks else []
     sealed = Sealed(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
@@ -150,6 +160,7 @@ def _train(recipe: Recipe, place: RunFolder, split: Split, baseline: bool, ranks
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {
         "split": split,
+        "precision": choice._asdict(),
         "before": before.metrics if before else None,
         "after": after.metrics,
         "validation": validation,

@@ -1,0 +1,41 @@
+"""One precision for all trials of a comparison, whichever machine takes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from ..common.disk_layout import QUEUE, RESULTS
+from ..runs.precision import Choice, decide
+from ..runs.recipe import parse_recipe, with_precision
+from .plan import Comparison
+from .results import read_results
+
+
+def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, Choice]:
+    """The comparison with `precision: auto` decided, and why: as its folder records it, else as suits this device.
+
+    A comparison begun in bf16 thus goes on in bf16 on a machine that would choose float32. An order that contradicts
+    what is recorded is left to :class:`~scalora.arena.queue.Store`, which refuses it.
+    """
+    recipe, recorded = comparison.recipe, None
+    if recipe.precision == "auto" and (content := _recorded_recipe(folder)) is not None:
+        stored = parse_recipe(with_precision(content), str(folder)).precision
+        recorded = None if stored == "auto" else stored
+    choice = decide(recipe.precision, recipe.training, recorded)
+    return replace(comparison, recipe=recipe.model_copy(update={"precision": choice.precision})), choice
+
+
+def _recorded_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the comparison that a folder holds, from its queue or else its results; nothing is written."""
+    if (folder / QUEUE).exists():
+        url = f"sqlite:///{(folder / QUEUE).resolve()}"
+        study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
+        if "recipe" in study.user_attrs:
+            return study.user_attrs["recipe"]
+    if (folder / RESULTS).exists():
+        return read_results(folder).get("recipe")
+    return None
