@@ -12,6 +12,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing: the command needs pip install 'scalora[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     app()
 
 

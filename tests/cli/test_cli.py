@@ -1,11 +1,8 @@
 """The command as a stranger uses it: help, good runs, and one clear message with exit code 2 for everything else."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -103,41 +100,6 @@ def test_bad_input_gets_one_message_and_exit_code_2(laid, case):
 def test_unknown_verbs_and_flags_exit_with_2():
     for arguments in (["trian"], ["train"], ["train", "x.yaml", "--sett", "a=b"]):
         assert _invoke(*arguments).exit_code == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, number):
-    folder, recipe = laid
-    output = folder / f"cut-{number}"
-    options = ["--set", "training.max_steps=100000", "--set", f"output={output}"]
-    command = [sys.executable, "-m", "scalora", "train", str(recipe), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoints/checkpoint-*/seal.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.kill(process.pid, number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "last checkpoint" in stderr
-    assert "--resume" in stderr
-    assert "Traceback" not in stderr
-
-
-def test_sigterm_before_the_first_step_leaves_nothing_behind(laid):
-    folder, recipe = laid
-    command = [sys.executable, "-m", "scalora", "train", str(recipe), "--set", f"output={folder / 'early'}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "early" / "recipe.yaml").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.terminate()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip().splitlines()[-1].startswith("stopped")
-    assert not (folder / "early").exists()
 
 
 def test_without_the_extras_it_says_what_to_install():

@@ -193,14 +193,20 @@ def test_spec_is_discriminated_by_kind():
         MultipleChoiceSpec(data={"train": "x"}, prompt="{q}", promt="{q}")
 
 
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    from scalora.models.load import load_model
+
+    return load_model("smollm2-135m-instruct", head="causal-lm")[1]
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("end", ["", " ", "\n"])
-def test_real_tokens_agree_with_the_harness(end):
+def test_real_tokens_agree_with_the_harness(real_tokenizer, end):
     harness = pytest.importorskip("lm_eval.api.model").TemplateLM
-    from scalora.models.load import load_model
     from scalora.tasks.completion import encode
 
-    tokenizer = load_model("smollm2-135m-instruct", head="causal-lm")[1]
+    tokenizer = real_tokenizer
 
     class Reference:
         backend = "causal"

@@ -67,23 +67,17 @@ def train(
 
 
 class _Pace:
-    """When to tell how far something is, and how long the rest takes at the pace so far."""
+    """How long the rest of a phase takes at the pace so far, and when it is time to say so: after 2 s, then 10 s."""
 
     def __init__(self, done: int = 0) -> None:
         self.began, self.first = time.monotonic(), done
         self.due = self.began + 2.0
 
     def left(self, done: int, total: int) -> str:
-        """The rest in words; `done` and `total` count sequences or steps."""
+        """The rest in words, said now; `done` and `total` count sequences or steps."""
+        self.due = time.monotonic() + 10.0
         seconds = (time.monotonic() - self.began) / max(1, done - self.first) * (total - done)
         return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
-
-    def is_due(self) -> bool:
-        """Whether nothing was told for ten seconds; what is told next counts."""
-        if time.monotonic() < self.due:
-            return False
-        self.due = time.monotonic() + 10.0
-        return True
 
 
 def live_watcher(console: Console) -> Any:
@@ -120,7 +114,7 @@ def live_watcher(console: Console) -> Any:
 
         def progress(self, done: int, total: int) -> None:
             self.display.update(self.bar, completed=done, total=total)
-            if not console.is_terminal and done < total and self.pace.is_due():
+            if not console.is_terminal and done < total and time.monotonic() > self.pace.due:
                 self.say(f"  {self.name}: {done}/{total}, {self.pace.left(done, total)}")
 
         def on_train_begin(self, args, state, control, **kwargs) -> None:
