@@ -12,29 +12,41 @@ import scalora
 from helpers import models
 from scalora.engine.plain_lora import Truncation, joined_factors
 
+KINDS = ("llama", "bert", "gpt2")
 CODE = """
 import sys, torch
 sys.modules["scalora"] = None  # any import of it would fail
-sys.path.insert(0, {tests!r})
+tests, folder, *kinds = sys.argv[1:]
+sys.path.insert(0, tests)
 from helpers import models
 from peft import PeftModel
-model = PeftModel.from_pretrained(models.base({kind!r}), {path!r})
-torch.save(models.logits(model, {kind!r}), {out!r})
+for kind in kinds:
+    model = PeftModel.from_pretrained(models.base(kind), f"{folder}/{kind}")
+    torch.save(models.logits(model, kind), f"{folder}/{kind}.pt")
 """
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
-def test_plain_peft_reproduces_the_logits_in_a_fresh_process(tmp_path, kind):
-    model = models.lora(kind, r=3, rank_pattern={"value|v_proj|c_attn": 2})
-    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
-    models.train(model, optimizer, kind, 9)
-    path = scalora.save_plain_lora(model, tmp_path / "adapter")
-    tests, out = str(Path(models.__file__).parents[1]), str(tmp_path / "out.pt")
-    code = CODE.format(tests=tests, kind=kind, path=str(path), out=out)
-    subprocess.run([sys.executable, "-c", code], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), models.logits(model, kind), rtol=0, atol=1e-5)
-    assert not (tmp_path / "adapter.tmp").exists()
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Per kind, what a trained model computes, and what one fresh process computes with the saved adapters."""
+    folder = tmp_path_factory.mktemp("fresh")
+    ours = {}
+    for kind in KINDS:
+        model = models.lora(kind, r=3, rank_pattern={"value|v_proj|c_attn": 2})
+        optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+        scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
+        models.train(model, optimizer, kind, 9)
+        scalora.save_plain_lora(model, folder / kind)
+        ours[kind] = models.logits(model, kind)
+    assert {path.name for path in folder.iterdir()} == set(KINDS)  # nothing temporary is left
+    subprocess.run([sys.executable, "-c", CODE, Path(models.__file__).parents[1], folder, *KINDS], check=True)
+    return {kind: (ours[kind], torch.load(folder / f"{kind}.pt")) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_peft_reproduces_the_logits_in_a_fresh_process(fresh, kind):
+    ours, theirs = fresh[kind]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
