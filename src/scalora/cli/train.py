@@ -67,7 +67,7 @@ def train(
 
 
 class _Pace:
-    """How long the rest of a phase takes at the pace so far, and when it is time to say so: after 2 s, then 10 s."""
+    """How long the rest of a phase takes at the pace so far, and when it is time to say so: after 2 s, then 15 s."""
 
     def __init__(self, done: int = 0) -> None:
         self.began, self.first = time.monotonic(), done
@@ -75,7 +75,7 @@ class _Pace:
 
     def left(self, done: int, total: int) -> str:
         """The rest in words, said now; `done` and `total` count sequences or steps."""
-        self.due = time.monotonic() + 10.0
+        self.due = time.monotonic() + 15.0
         seconds = (time.monotonic() - self.began) / max(1, done - self.first) * (total - done)
         return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
@@ -121,13 +121,14 @@ def live_watcher(console: Console) -> Any:
             self.pace = _Pace(state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.progress(state.global_step, state.max_steps)
+            if not control.should_log:  # else on_log says how far it is
+                self.progress(state.global_step, state.max_steps)
 
         def on_log(self, args, state, control, **kwargs) -> None:
             logs = kwargs.get("logs") or {}
             if "loss" in logs:
                 note = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
-                self.display.update(self.bar, note=note)
+                self.display.update(self.bar, completed=state.global_step, total=state.max_steps, note=note)
                 if not console.is_terminal:
                     left = self.pace.left(state.global_step, state.max_steps)
                     self.say(f"  step {state.global_step}/{state.max_steps}  {note}  {left}")
