@@ -26,7 +26,7 @@ _EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
 class Device(NamedTuple):
     """What decides on the precision.
 
-    `kind` is torch's name of the device type. `native_bf16` says that its hardware multiplies bf16, and torch uses that.
+    `kind` is torch's name of the device type. `native_bf16`: its hardware multiplies bf16, and torch uses that.
     """
 
     kind: str
