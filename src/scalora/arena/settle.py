@@ -19,7 +19,7 @@ def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, 
     """The comparison with `precision: auto` decided, and why: as its folder records it, else as suits this device.
 
     A comparison begun in bf16 thus goes on in bf16 on a machine that would choose float32. An order that contradicts
-    what is recorded is left to :class:`~scalora.arena.queue.Store`, which refuses it.
+    what is recorded is left to :class:`~scalora.arena.queue.TrialQueue`, which refuses it.
     """
     recipe, recorded = comparison.recipe, None
     if recipe.precision == "auto" and (content := _recorded_recipe(folder)) is not None:

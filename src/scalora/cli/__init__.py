@@ -11,7 +11,7 @@ from .inspect import inspect
 from .methods import methods
 from .report import report
 from .reproduce import reproduce
-from .train import train
+from .train import train_verb
 
 app = typer.Typer(
     name="scalora",
@@ -23,5 +23,5 @@ app = typer.Typer(
     "Begin with [b]scalora train recipes/demo.yaml[/b]; see what this machine has with [b]scalora doctor[/b].",
 )
 
-for _verb in (train, export_verb, inspect, compare, report, reproduce, methods, doctor):
+for _verb in (train_verb, export_verb, inspect, compare, report, reproduce, methods, doctor):
     app.command(_verb.__name__.removesuffix("_verb"))(_verb)

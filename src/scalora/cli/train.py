@@ -17,7 +17,7 @@ from ..common.quiet import quiet
 from .guard import guarded, leave
 
 
-def train(
+def train_verb(
     recipe_path: Annotated[
         str, typer.Argument(metavar="RECIPE.yaml", help="What is trained, on what, how, and where to.")
     ],
@@ -63,7 +63,7 @@ def train(
             )
             leave(f"stopped; {where}", 130)
         else:
-            show(console, result)
+            show_result(console, result)
 
 
 class _Pace:
@@ -136,7 +136,7 @@ def live_watcher(console: Console) -> Any:
     return Live()
 
 
-def show(console: Console, result: Any) -> None:
+def show_result(console: Console, result: Any) -> None:
     """The closing table, some held-out rows before and after, and how to load the result."""
     metrics = result.metrics
     scores = Table(title="held-out data", title_justify="left")

@@ -26,7 +26,7 @@ from ..methods import Spectrum
 POINTS = 10  # measurements of the rank over a run
 
 
-class Ordered(TrainerCallback):
+class StableOrder(TrainerCallback):
     """Has batches that are grouped by length come in an order of the seed and the epoch alone.
 
     transformers takes it from the global random state, which depends on what a method has drawn before, and is not
@@ -98,7 +98,7 @@ def rank_by_kind(spectra: Iterator[tuple[str, Spectrum]]) -> dict[str, Any]:
     }
 
 
-class Health(TrainerCallback):
+class StopOnNonFinite(TrainerCallback):
     """Stops a run whose parameters are no longer finite, before the next log or checkpoint.
 
     Raises:
@@ -117,7 +117,7 @@ class Health(TrainerCallback):
             )
 
 
-class Sealed(TrainerCallback):
+class SealCheckpoints(TrainerCallback):
     """Declares each checkpoint complete once everything is in it, and only then deletes older ones.
 
     It goes last of all callbacks. What is logged is cut off at each checkpoint, so that a run resumed there logs alike.

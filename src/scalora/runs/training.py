@@ -22,7 +22,7 @@ from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
 from ..tasks import Score, Split
-from .callbacks import Health, Ordered, RankTracker, Sealed, StepTimer, StopOnSignal, rank_by_kind
+from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
 from .loading import load_inputs, setting_up
 from .plots import draw_curves, draw_rank
@@ -133,9 +133,9 @@ def _train(
     timer = StepTimer()
     stop = StopOnSignal(watcher.say, timer)
     tracker = [RankTracker(adapted.spectra)] if ranks else []
-    sealed = Sealed(arguments.save_total_limit)
+    sealed = SealCheckpoints(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
-    watching = [Ordered(), timer, *tracker, stop, *watcher.callbacks, Health(), sealed]
+    watching = [StableOrder(), timer, *tracker, stop, *watcher.callbacks, StopOnNonFinite(), sealed]
     started = time.perf_counter()
     try:
         with writing(folder), setting_up(timer):
