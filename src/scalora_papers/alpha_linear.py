@@ -217,15 +217,15 @@ class AlphaLinear(Experiment):
     summary: ClassVar[str] = "α-LoRA's linear transfer on texts: accuracy at α = 0, 1, the estimated α* and others"
 
     def run(self, setting: Setting) -> Outcome:
-        return outcome(pairs_of(setting), Sizes(draws=50 if setting.scale == "small" else 500), setting.tell)
+        return outcome(pairs_of(setting), Sizes(draws=50 if setting.scale == "small" else 500), setting.log)
 
 
-def outcome(pairs: dict[str, tuple[Domain, Domain]], sizes: Sizes, tell: Callable[[str], None]) -> Outcome:
+def outcome(pairs: dict[str, tuple[Domain, Domain]], sizes: Sizes, log: Callable[[str], None]) -> Outcome:
     """Everything about these pairs."""
     alphas = torch.linspace(-2, 10, 121, dtype=torch.float64)
     found = []
     for name, (source, target) in pairs.items():
-        tell(f"{name}: {sizes.draws} draws")
+        log(f"{name}: {sizes.draws} draws")
         found.append(transfer(source, target, sizes, alphas, name))
     content = {"sizes": asdict(sizes), "alphas": alphas.tolist(), "pairs": found}
     return Outcome(content, [_table(found, sizes)], {"accuracy": _figure(content)}, _remarks(found))

@@ -160,7 +160,7 @@ class AlphaTheory(Experiment):
         cases, like = [], Transfer(p, N, p, 0)
         for n in sizes:
             for beta in betas:
-                setting.tell(f"n = {n} (η = {p / n:g}), β = {beta:g}: {draws} draws")
+                setting.log(f"n = {n} (η = {p / n:g}), β = {beta:g}: {draws} draws")
                 cases.append(measure_panel(Transfer(p, N, n, beta), draws, seed=len(cases)))
         return Outcome(
             {"p": p, "N": N, "draws": draws, "mu": like.mu, "gamma": like.gamma, "cases": cases},

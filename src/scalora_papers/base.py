@@ -27,7 +27,7 @@ class Setting:
     scale: Scale
     folder: Path
     data: Path | None = None
-    tell: Callable[[str], None] = print  # takes lines on progress
+    log: Callable[[str], None] = print  # takes lines on progress
     command: str = ""
     retry: bool = False  # run failed trials again
 

@@ -152,7 +152,7 @@ class LinearRegression(Experiment):
         found: dict[str, Curves] = {}
         for method, choose in METHODS.items():
             found[method] = descend(task, choose, self.rates, self.steps, shown)
-            setting.tell(f"{method}: final loss {_mean(found[method].final[found[method].best])}")
+            setting.log(f"{method}: final loss {_mean(found[method].final[found[method].best])}")
         content = {
             "problem": {"m": self.n, "n": self.n, "r": self.r, "steps": self.steps, "L": task.L.tolist()},
             "curves_at_steps": shown,

@@ -39,7 +39,7 @@ class Fig2(Experiment):
     def run(self, setting: Setting) -> Outcome:
         content = {}
         for contender in self.runs:
-            setting.tell(f"{contender}")
+            setting.log(f"{contender}")
             watcher = _Ranks(contender.rank)
             metrics = train(self.recipe(setting, contender), overwrite=True, split="test", watcher=watcher).metrics
             content[str(contender)] = {

@@ -91,9 +91,9 @@ def measure(
         check_comparison(comparison, setting.folder / name, retry=setting.retry)
     found = {}
     for name, (comparison, choice) in settled.items():
-        setting.tell(f"{name}: {comparison.recipe.model}; precision: {choice}")
+        setting.log(f"{name}: {comparison.recipe.model}; precision: {choice}")
         folder = setting.folder / name
-        record = run_comparison(comparison, folder, command=setting.command, retry=setting.retry, tell=setting.tell)
+        record = run_comparison(comparison, folder, command=setting.command, retry=setting.retry, log=setting.log)
         found[name] = Measured(comparison, record.results)
     return found
 

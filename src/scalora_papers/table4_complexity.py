@@ -196,7 +196,7 @@ class Complexity(Experiment):
         plan += [size for n in sizes if n != middle for size in (Size(n, middle, rank), Size(middle, n, rank))]
         costs, tiny = [], []
         for size in plan:
-            setting.tell(f"m, n, r = {', '.join(map(str, size))}")
+            setting.log(f"m, n, r = {', '.join(map(str, size))}")
             for store in _STORES:  # fixed costs at the same time, because a busy machine's speed drifts
                 tiny.append(measure_cost(_TINY, store, interval=1, steps=self.steps, device=device))
                 costs.append(measure_cost(size, store, interval=1, steps=self.steps, device=device))

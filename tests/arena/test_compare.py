@@ -33,7 +33,7 @@ def pageless(monkeypatch):
 def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(comparison, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
-    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == len(set(calls)) == 3 * 2 + 3 * 2
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
     assert record.chosen == dict.fromkeys(comparison.contenders, 1e-2)
@@ -42,7 +42,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
     assert "src=" not in page  # self-contained
     assert "scalora@2: +0.0500" in page
-    again = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    again = run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == 12  # nothing is run twice
     assert again.results == record.results
     assert (tmp_path / "out" / "report.html").read_text() == page  # nothing to look at twice either
@@ -57,7 +57,7 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
 
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls, broken=is_broken))
     lines = []
-    record = run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", log=lines.append)
     assert any("failed: out of memory" in line for line in lines)
     assert "2 of 10 trials failed (--retry runs them again)" in lines[-1]
     broke = comparison.contenders[1]
@@ -66,9 +66,9 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     assert "out of memory" in (tmp_path / "page.html").read_text()
     broken["now"] = False
     count = len(calls)
-    run.run_comparison(comparison, tmp_path / "out", command="x", tell=lines.append)
+    run.run_comparison(comparison, tmp_path / "out", command="x", log=lines.append)
     assert len(calls) == count
-    record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, tell=lines.append)
+    record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, log=lines.append)
     assert record.chosen[broke] == 1e-2
 
 
@@ -82,11 +82,11 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
 
     monkeypatch.setattr(run, "run_trial", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+        run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     # The trial that was running belongs to a process that is gone.
     monkeypatch.setattr("scalora.arena.queue._worker_lives", lambda frozen: False)
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
-    run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == len(set(calls)) == 12
 
 
@@ -102,7 +102,7 @@ def test_no_worker_waits_for_anothers_tuning_while_final_runs_could_go_on(compar
 
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     monkeypatch.setattr(time, "sleep", at_last)
-    run.run_comparison(comparison, tmp_path / "out", command="x", tell=lambda line: None)
+    run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert idle == [5 + 4]  # everything but the other's trial and the final runs that it decides on
     assert [(t.stage, t.contender) for t in calls[9:]] == [("final", last.contender)] * 2
 
@@ -119,7 +119,7 @@ def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_p
     other.enqueue(wanted)
     assert other.take(wanted) == wanted[0]
     # The first one slept only; when it wakes, its result comes too late and harms nothing.
-    sleeper.beat(wanted[0])
+    sleeper.heartbeat(wanted[0])
     sleeper.finish(wanted[0], {"error": "late"})
     other.finish(wanted[0], comparisons.fake_result(comparison, wanted[0]))
     assert [list(result) for result in other.results().values()] == [
@@ -246,7 +246,7 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     lora, scalora, _ = comparison.contenders
     fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
-    record = run.run_comparison(fixed, tmp_path / "out", command="x", tell=lambda line: None)
+    record = run.run_comparison(fixed, tmp_path / "out", command="x", log=lambda line: None)
     assert [(t.stage, t.contender, t.lr) for t in calls] == [
         ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
     ]
@@ -255,7 +255,7 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t))
-    run.run_comparison(comparison, tmp_path / "out", command="scalora compare x", tell=lambda line: None)
+    run.run_comparison(comparison, tmp_path / "out", command="scalora compare x", log=lambda line: None)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["command"] == "scalora compare x"
     assert content["environment"]["versions"]["torch"]

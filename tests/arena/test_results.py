@@ -107,7 +107,7 @@ def test_a_clone_goes_on_from_results_alone(record, tmp_path, monkeypatch):
     write_comparison(record, tmp_path / "out")
     more = dataclasses.replace(record.comparison, seeds=(0, 1, 2))
     run.check_comparison(more, tmp_path / "out")
-    found = run.run_comparison(more, tmp_path / "out", command="x", tell=lambda line: None)
+    found = run.run_comparison(more, tmp_path / "out", command="x", log=lambda line: None)
     assert {trial.seed for trial in calls} == {2}
     assert len(found.results) == 12 + 3
     assert found.results.keys() > record.results.keys()

@@ -21,7 +21,7 @@ class Small(LinearRegression):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    return Small().run(Setting("small", tmp_path_factory.mktemp("fig1"), tell=lambda line: None))
+    return Small().run(Setting("small", tmp_path_factory.mktemp("fig1"), log=lambda line: None))
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_formulas():
 
 
 def test_what_is_written_and_drawn(tmp_path):
-    outcome = Small().run(Setting("small", tmp_path, tell=lambda line: None))
+    outcome = Small().run(Setting("small", tmp_path, log=lambda line: None))
     content = json.loads(json.dumps(outcome.content, allow_nan=False))
     assert set(content["laws"]) == set(PARTS)
     exponents, intervals, in_bytes = outcome.tables

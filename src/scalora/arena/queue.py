@@ -21,8 +21,8 @@ from .plan import Comparison, Trial, parse_contender, shared_parts
 from .results import read_comparison
 from .statistics import Results
 
-BEAT = 60.0  # seconds between signs of life of a running trial
-_SILENCE = 10 * BEAT  # after which a worker counts as dead
+HEARTBEAT = 60.0  # seconds between signs of life of a running trial
+_SILENCE = 10 * HEARTBEAT  # after which a worker counts as dead
 
 
 class TrialQueue:
@@ -90,12 +90,12 @@ class TrialQueue:
                 trial = _decode(asked.user_attrs["trial"])
                 if trial in wanted:
                     self.running[trial] = asked
-                    self.beat(trial)
+                    self.heartbeat(trial)
                     return trial
             self.study.tell(asked, state=TrialState.PRUNED)
         return None
 
-    def beat(self, trial: Trial) -> None:
+    def heartbeat(self, trial: Trial) -> None:
         """A sign of life of a trial this process has taken."""
         with suppress(UpdateFinishedTrialError):  # this process slept so long that another has taken over
             self.running[trial].set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])

@@ -13,19 +13,19 @@ from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from .plan import Comparison, Trial
-from .queue import BEAT, TrialQueue
+from .queue import HEARTBEAT, TrialQueue
 from .report import write_report
 from .results import ComparisonRecord, write_comparison
 from .statistics import Results, chosen_rates
 from .trial import check_recipe, run_trial
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 _POLL = 5.0  # seconds between looks at what other workers do
 _REPORT = 30.0  # seconds at least between one report and the next while trials run
 
 
 def run_comparison(
-    comparison: Comparison, folder: Path, *, command: str, retry: bool = False, tell: Tell = print
+    comparison: Comparison, folder: Path, *, command: str, retry: bool = False, log: Log = print
 ) -> ComparisonRecord:
     """Run what is missing of a comparison in ``folder``; what its results.json holds then.
 
@@ -37,24 +37,24 @@ def run_comparison(
         folder: trials.sqlite3, results.json and report.html lie here.
         command: how it was called, for the record.
         retry: run failed trials again.
-        tell: takes lines on progress.
+        log: takes lines on progress.
 
     Raises:
         ScaloraError: the folder holds a comparison of another recipe, or every trial failed.
     """
     queue = TrialQueue(folder, comparison)
     try:
-        _work(queue, comparison, folder, command, retry, tell)
+        _work(queue, comparison, folder, command, retry, log)
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
         if contender not in record.chosen:
-            tell(f"{contender}: every tuning trial failed, so it takes no part in the final")
-    _tell_failures(record.results, folder, tell)
+            log(f"{contender}: every tuning trial failed, so it takes no part in the final")
+    _log_failures(record.results, folder, log)
     return record
 
 
-def _tell_failures(results: Results, folder: Path, tell: Tell) -> None:
+def _log_failures(results: Results, folder: Path, log: Log) -> None:
     """Say how many trials failed; raises ScaloraError where none came through."""
     failed = [result["error"] for _, result in sorted(results.items()) if "error" in result]
     if len(failed) == len(results):
@@ -63,7 +63,7 @@ def _tell_failures(results: Results, folder: Path, tell: Tell) -> None:
             f"{folder / 'results.json'})"
         )
     if failed:
-        tell(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
+        log(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
 
 
 def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False) -> None:
@@ -89,7 +89,7 @@ def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str
     return record
 
 
-def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, tell: Tell) -> None:
+def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, log: Log) -> None:
     """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
     tuning = comparison.tuning()
     planned = len(tuning) + len(comparison.contenders) * len(comparison.seeds)
@@ -111,10 +111,10 @@ def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str,
         done = sum(t in results for t in wanted)
         label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
-        result = run_trial(comparison, trial, partial(queue.beat, trial), BEAT) | {"git_revision": revision}
+        result = run_trial(comparison, trial, partial(queue.heartbeat, trial), HEARTBEAT) | {"git_revision": revision}
         queue.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
-        tell(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
+        log(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
         if time.monotonic() > written + _REPORT:
             _write(queue, comparison, folder, command)
             written = time.monotonic()

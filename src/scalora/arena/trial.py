@@ -25,19 +25,19 @@ KEPT = (
 )  # fmt: skip
 
 
-def run_trial(comparison: Comparison, trial: Trial, beat: Callable[[], None], every: float) -> dict[str, Any]:
+def run_trial(comparison: Comparison, trial: Trial, heartbeat: Callable[[], None], every: float) -> dict[str, Any]:
     """Train and score one trial in a process of its own; its result, or ``{"error": reason}``.
 
-    `beat` is called `every` so many seconds while it runs.
+    `heartbeat` is called `every` so many seconds while it runs.
     """
-    with _place() as place:
+    with _temporary_folder() as folder:
         final = trial.stage == "final"
         order = {
-            "recipe": comparison.trial_recipe(trial, str(place / "run")).model_dump(mode="json"),
+            "recipe": comparison.trial_recipe(trial, str(folder / "run")).model_dump(mode="json"),
             "split": "test" if final else "validation",
             "ranks": final and comparison.ranks,  # the report shows them at the chosen rates only
         }
-        return _run(place, order, beat, every)
+        return _run(folder, order, heartbeat, every)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -46,35 +46,35 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ScaloraError: something would fail in every trial alike; the message names it.
     """
-    with _place() as place:
-        content = recipe.model_dump(mode="json") | {"output": str(place / "run")}
-        answer = _run(place, {"recipe": content}, lambda: None, 60.0)
+    with _temporary_folder() as folder:
+        content = recipe.model_dump(mode="json") | {"output": str(folder / "run")}
+        answer = _run(folder, {"recipe": content}, lambda: None, 60.0)
     if "error" in answer:
         raise ScaloraError(answer["error"])
 
 
 @contextmanager
-def _place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="scalora-trial-") as place:
-        yield Path(place)
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="scalora-trial-") as folder:
+        yield Path(folder)
 
 
-def _run(place: Path, order: dict[str, Any], beat: Callable[[], None], every: float) -> dict[str, Any]:
+def _run(folder: Path, order: dict[str, Any], heartbeat: Callable[[], None], every: float) -> dict[str, Any]:
     """The answer of a process to an order."""
-    (place / "order.json").write_text(json.dumps(order), encoding="utf-8")
-    process = _processes().Process(target=_main, args=(place,))
+    (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
+    process = _processes().Process(target=_main, args=(folder,))
     process.start()
     try:
         while process.exitcode is None:
             process.join(every)
-            beat()
+            heartbeat()
     except BaseException:  # Ctrl-C: do not leave it running
         process.kill()
         process.join()
         raise
-    answer = place / "answer.json"
+    answer = folder / "answer.json"
     if not answer.exists():
-        said = place / "stderr"
+        said = folder / "stderr"
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if said.exists() else []
         return {"error": f"the process ended with {process.exitcode}: {lines[-1] if lines else 'no message'}"}
     return json.loads(answer.read_text(encoding="utf-8"))
@@ -89,23 +89,23 @@ def _processes() -> Any:
     return context
 
 
-def _main(place: Path) -> None:
+def _main(folder: Path) -> None:
     """Inside the process: run ``order.json``, leave ``answer.json``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    tempfile.tempdir = str(place)  # what a trial that is killed leaves there goes with its folder
-    with (place / "stderr").open("w") as said:
+    tempfile.tempdir = str(folder)  # what a trial that is killed leaves there goes with its folder
+    with (folder / "stderr").open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from ..common.quiet import quiet
 
     quiet()
-    order = json.loads((place / "order.json").read_text(encoding="utf-8"))
+    order = json.loads((folder / "order.json").read_text(encoding="utf-8"))
     try:
         answer = _follow(parse_recipe(order.pop("recipe")), **order)
     except ScaloraError as error:
         answer = {"error": str(error)}
-    (place / "answer.tmp").write_text(json.dumps(answer), encoding="utf-8")
-    (place / "answer.tmp").rename(place / "answer.json")
+    (folder / "answer.tmp").write_text(json.dumps(answer), encoding="utf-8")
+    (folder / "answer.tmp").rename(folder / "answer.json")
 
 
 def _follow(recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def compare(
         try:
             check_comparison(comparison, folder, retry=retry)
             record = run_comparison(
-                comparison, folder, command=command, retry=retry, tell=lambda line: console.print(line, highlight=False)
+                comparison, folder, command=command, retry=retry, log=lambda line: console.print(line, highlight=False)
             )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)

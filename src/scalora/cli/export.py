@@ -44,7 +44,7 @@ def export_verb(
         console = Console()
         done = export_run(
             run, to=to, rank=rank, energy=energy, output=output, base=base, overwrite=overwrite, examples=examples,
-            tell=lambda text: console.print(text, highlight=False, soft_wrap=True),
+            log=lambda text: console.print(text, highlight=False, soft_wrap=True),
         )  # fmt: skip
         if rank is not None or energy is not None:
             console.print(_kept(done.kept))

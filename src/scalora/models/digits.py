@@ -95,24 +95,24 @@ def digits_mlp() -> Path:
     Raises:
         ScaloraError: scikit-learn is not installed, or the cache cannot be written to.
     """
-    place = packaged.cache_dir() / "made" / "-".join(("digits-mlp", *map(str, _WIDTHS), f"v{_VERSION}"))
-    if place.exists():
-        return place
+    folder = packaged.cache_dir() / "made" / "-".join(("digits-mlp", *map(str, _WIDTHS), f"v{_VERSION}"))
+    if folder.exists():
+        return folder
     rows = digit_rows("digits")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScaloraError(
-            f"SCALORA_CACHE: cannot write to {place.parent} ({error}); set it to a folder you own"
+            f"SCALORA_CACHE: cannot write to {folder.parent} ({error}); set it to a folder you own"
         ) from error
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".making-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
         _trained(rows).save_pretrained(Path(temporary) / "model")
         try:
-            (Path(temporary) / "model").rename(place)
+            (Path(temporary) / "model").rename(folder)
         except OSError:  # another process was faster
-            if not place.exists():
+            if not folder.exists():
                 raise
-    return place
+    return folder
 
 
 def _trained(rows: list[dict[str, Any]]) -> DenseClassifier:

@@ -182,15 +182,17 @@ def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
 
 def _convert_gguf(file: Path) -> Path:
     """A folder in the cache with the dequantised float32 weights of `file`, written at the first call."""
-    place = packaged.cache_dir() / "converted" / digest(file)[:16]
-    if is_sealed(place):
-        if reason := damage(place, content=False):
-            raise ScaloraError(f"model: {place}, converted from {file.name}, is damaged ({reason}): delete that folder")
-        return place
+    cached = packaged.cache_dir() / "converted" / digest(file)[:16]
+    if is_sealed(cached):
+        if reason := damage(cached, content=False):
+            raise ScaloraError(
+                f"model: {cached}, converted from {file.name}, is damaged ({reason}): delete that folder"
+            )
+        return cached
     from transformers import AutoTokenizer
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as temporary:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".converting-") as temporary:
         folder = Path(temporary) / "model"
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -205,9 +207,9 @@ def _convert_gguf(file: Path) -> Path:
         model.save_pretrained(folder)
         seal(folder)
         try:
-            folder.rename(place)
+            folder.rename(cached)
         except OSError:
             # Another process was faster; its copy holds the same weights.
-            if not place.exists():
+            if not cached.exists():
                 raise
-    return place
+    return cached

@@ -93,19 +93,19 @@ def train(
     recorded = saved_precision(Path(recipe.output).expanduser()) if resume else None
     choice = decide(recipe.precision, recipe.training, recorded)
     recipe = recipe.model_copy(update={"precision": choice.precision})
-    place = RunFolder(recipe, resume=resume, overwrite=overwrite)
+    run_folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
-        return _train(recipe, choice, place, split, baseline, ranks, watcher or Watcher())
+        return _train(recipe, choice, run_folder, split, baseline, ranks, watcher or Watcher())
     except KeyboardInterrupt:
-        raise Interrupted(last_checkpoint(place.path)) from None
+        raise Interrupted(last_checkpoint(run_folder.path)) from None
     finally:
-        place.release()
+        run_folder.release()
 
 
 def _train(
-    recipe: Recipe, choice: Choice, place: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher
+    recipe: Recipe, choice: Choice, run_folder: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher
 ) -> RunResult:
-    folder, method = place.path, build_method(recipe.method)
+    folder, method = run_folder.path, build_method(recipe.method)
 
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
@@ -127,7 +127,7 @@ def _train(
         watcher.phase("scoring before training")
         before = score(split)
 
-    watcher.phase(f"training from {place.checkpoint.name}" if place.checkpoint else "training")
+    watcher.phase(f"training from {run_folder.checkpoint.name}" if run_folder.checkpoint else "training")
     if ranks and adapted.remember:
         adapted.remember()
     timer = StepTimer()
@@ -142,7 +142,7 @@ def _train(
             trainer = _trainer(adapted, arguments, dataset, loaded.collator, watching)
             if recipe.head_learning_rate is not None:
                 set_head_rate(trainer.create_optimizer(), adapted.model, loaded.heads, recipe.head_learning_rate)
-            trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(run_folder.checkpoint) if run_folder.checkpoint else None)
     finally:
         stop.restore()
     if stop.received is not None:

@@ -56,7 +56,7 @@ def export(
     base: str | None = None,
     overwrite: bool = False,
     examples: int = 64,
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Export a run, a checkpoint or an adapter, load the result back, and compare.
 
@@ -69,7 +69,7 @@ def export(
         base: where the base model lies, if not where the run found it.
         overwrite: replace an earlier export.
         examples: held-out examples to measure the loss on, where there is a recipe; 0 for none.
-        tell: called as each phase begins.
+        log: called as each phase begins.
 
     Raises:
         ScaloraError: bad input, a form that cannot be exact, or a result that differs from its origin.
@@ -90,7 +90,7 @@ def export(
     folder = Path(output).expanduser().absolute() if output else _beside(artefact, ending)
     with fresh_folder(folder, artefact, overwrite) as temporary:
         source = Base(artefact, base)
-        tell(f"loading {artefact.folder}")
+        log(f"loading {artefact.folder}")
         trained = restore(artefact, source)
         before = probe(trained.model)
         if not before.isfinite().all():
@@ -100,12 +100,12 @@ def export(
             )
         losses = HeldOutLoss(artefact, source, examples)
         loss_before = losses.measure(trained.model)
-        tell(f"writing {to}")
+        log(f"writing {to}")
         with _writing(folder):
             kept = write(trained, temporary, source, truncation)
         dtype = next(p.dtype for p in trained.model.parameters() if p.is_floating_point())
         del trained
-        tell("loading it back")
+        log("loading it back")
         model = load(temporary, source)
         after = probe(model)
         difference, largest = float((after - before).abs().max()), float(before.abs().max())
