@@ -21,7 +21,7 @@ ROOMS["cli"] = ROOMS["__main__"] = {*ROOMS["scalora_papers"], "scalora_papers", 
 
 REGISTRIES = {"METHODS", "TASKS", "EXPERIMENTS"}  # what a file lists under these names is found by it
 # Names that still stand for two things; take out what has been renamed.
-TWICE = {"show", "train"}
+TWICE = {"train"}
 
 
 def _room(parts):

@@ -8,10 +8,10 @@ import pytest
 from helpers import workspace
 from scalora import ScaloraError
 from scalora.arena.plan import Comparison, Contender, shared_parts
-from scalora.arena.queue import Store
+from scalora.arena.queue import TrialQueue
 from scalora.arena.settle import settle_precision
 from scalora.runs import precision
-from scalora.runs.precision import Choice
+from scalora.runs.precision import PrecisionChoice
 from scalora.runs.recipe import load_recipe, parse_recipe, with_precision
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -26,7 +26,9 @@ def _comparison(folder, asked):
 @pytest.fixture
 def native(monkeypatch):
     """Sets what this machine would choose."""
-    return lambda chosen: monkeypatch.setattr(precision, "choose", lambda device: Choice(chosen, "as a test says"))
+    return lambda chosen: monkeypatch.setattr(
+        precision, "choose", lambda device: PrecisionChoice(chosen, "as a test says")
+    )
 
 
 def test_it_is_decided_once(tmp_path, native):
@@ -34,21 +36,21 @@ def test_it_is_decided_once(tmp_path, native):
     settled, choice = settle_precision(_comparison(tmp_path, "auto"), tmp_path / "out")
     assert settled.recipe.precision == choice.precision == "bfloat16"
     assert not (tmp_path / "out").exists()
-    Store(tmp_path / "out", settled)
+    TrialQueue(tmp_path / "out", settled)
     native("float32")
     again, choice = settle_precision(_comparison(tmp_path, "auto"), tmp_path / "out")
     assert again.recipe.precision == "bfloat16"
     assert choice.reason == "as what is continued"
-    Store(tmp_path / "out", again)
+    TrialQueue(tmp_path / "out", again)
     trial = again.tuning()[0]
     assert again.trial_recipe(trial, "x").precision == "bfloat16"
 
 
 def test_another_is_refused(tmp_path):
-    Store(tmp_path / "out", _comparison(tmp_path, "bfloat16"))
+    TrialQueue(tmp_path / "out", _comparison(tmp_path, "bfloat16"))
     ordered, _ = settle_precision(_comparison(tmp_path, "float32"), tmp_path / "out")
     with pytest.raises(ScaloraError, match=r"another precision \(bfloat16, not float32\): choose another --output"):
-        Store(tmp_path / "out", ordered)
+        TrialQueue(tmp_path / "out", ordered)
 
 
 def test_results_alone_are_enough(tmp_path, native):
