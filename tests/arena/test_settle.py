@@ -11,7 +11,7 @@ from scalora.arena.plan import Comparison, Contender, shared_parts
 from scalora.arena.queue import TrialQueue
 from scalora.arena.settle import settle_precision
 from scalora.runs import precision
-from scalora.runs.precision import Choice
+from scalora.runs.precision import PrecisionChoice
 from scalora.runs.recipe import load_recipe, parse_recipe, with_precision
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -26,7 +26,9 @@ def _comparison(folder, asked):
 @pytest.fixture
 def native(monkeypatch):
     """Sets what this machine would choose."""
-    return lambda chosen: monkeypatch.setattr(precision, "choose", lambda device: Choice(chosen, "as a test says"))
+    return lambda chosen: monkeypatch.setattr(
+        precision, "choose", lambda device: PrecisionChoice(chosen, "as a test says")
+    )
 
 
 def test_it_is_decided_once(tmp_path, native):

@@ -12,11 +12,11 @@ import yaml
 from helpers import workspace
 from scalora import ScaloraError
 from scalora.runs import precision
-from scalora.runs.precision import Choice, Device, choose, decide, find_device
+from scalora.runs.precision import Device, PrecisionChoice, choose, decide, find_device
 from scalora.runs.recipe import load_recipe, with_precision
 from scalora.runs.training import Watcher, train
 
-BF16, OTHER = Choice("bfloat16", "as a test says"), Choice("float32", "as a test says")
+BF16, OTHER = PrecisionChoice("bfloat16", "as a test says"), PrecisionChoice("float32", "as a test says")
 
 
 @pytest.mark.parametrize(

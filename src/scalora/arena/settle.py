@@ -9,13 +9,13 @@ from typing import Any
 import optuna
 
 from ..common.disk_layout import QUEUE, RESULTS
-from ..runs.precision import Choice, decide
+from ..runs.precision import PrecisionChoice, decide
 from ..runs.recipe import parse_recipe, with_precision
 from .plan import Comparison
 from .results import read_results
 
 
-def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, Choice]:
+def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, PrecisionChoice]:
     """The comparison with `precision: auto` decided, and why: as its folder records it, else as suits this device.
 
     A comparison begun in bf16 thus goes on in bf16 on a machine that would choose float32. An order that contradicts

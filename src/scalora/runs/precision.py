@@ -33,7 +33,7 @@ class Device(NamedTuple):
     native_bf16: bool
 
 
-class Choice(NamedTuple):
+class PrecisionChoice(NamedTuple):
     """A precision, and why it was taken."""
 
     precision: Precision
@@ -43,17 +43,17 @@ class Choice(NamedTuple):
         return f"{self.precision} ({self.reason})"
 
 
-def choose(device: Device) -> Choice:
+def choose(device: Device) -> PrecisionChoice:
     """bf16 where the device computes it natively, else float32; never fp16, whose narrow range can lose a run."""
     names = {"cpu": "this CPU", "cuda": "this GPU", "xpu": "this GPU"}
     if device.kind not in names:
-        return Choice("float32", f"bf16 on {device.kind} is untried")
+        return PrecisionChoice("float32", f"bf16 on {device.kind} is untried")
     if device.native_bf16:
-        return Choice("bfloat16", f"{names[device.kind]} computes bf16 natively")
-    return Choice("float32", f"{names[device.kind]} has no native bf16")
+        return PrecisionChoice("bfloat16", f"{names[device.kind]} computes bf16 natively")
+    return PrecisionChoice("float32", f"{names[device.kind]} has no native bf16")
 
 
-def decide(asked: str, training: Mapping[str, Any], recorded: Precision | None = None) -> Choice:
+def decide(asked: str, training: Mapping[str, Any], recorded: Precision | None = None) -> PrecisionChoice:
     """The precision of a run.
 
     Args:
@@ -63,9 +63,9 @@ def decide(asked: str, training: Mapping[str, Any], recorded: Precision | None =
     """
     for precision in AUTOCAST:
         if asked == precision:
-            return Choice(precision, "as the recipe says")
+            return PrecisionChoice(precision, "as the recipe says")
     if recorded is not None:
-        return Choice(recorded, "as what is continued")
+        return PrecisionChoice(recorded, "as what is continued")
     return choose(find_device(cpu=bool(training.get("use_cpu"))))
 
 

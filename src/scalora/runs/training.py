@@ -26,7 +26,7 @@ from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, Sto
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
 from .loading import load_inputs, setting_up
 from .plots import draw_curves, draw_rank
-from .precision import AUTOCAST, Choice, decide
+from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
 
 
@@ -103,7 +103,13 @@ def train(
 
 
 def _train(
-    recipe: Recipe, choice: Choice, run_folder: RunFolder, split: Split, baseline: bool, ranks: bool, watcher: Watcher
+    recipe: Recipe,
+    choice: PrecisionChoice,
+    run_folder: RunFolder,
+    split: Split,
+    baseline: bool,
+    ranks: bool,
+    watcher: Watcher,
 ) -> RunResult:
     folder, method = run_folder.path, build_method(recipe.method)
 
