@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,10 +23,13 @@ def laid(tmp_path_factory):
     """A recipe, and overrides with so many rows that scoring them takes minutes."""
     folder = tmp_path_factory.mktemp("ground")
     recipe = workspace.lay(folder)
-    rows = (folder / "data.jsonl").read_text().splitlines()
-    many = [json.dumps({**json.loads(rows[i % len(rows)]), "id": str(i)}) for i in range(9000)]
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    words, draw = sorted({word for row in rows for word in row["text"].split()}), random.Random(0)
+    many = [
+        json.dumps({"id": str(i), "text": " ".join(draw.choices(words, k=30)), "label": i % 2}) for i in range(21000)
+    ]
     (folder / "many.jsonl").write_text("\n".join(many))
-    long = [f"task.data.train={folder / 'many.jsonl'}", "task.data.test_size=8000", "score_batch_size=1"]
+    long = [f"task.data.train={folder / 'many.jsonl'}", "task.data.test_size=20000", "score_batch_size=1"]
     return folder, recipe, long
 
 
@@ -43,6 +47,7 @@ def _stop(recipe, overrides, line):
     os.kill(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert "Traceback" not in stderr
+    assert stderr, said[-5:]
     return process.returncode, said + stdout.splitlines(), stderr.strip().splitlines()[-1], time.monotonic() - began
 
 
