@@ -25,7 +25,7 @@ Choice = Callable[[Tensor, Tensor, Tensor, Tensor], Adapters]  # G (…, m, n), 
 
 
 @dataclass(frozen=True)
-class Regressions:
+class Gaussian:
     """X, Y (seeds, n, n), the first B (seeds, n, r) as PEFT draws it, and L (seeds)."""
 
     X: Tensor
@@ -55,7 +55,7 @@ class Curves:
         return int(self.final.mean(1).argmin())
 
 
-def draw_problem(n: int, r: int, seeds: int) -> Regressions:
+def draw_problem(n: int, r: int, seeds: int) -> Gaussian:
     """The problems of seeds 0, 1, …"""
     drawn = []
     for seed in range(seeds):
@@ -63,7 +63,7 @@ def draw_problem(n: int, r: int, seeds: int) -> Regressions:
         X, Y = (torch.randn(n, n, generator=generator, dtype=torch.float64) for _ in range(2))
         drawn.append((X, Y, (2 * torch.rand(n, r, generator=generator, dtype=torch.float64) - 1) / n**0.5))
     X, Y, B = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-    return Regressions(X, Y, B, torch.linalg.matrix_norm(X, 2) ** 2)
+    return Gaussian(X, Y, B, torch.linalg.matrix_norm(X, 2) ** 2)
 
 
 def keep(G: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Adapters:
@@ -95,9 +95,7 @@ METHODS: dict[str, Choice | None] = {
 }
 
 
-def descend(
-    task: Regressions, choose: Choice | None, rates: Sequence[float], steps: int, ranked: Sequence[int]
-) -> Curves:
+def descend(task: Gaussian, choose: Choice | None, rates: Sequence[float], steps: int, ranked: Sequence[int]) -> Curves:
     """Gradient descent on A and B, each step after an event (I = 1); without ``choose`` on W, with step 1/L.
 
     An event leaves W = W_pt + A Bᵀ as it is. So W alone is carried along, and what an event moves is never formed.
