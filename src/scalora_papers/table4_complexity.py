@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from scalora.engine.attach import attach
 from scalora.engine.config import Accumulate, ScaLoraConfig
 from scalora.engine.event import ScaLora
-from scalora.engine.stores import AdapterStore
-from scalora.engine.stores.adapter import SLOTS
+from scalora.engine.stores.adapter import SLOTS, AdapterStore
 
 from .base import Experiment, Outcome, Setting, TextTable
 
@@ -71,9 +70,9 @@ class Clock:
         self._within = 0.0  # seconds of parts inside the one that runs
 
     def timed(self, part: str, function: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any) -> None:
+        def run(*args: Any, **named: Any) -> None:
             outside, self._within, start = self._within, 0.0, self._now()
-            function(*args)
+            function(*args, **named)
             whole = self._now() - start
             self.seconds[part].append(whole - self._within)
             self._within = outside + whole
@@ -194,7 +193,7 @@ class Complexity(Experiment):
         middle, rank = sizes[-2], ranks[len(ranks) // 2]
         plan = [Size(n, n, r) for n in sizes for r in ranks]
         plan += [size for n in sizes if n != middle for size in (Size(n, middle, rank), Size(middle, n, rank))]
-        costs, tiny = [], []
+        costs, tiny, laws = [], [], {}
         for size in plan:
             setting.log(f"m, n, r = {', '.join(map(str, size))}")
             for store in _STORES:  # fixed costs at the same time, because a busy machine's speed drifts
@@ -202,10 +201,8 @@ class Complexity(Experiment):
                 costs.append(measure_cost(size, store, interval=1, steps=self.steps, device=device))
         centre = Size(middle, middle, rank)
         long = SLOTS * max(self.intervals)  # one recompression at the greatest I
-        over_I = [
-            measure_cost(centre, s, interval=i, steps=long, device=device) for s in _STORES for i in self.intervals
-        ]
-        laws = {}
+        settings = product(_STORES, self.intervals)
+        over_I = [measure_cost(centre, store, interval=i, steps=long, device=device) for store, i in settings]
         for part in PARTS:
             pairs = [(c, t) for c, t in zip(costs, tiny, strict=True) if part in c.seconds]
             points = [(c.size, c.seconds[part], t.seconds[part]) for c, t in pairs]
