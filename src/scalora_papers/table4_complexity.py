@@ -96,7 +96,7 @@ class Cost(NamedTuple):
     events: float
 
 
-def measure_cost(size: Size, store: Accumulate, *, interval: int, steps: int, device: str) -> Cost:
+def measure_cost(size: Size, store: Accumulate, interval: int, steps: int, device: str) -> Cost:
     """Train one m×n layer for that many steps, with an event before every ``interval``-th of them."""
     model, handle = _attached(size, store, interval, device)
     X = torch.randn(TOKENS, size.n, device=device, requires_grad=True)  # a deep model wants ∂ℓ/∂X too
@@ -201,8 +201,7 @@ class Complexity(Experiment):
                 costs.append(measure_cost(size, store, interval=1, steps=self.steps, device=device))
         centre = Size(middle, middle, rank)
         long = SLOTS * max(self.intervals)  # one recompression at the greatest I
-        settings = product(_STORES, self.intervals)
-        over_I = [measure_cost(centre, store, interval=i, steps=long, device=device) for store, i in settings]
+        over_I = [measure_cost(centre, *each, long, device) for each in product(_STORES, self.intervals)]
         for part in PARTS:
             pairs = [(c, t) for c, t in zip(costs, tiny, strict=True) if part in c.seconds]
             points = [(c.size, c.seconds[part], t.seconds[part]) for c, t in pairs]
