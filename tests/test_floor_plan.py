@@ -61,6 +61,12 @@ def test_no_two_public_names_are_alike():
     assert not {name for name, files in count.items() if files > 1}
 
 
+def test_no_two_test_files_have_one_name():
+    """Pytest would import one for the other."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_a_bare_import_is_light():
     heavy = "('torch', 'peft', 'transformers', 'pydantic')"
     code = f"import sys, scalora, scalora.cli; print([m for m in {heavy} if m in sys.modules])"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalora.algebra.directions import dense_svd, optimal_adapters
-from scalora.algebra.scaling import Kind, optimal_scaling
+from scalora.algebra.scaling import SolutionKind, optimal_scaling
 from scalora_papers import Setting
 from scalora_papers import fig1_linear_regression as linear_regression
 from scalora_papers.fig1_linear_regression import METHODS, LinearRegression, descend, draw_problem
@@ -72,7 +72,7 @@ def test_carrying_w_alone_is_algorithm_1(task, found):
     for _ in range(STEPS):
         G = X.mT @ (X @ (W_pt + A @ B.mT) - Y)
         alpha, beta, kind = optimal_scaling(A, B, G @ B, G.mT @ A, c=1 / (task.L[0] * RATE))
-        assert kind != Kind.NONE
+        assert kind != SolutionKind.NONE
         W_pt = W_pt + A @ torch.diag(1 - alpha * beta) @ B.mT
         A, B = A * alpha, B * beta
         A, B = A - RATE * G @ B, B - RATE * G.mT @ A
