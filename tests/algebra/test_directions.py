@@ -43,15 +43,14 @@ def test_equals_the_dense_twin(m, n, r, seed, c):
 @given(m=SIZES, n=SIZES, r=st.integers(1, 2), seed=st.integers(0, 999))
 def test_no_other_adapters_come_closer_to_full_fine_tuning(m, n, r, seed):
     G, c, one = decaying(m, n, seed), 0.7, torch.ones(r)
-    for halves in ("odd-even", "first-second"):
-        new = optimal_adapters(dense_svd(G), r, c, halves)
-        least = reference.objective(G, new.A, new.B, one, one, c)
-        assert least == pytest.approx(float((c * torch.linalg.svdvals(G)[2 * r :]).square().sum()), abs=1e-12)
-        generator = torch.Generator().manual_seed(seed)
-        for other in range(20):
-            size = 0.1 if other % 2 else 3.0  # near, and anywhere
-            A, B = (x + size * torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (new.A, new.B))
-            assert reference.objective(G, A, B, one, one, c) >= least
+    new = optimal_adapters(dense_svd(G), r, c)
+    least = reference.objective(G, new.A, new.B, one, one, c)
+    assert least == pytest.approx(float((c * torch.linalg.svdvals(G)[2 * r :]).square().sum()), abs=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    for other in range(20):
+        size = 0.1 if other % 2 else 3.0  # near, and anywhere
+        A, B = (x + size * torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (new.A, new.B))
+        assert reference.objective(G, A, B, one, one, c) >= least
 
 
 @given(m=SIZES, n=SIZES, seed=st.integers(0, 999))

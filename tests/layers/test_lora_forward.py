@@ -114,3 +114,17 @@ def test_a_single_vector_is_an_input_too():
     layer = next(m for m in fused.modules() if isinstance(m, LoraForward))
     x = torch.randn(2, layer.in_features)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
+
+
+def test_a_copy_counts_all_columns_since_no_store_looks_after_it():
+    model = models.lora("llama")
+    scalora.attach(model, torch.optim.AdamW(models.trainable(model), lr=1e-2))
+    average = copy.deepcopy(model)  # as swa_utils.AveragedModel does, before anything has accumulated
+    layer, original = (next(m for m in each.modules() if isinstance(m, LoraForward)) for each in (average, model))
+    assert original.used_columns == 0
+    assert layer.used_columns is None
+    with torch.no_grad():
+        for p in average.parameters():
+            p.normal_()
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(layer(x), Linear.forward(layer, x))

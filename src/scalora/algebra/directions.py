@@ -11,14 +11,12 @@ and over different ones: the second pass then weighs the directions of the first
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.shapes import Float
-
-Halves = Literal["odd-even", "first-second"]
 
 
 class SVD(NamedTuple):
@@ -56,21 +54,15 @@ def sketched_svd(Q: Float[Tensor, "*batch m k"], Z: Float[Tensor, "*batch n k"])
     return SVD(Q @ U, sigma, basis @ Vt.mT)
 
 
-def optimal_adapters(
-    svd: SVD, rank: int, c: Float[Tensor, "*batch"] | float, halves: Halves = "odd-even"
-) -> Directions:
-    """Ã and B̃ of Theorem 1 with squared column norms c, and their gradients.
+def optimal_adapters(svd: SVD, rank: int, c: Float[Tensor, "*batch"] | float) -> Directions:
+    """Ã and B̃ of Theorem 1 with squared column norms c, and their gradients; any other halves would do as well.
 
     Args:
         svd: of G, with at least 2·rank directions.
         rank: r.
         c: one number, or one per matrix of the batch.
-        halves: which of the 2r top directions A takes: the 1st, 3rd, … or the first r.
     """
-    if halves == "odd-even":
-        of_A, of_B = slice(0, 2 * rank, 2), slice(1, 2 * rank, 2)
-    else:
-        of_A, of_B = slice(0, rank), slice(rank, 2 * rank)
+    of_A, of_B = slice(0, 2 * rank, 2), slice(1, 2 * rank, 2)
     root = torch.as_tensor(c, dtype=svd.sigma.dtype, device=svd.sigma.device).sqrt()[..., None, None]
     scaled_U, scaled_V = (basis * svd.sigma[..., None, :] for basis in (svd.U, svd.V))
     return Directions(

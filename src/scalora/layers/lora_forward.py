@@ -84,6 +84,10 @@ class LoraForward(nn.Module, LoraLayer):
         super()._load_from_state_dict(*args, **kwargs)
         self.used_columns = None  # whoever loads may fill more columns
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.used_columns = None  # no store looks after a copy, which may be averaged or written to
+
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         super().update_layer(*args, **kwargs)
         self.used_columns = None  # so may a new adapter of the same name

@@ -99,7 +99,7 @@ class AdapterStore(Store):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.free, self.settled = int(state["free"]), bool(state.get("settled"))
+        self.free, self.settled = int(state["free"]), bool(state["settled"])
         self.discarded.copy_(state["discarded"])
         self.total.copy_(state["total"])
         self._set_used_columns()
