@@ -17,6 +17,8 @@ from scalora.cli import app
         (["--methods", "lora,lora"], "--methods"),
         (["--lr", "fast"], "--lr 'fast'"),
         (["--lr", "0"], "must be positive"),
+        (["--lr", "nan"], "must be positive and finite"),
+        (["--lr", "1e-3,inf"], "must be positive and finite"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--set", "task.data.validation_size=null"], "validation"),
         (["--set", "model=./nowhere"], "there is no file or folder './nowhere'"),

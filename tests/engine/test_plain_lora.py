@@ -69,7 +69,8 @@ def test_an_adapter_is_replaced_as_a_whole_and_unused_columns_are_left_out(tmp_p
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "stale").write_text("")
+    for name in ("adapter_config.json", "stale"):
+        (tmp_path / "adapter" / name).write_text("{}")
     models.train(model, optimizer, "llama", 3)  # the first event moves nothing, two more move r columns each
     scalora.save_plain_lora(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "stale").exists()
@@ -126,3 +127,29 @@ def test_a_truncation_does_not_hide_that_the_base_was_rewritten(tmp_path):
     for factors in (joined_factors, Truncation(rank=2)):
         with pytest.raises(scalora.ScaloraError, match="has changed the base weights"):
             scalora.save_plain_lora(model, tmp_path / "adapter", factors)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_what_is_no_adapter_is_not_replaced(tmp_path, what):
+    path, mine = tmp_path / "mine", tmp_path / "mine" / "thesis.txt"
+    if what == "file":
+        path.write_text("thesis")
+    else:
+        target = tmp_path / "target" if what == "link" else path
+        target.mkdir()
+        (target / "thesis.txt").write_text("thesis")
+        if what == "link":
+            path.symlink_to(target)
+    with pytest.raises(scalora.ScaloraError, match="will not be replaced: name another"):
+        scalora.save_plain_lora(models.lora("llama"), path)
+    assert (path if what == "file" else mine).read_text() == "thesis"
+
+
+def test_an_adapter_of_which_a_part_is_in_the_base_is_not_saved(tmp_path):
+    model = models.lora("llama")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1, accumulate="base"))
+    models.train(model, optimizer, "llama", 3)
+    with pytest.raises(scalora.ScaloraError, match="accumulate='base' has added"):
+        scalora.save_plain_lora(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -124,7 +124,7 @@ def test_a_run_says_records_and_keeps_its_precision(tmp_path, monkeypatch):
 
     (folder / "metrics.json").unlink()
     monkeypatch.setattr(precision, "choose", lambda device: OTHER)  # the run goes on another machine
-    with pytest.raises(ScaloraError, match="precision differs from that of the run"):
+    with pytest.raises(ScaloraError, match="precision is 'float32', but 'bfloat16' in the run"):
         train(load_recipe(path, ["precision=float32"]), resume=True)
     resumed = train(load_recipe(path), resume=True)
     assert resumed.metrics["precision"]["precision"] == "bfloat16"

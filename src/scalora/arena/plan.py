@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 from ..common.errors import ScaloraError
@@ -64,8 +65,9 @@ class Comparison:
                 raise ScaloraError(
                     f"{name} is {', '.join(map(str, values)) or 'empty'}: give one or more different values"
                 )
-        if min(self.rates) <= 0:
-            raise ScaloraError(f"--lr is {min(self.rates):g}: learning rates must be positive")
+        for rate in self.rates:
+            if not (isfinite(rate) and rate > 0):  # a rate that is no number equals none, and its trial would never end
+                raise ScaloraError(f"--lr is {rate:g}: learning rates must be positive and finite")
         for contender in self.everyone:
             build_method(self._method(contender))  # refuses unknown names and options before anything runs
 

@@ -32,6 +32,7 @@ def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, 
 def _recorded_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the comparison that a folder holds, from its queue or else its results; nothing is written."""
     if (folder / QUEUE).exists():
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         url = f"sqlite:///{(folder / QUEUE).resolve()}"
         study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
         if "recipe" in study.user_attrs:

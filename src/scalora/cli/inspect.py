@@ -123,7 +123,7 @@ def _with_parts(artefact: Artefact) -> Artefact:
     if (
         artefact.path != artefact.run
         or artefact.pair
-        or (artefact.recipe or {})["training"].get("load_best_model_at_end")
+        or (artefact.recipe or {}).get("training", {}).get("load_best_model_at_end")
     ):
         return artefact
     newest = last_checkpoint(artefact.path)

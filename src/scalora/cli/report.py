@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -46,15 +48,29 @@ def report(
         check_writable(path.parent, "--output" if output else "FOLDER")
         path.parent.mkdir(parents=True, exist_ok=True)
         if experiment:
-            found = read_experiment(content, place / RESULTS)
-            write_tables(found, path)
-            for table in found.tables:
-                console.print(table.terminal())
+            with _damage_of(place / RESULTS):
+                found = read_experiment(content, place / RESULTS)
+                write_tables(found, path)
+                for table in found.tables:
+                    console.print(table.terminal())
         else:
             record = decode_comparison(content, place / RESULTS)
-            write_report(record, path)
-            show_comparison(console, record)
+            with _damage_of(place / RESULTS):
+                write_report(record, path)
+                show_comparison(console, record)
         console.print(f"written: {path}", highlight=False)
+
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """What statistics and tables stumble over is a value that no run has left there: one message for all of it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, ScaloraError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ScaloraError(f"{file} is damaged ({reason}): restore it, or name another folder") from error
 
 
 def show_comparison(console: Console, record: ComparisonRecord) -> None:

@@ -55,7 +55,8 @@ def train_verb(
                 result = training.train(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
                 watcher.finish()
         except training.Interrupted as stopped:
-            again = f"continue with: scalora train {shlex.quote(recipe_path)} --resume"
+            overrides = [part for each in set_ or [] for part in ("--set", each)]
+            again = f"continue with: {shlex.join(['scalora', 'train', recipe_path, *overrides, '--resume'])}"
             where = (
                 f"last checkpoint: {stopped.checkpoint}; {again}"
                 if stopped.checkpoint

@@ -103,10 +103,16 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         The folder. ``PeftModel.from_pretrained(base, path)`` loads it without scalora.
 
     Raises:
-        ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation changed the base weights.
+        ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation, or accumulate="base", has
+            changed the base weights; or something else than an adapter lies at ``path``.
     """
     state, config = plain_lora(model, factors)
     folder, temporary = Path(path), Path(f"{path}.tmp")
+    other = folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file()
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or other:
+        raise ScaloraError(
+            f"path is {str(path)!r}, which is no adapter's folder and will not be replaced: name another"
+        )
     if not is_writer():
         return folder
     shutil.rmtree(temporary, ignore_errors=True)
@@ -120,6 +126,11 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
     layers = find_layers(model)
     peft_model = find_peft_model(model)
+    if getattr(peft_model.base_model, "base_written", False):
+        raise ScaloraError(
+            "accumulate='base' has added its moved differences to the base weights, which no LoRA adapter of this rank "
+            "holds: save the whole model (model.merge_and_unload() and save_pretrained)"
+        )
     adapter = layers[0].adapter
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)

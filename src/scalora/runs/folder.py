@@ -148,7 +148,18 @@ def _check_resumable(folder: Path, recipe: Recipe) -> None:
     saved = _saved_recipe(folder)
     for key, value in recipe.model_dump(mode="json").items():
         if saved.get(key) != value:
-            raise ScaloraError(f"{key} differs from that of the run in {str(folder)!r}: resume with the same recipe")
+            raise ScaloraError(
+                f"{key} is {_differing(value, saved.get(key))} in the run in {str(folder)!r}: "
+                "resume with the same recipe"
+            )
+
+
+def _differing(mine: Any, theirs: Any) -> str:
+    """Both values; of two sections those of the first key in which they differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        key = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
+        return f"not the same: its {key} is {_differing(mine.get(key), theirs.get(key))}"
+    return f"{mine!r}, but {theirs!r}"
 
 
 def saved_precision(folder: Path) -> Precision | None:

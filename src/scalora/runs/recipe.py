@@ -48,7 +48,7 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
-    precision: Literal["auto"] | Precision = Field(
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="What products are computed in (autocast); auto is the device's fastest safe one."
     )
     config: dict[str, Any] = Field(
