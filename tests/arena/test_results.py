@@ -168,3 +168,24 @@ def test_report_takes_no_folder_for_a_file(record, tmp_path):
     result = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--output", str(tmp_path)])
     assert result.exit_code == 2
     assert "is a folder" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["after", "seconds_per_step", "losses", "environment"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_report_of_damaged_results_is_one_message(record, tmp_path, key, value):
+    out = tmp_path / "out"
+    content = encode_comparison(record)
+    trial = next(line for line in content["trials"] if line["stage"] == "final")
+    trial[key] = value
+    (out / "results.json").write_text(json.dumps(content))
+    result = CliRunner().invoke(app, ["report", str(out), "--output", str(tmp_path / "page.html")])
+    assert result.exit_code == 2, result.output
+    assert "is damaged" in result.stderr.replace("\n", " ")
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_a_damaged_queue_is_one_message(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trials.sqlite3").write_text("garbage " * 200)
+    with pytest.raises(ScaloraError, match=r"trials.sqlite3 cannot be used .* delete it"):
+        TrialQueue(tmp_path / "out", comparisons.small(tmp_path))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError  # of optuna's storage
 
 from ..common.disk_layout import QUEUE, RESULTS
 from ..common.errors import ScaloraError
@@ -33,13 +34,11 @@ class TrialQueue:
     """
 
     def __init__(self, folder: Path, comparison: Comparison) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         kept = read_comparison(folder) if (folder / RESULTS).exists() else None
         if kept:
             _check_same(comparison.recipe, kept.comparison.recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{(folder / QUEUE).resolve()}"
-        self.study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
+        self.study = open_study(folder)
         self.running: dict[Trial, optuna.Trial] = {}  # in this process
         recipe = comparison.recipe.model_dump(mode="json")
         # A queue of an earlier version lacks what recipes could not say then: it meant what is the default now.
@@ -122,6 +121,19 @@ class TrialQueue:
 
     def _frozen(self) -> list[FrozenTrial]:
         return [f for f in self.study.get_trials(deepcopy=False) if "trial" in f.user_attrs]
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """The study in a folder that exists, made where there is none; raises ScaloraError where its file is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = (folder / QUEUE).resolve()
+    try:
+        return optuna.create_study(study_name="comparison", storage=f"sqlite:///{file}", load_if_exists=True)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise ScaloraError(
+            f"{file} cannot be used ({type(error).__name__}): it is damaged or not yours to write; delete it, and "
+            f"{RESULTS} continues the comparison"
+        ) from error
 
 
 def _check_same(mine: Recipe, theirs: Recipe, folder: Path) -> None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from ..common.disk_layout import QUEUE, RESULTS
 from ..runs.precision import PrecisionChoice, decide
 from ..runs.recipe import parse_recipe, with_precision
 from .plan import Comparison
+from .queue import open_study
 from .results import read_results
 
 
@@ -32,9 +31,7 @@ def settle_precision(comparison: Comparison, folder: Path) -> tuple[Comparison, 
 def _recorded_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the comparison that a folder holds, from its queue or else its results; nothing is written."""
     if (folder / QUEUE).exists():
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        url = f"sqlite:///{(folder / QUEUE).resolve()}"
-        study = optuna.create_study(study_name="comparison", storage=url, load_if_exists=True)
+        study = open_study(folder)
         if "recipe" in study.user_attrs:
             return study.user_attrs["recipe"]
     if (folder / RESULTS).exists():
