@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
-from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..common.errors import ScaloraError
 from ..layers.peft_lora import ACCUMULATED
@@ -40,14 +37,8 @@ class ScaLoraCallback(TrainerCallback):
         self.handle: ScaLora | None = None  # of the present or last training
         self.saved: int | None = None  # the step of its latest checkpoint
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args, state, control, **kwargs) -> None:
+        model = kwargs.get("model")
         # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
         if model is not None:
             adapters = {name for m in model.modules() if isinstance(m, PeftModel) for name in m.peft_config}
@@ -58,85 +49,47 @@ class ScaLoraCallback(TrainerCallback):
                 )
             prepare(model, self.config)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None
-        assert optimizer is not None
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        model = kwargs["model"]
         every = self.config.refresh
         if self.config.interval is None and every is not None and every >= state.max_steps:
             raise ScaloraError(
                 f"refresh is {every}, but training has {state.max_steps} steps, so that none would take place: lower it"
             )
-        self.handle, self.saved = attach(model, optimizer, self.config), None
+        self.handle, self.saved = attach(model, kwargs["optimizer"], self.config), None
         if state.global_step > 0:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             state_then = read_state(checkpoint)  # what is no checkpoint of ours is refused before anything changes
             load_moved(self.handle, model, checkpoint)
             self.handle.load_state_dict(state_then)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         if control.should_save:  # our part first: once Trainer's is there it deletes older checkpoints
-            self.on_save(args, state, control, model)
+            self.on_save(args, state, control, **kwargs)
 
     on_epoch_end = on_step_end
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         if self.handle is not None and self.saved != state.global_step:
-            assert model is not None
             # Every process helps to gather what is sharded.
             save_state(self.handle, _checkpoint(args, state), args.should_save)
-            save_moved(self.handle, model, _checkpoint(args, state), args.should_save)
+            save_moved(self.handle, kwargs["model"], _checkpoint(args, state), args.should_save)
             self.saved = state.global_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, **kwargs) -> None:
+        logs = kwargs.get("logs")
         if self.handle is None or logs is None or "loss" not in logs or not (figures := log_figures(self.handle)):
             return
         logs.update(figures)  # what is printed and what later callbacks see
         state.log_history[-1].update(figures)  # what trainer_state.json keeps
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.handle is None:
             return
         self.handle.detach()
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            assert model is not None
             # Trainer has put back the trained adapter of that checkpoint only.
-            load_moved(self.handle, model, Path(state.best_model_checkpoint))
+            load_moved(self.handle, kwargs["model"], Path(state.best_model_checkpoint))
 
 
 def log_figures(handle: ScaLora) -> dict[str, float]:
