@@ -62,7 +62,7 @@ class Ground:
         self.optimizer.step()
         self.handle = scalora.attach(self.model, self.optimizer, scalora.ScaLoraConfig(interval=1, accumulate=store))  # pyright: ignore[reportArgumentType]
         self.handle.detach()  # events are taken by hand
-        columns = self.handle.layers[0].frozen().rank // rank if store == "adapter" else 2
+        columns = self.handle.layers[0].accumulated.room // rank if store == "adapter" else 2
         for _ in range(columns):
             self.event()
 

@@ -29,7 +29,6 @@ from scalora.engine.event import ScaLora
 from scalora.engine.stores.adapter import SLOTS, AdapterStore
 from scalora.layers.hira_forward import HiraForward
 from scalora.layers.lora_forward import LoraForward
-from scalora.layers.peft_lora import ACCUMULATED
 from scalora.methods import MethodSpec, build_method
 from scalora.models.load import load_model
 
@@ -119,10 +118,11 @@ class Runner:
         if self.handle is None or not isinstance(store := self.handle.store, AdapterStore):
             return
         if self.handle.config.interval is None:  # a refresh cannot be taken at will: zeros cost as much to multiply
-            store.load_state_dict(store.state_dict() | {"free": SLOTS // 2})
+            for layer in store.layers:
+                layer.accumulated.used = layer.accumulated.room - SLOTS // 2 * layer.rank
             return
         layer = self.handle.layers[0]
-        slots = layer.frozen().rank // layer.rank + SLOTS // 2 + 1
+        slots = layer.accumulated.room // layer.rank + SLOTS // 2 + 1
         self.backward(batch)
         for _ in range(slots):
             self.handle.rescale()
@@ -246,7 +246,7 @@ def main() -> None:
 
 def _store_bytes(model: nn.Module) -> int:
     """Of the accumulated adapter."""
-    return sum(p.nbytes for name, p in model.named_parameters() if f".{ACCUMULATED}." in name)
+    return sum(p.nbytes for name, p in model.named_parameters() if ".accumulated." in name)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def memory(size: Size, store: Accumulate, dtype: torch.dtype) -> dict[str, Any]:
     """Bytes of tensors, counted one by one: LoRA's own A and B, the store's, and what one event leaves besides."""
     model, handle = _attached(size, store, 1, "cpu", dtype)
     (layer,) = handle.layers
-    frozen = {"A": layer.frozen().lora_B, "Bt": layer.frozen().lora_A} if store == "adapter" else {}
+    frozen = {"P": layer.accumulated.P, "Qt": layer.accumulated.Qt} if store == "adapter" else {}
     model(torch.randn(2, size.n, dtype=dtype)).square().mean().backward()
     before = _bytes(handle.state_dict())
     handle.optimizer.step()

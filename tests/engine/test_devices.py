@@ -56,7 +56,7 @@ def _fsdp2(rank, folder):
         again.load_state_dict(handle.state_dict())
         assert torch.equal(again.constants, handle.constants)
         if accumulate == "adapter":
-            assert is_sharded(handle.layers[0].frozen().A)
+            assert is_sharded(handle.layers[0].accumulated.P)
             scalora.save_plain_lora(model, folder)
             dist.barrier()
             plain = PeftModel.from_pretrained(models.base(kind, torch.float64), folder)

@@ -57,7 +57,7 @@ def _accelerate(rank, fsdp2):
                     accelerator.clip_grad_norm_(models.trainable(model), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        assert is_sharded(handle.layers[0].frozen().A) == fsdp2
+        assert is_sharded(handle.layers[0].accumulated.P) == fsdp2
         assert two_processes.difference(handle, reference) < 1e-6
         handle.check_ranks()
 

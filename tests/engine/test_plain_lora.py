@@ -49,21 +49,6 @@ def test_plain_peft_reproduces_the_logits_in_a_fresh_process(fresh, kind):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_loads_the_pair_of_adapters_too(tmp_path, kind):
-    """save_pretrained on the trained model: both adapters, as plain PEFT knows them."""
-    model = models.lora(kind)
-    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
-    models.train(model, optimizer, kind, 6)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(models.base(kind), tmp_path)
-    again.load_adapter(tmp_path / "accumulated", "accumulated")
-    again.base_model.set_adapter(["default", "accumulated"])
-    # Not bitwise: the two layers add in another order.
-    torch.testing.assert_close(models.logits(again, kind), models.logits(model, kind), rtol=0, atol=1e-6)
-
-
 def test_an_adapter_is_replaced_as_a_whole_and_unused_columns_are_left_out(tmp_path):
     model = models.lora("llama")
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)

@@ -5,6 +5,7 @@ import torch
 
 import scalora
 from helpers import models
+from helpers.attached import accumulated
 from scalora import ScaLoraConfig, ScaloraError
 from scalora.engine.refresh.refresh import WARMUP
 from scalora.engine.refresh.sketch import Sketch
@@ -120,11 +121,11 @@ def test_a_recompression_sees_the_whole_update_and_nothing_else():
         return layer.scale * layer.A.detach() @ layer.Bt.detach()
 
     def watched_room():
-        seen.append((handle.step, held(layer.frozen())))
+        seen.append((handle.step, accumulated(layer)))
         make_room()
 
     handle.store.recompress = watched_room
-    changes = watched(handle, lambda: held(layer.frozen()) + held(layer))
+    changes = watched(handle, lambda: accumulated(layer) + held(layer).double())
     models.train(model, optimizer, "llama", 41)
     whole = dict(zip(handle.refresh.steps, (before for before, _ in changes), strict=True))
     assert len(seen) > 3

@@ -42,7 +42,6 @@ def test_trainer_with_one_more_line(tmp_path, kind):
     assert all(
         {"scalora/alpha", "scalora/beta", "scalora/moved", "scalora/column_share"} <= set(entry) for entry in logged
     )
-    assert (tmp_path / "checkpoint-12" / "accumulated" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "checkpoint-12" / "scalora.safetensors").is_file()
 
 
@@ -66,7 +65,7 @@ def test_a_resumed_run_computes_with_the_columns_in_use_only(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            widths.append((state.global_step, callback.handle.layers[0].module.used_columns))
+            widths.append((state.global_step, callback.handle.layers[0].accumulated.used))
 
     resumed.add_callback(Look())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

@@ -35,11 +35,12 @@ def watch(handle, model, kind):
 
 
 def accumulated(layer):
-    return layer.frozen().A.double() @ layer.frozen().Bt.double()
+    P, Qt = layer.accumulated.columns()
+    return layer.scale * P.double() @ Qt.double()
 
 
 def frozen(model):
-    """A copy of everything that is not being trained, accumulated adapter left out."""
+    """A copy of everything that is not being trained, accumulated columns left out."""
     return {
         name: [part.clone() for part in _parts(p)]
         for name, p in model.named_parameters()

@@ -108,8 +108,8 @@ def figures(handle):
     for layer in handle.layers:
         found[layer.name, "A"], found[layer.name, "B"] = gather_full([layer.A.detach(), layer.Bt.detach()])
         if handle.config.accumulate == "adapter":
-            P, Q = gather_full([layer.frozen().A, layer.frozen().Bt])
-            found[layer.name, "moved"] = P @ Q
+            P, Qt = layer.accumulated.columns()
+            found[layer.name, "moved"] = P @ Qt
         else:
             found[layer.name, "base"] = gather_full([layer.base_weight])[0]
         found[layer.name, "alpha"], found[layer.name, "beta"] = handle.factors[layer.name]

@@ -1,9 +1,11 @@
 """The short forward pass against PEFT's own: values and gradients, and when it steps aside."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
@@ -15,24 +17,24 @@ from scalora.layers.peft_lora import find_layers
 
 
 def _pair(kind="llama", dtype=torch.float32, **options):
-    """A model with two adapters, trained and accumulated, as PEFT runs it and fused."""
-    model = models.lora(kind, dtype, **options)
-    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1))
-    models.train(model, optimizer, kind, 3)
+    """A model with columns that are trained and columns that were accumulated, as PEFT loads it and as ours runs it."""
+    fused = models.lora(kind, dtype, **options)
+    optimizer = torch.optim.AdamW(models.trainable(fused), lr=1e-2)
+    handle = scalora.attach(fused, optimizer, scalora.ScaLoraConfig(interval=1))
+    models.train(fused, optimizer, kind, 3)
     handle.detach()
-    fused = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, LoraForward):
-            module.__class__ = Linear
-    return model, fused
+    with tempfile.TemporaryDirectory() as folder:
+        fused.save_pretrained(folder)
+        plain = PeftModel.from_pretrained(models.base(kind, dtype), folder, is_trainable=True)
+    return plain, fused
 
 
 def _run(model, kind, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(**models.batch(kind))
     output.loss.backward()
-    return output.logits.float(), [p.grad.float() for p in models.trainable(model)]
+    layers = find_layers(model)
+    return output.logits.float(), [g[:, :4].float() for layer in layers for g in (layer.A.grad, layer.Bt.grad.mT)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
@@ -106,7 +108,7 @@ def test_disabled_and_merged_models_compute_what_peft_computes():
                 model.merge_adapter()
                 outputs.append(models.logits(model, "llama"))
                 model.unmerge_adapter()
-        assert torch.equal(*outputs)
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_single_vector_is_an_input_too():
@@ -114,17 +116,3 @@ def test_a_single_vector_is_an_input_too():
     layer = next(m for m in fused.modules() if isinstance(m, LoraForward))
     x = torch.randn(2, layer.in_features)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
-
-
-def test_a_copy_counts_all_columns_since_no_store_looks_after_it():
-    model = models.lora("llama")
-    scalora.attach(model, torch.optim.AdamW(models.trainable(model), lr=1e-2))
-    average = copy.deepcopy(model)  # as swa_utils.AveragedModel does, before anything has accumulated
-    layer, original = (next(m for m in each.modules() if isinstance(m, LoraForward)) for each in (average, model))
-    assert original.used_columns == 0
-    assert layer.used_columns is None
-    with torch.no_grad():
-        for p in average.parameters():
-            p.normal_()
-    x = torch.randn(3, layer.in_features)
-    torch.testing.assert_close(layer(x), Linear.forward(layer, x))

@@ -15,21 +15,21 @@ from scalora.runs.export.layer_figures import by_kind, layer_figures
 
 
 @pytest.fixture
-def pair(tmp_path):
-    """A model with two adapters, ranks and alphas by pattern, and the folder that PEFT has saved it in."""
+def saved(tmp_path):
+    """A model with trained and accumulated columns, ranks and alphas by pattern, and the folder it is saved in."""
     patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 32, "up_proj": 1}}
     model = models.lora("llama", use_rslora=True, **patterns)
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     handle = attach(model, optimizer, ScaLoraConfig(interval=1))
     models.train(model, optimizer, "llama", 4)
-    model.save_pretrained(tmp_path / "pair")
-    return handle, tmp_path / "pair"
+    model.save_pretrained(tmp_path / "saved")
+    return handle, tmp_path / "saved"
 
 
-def test_factors_and_scales_are_those_that_peft_computes_with(pair):
-    handle, folder = pair
+def test_factors_and_scales_are_those_that_peft_computes_with(saved):
+    handle, folder = saved
     artefact = find_artefact(folder)
-    assert (artefact.kind, artefact.pair, artefact.moved) == ("lora", True, False)
+    assert (artefact.kind, artefact.in_parts, artefact.moved) == ("lora", True, False)
     factors = read_factors(artefact)
     assert len(factors) == len(handle.layers)
     for layer in handle.layers:
@@ -39,13 +39,14 @@ def test_factors_and_scales_are_those_that_peft_computes_with(pair):
         assert torch.equal(torch.cat([part.Q for part in parts], 1), Q)
 
 
-def test_figures_equal_dense_ones(pair):
-    handle, folder = pair
+def test_figures_equal_dense_ones(saved):
+    handle, folder = saved
     figures = {name: layer_figures(name, *parts) for name, parts in read_factors(find_artefact(folder)).items()}
     for layer in handle.layers:
         found = figures[layer.name.removeprefix("base_model.model.")]
         trained = layer.scale * layer.A.detach().double() @ layer.Bt.detach().double()
-        accumulated = layer.frozen().A.double() @ layer.frozen().Bt.double()
+        held = [part.double() for part in layer.accumulated.columns()]
+        accumulated = layer.scale * held[0] @ held[1]
         sigma = torch.linalg.svdvals(trained + accumulated)
         share = sigma / sigma.sum()
         assert found.shape == tuple(trained.shape)
@@ -79,12 +80,12 @@ def test_damaged_settings_are_an_error_that_names_the_file(tmp_path, content):
         find_artefact(tmp_path)
 
 
-def test_inspecting_loads_neither_peft_nor_transformers(pair):
+def test_inspecting_loads_neither_peft_nor_transformers(saved):
     code = (
         "import sys; from scalora.__main__ import main; sys.argv = ['scalora', 'inspect', sys.argv[1], '--json']\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('peft', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(pair[1])], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(saved[1])], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert len(json.loads(done.stdout)["layers"]) == 8

@@ -45,13 +45,13 @@ def _edit(file, change):
 
 def test_a_truncated_export_is_the_best_approximation_and_says_what_it_costs(laid):
     folder, run = laid
-    pair = run.folder / "checkpoints" / "checkpoint-4"
-    done = export(pair, to="lora", rank=3)
+    whole = run.folder / "checkpoints" / "checkpoint-4"
+    done = export(whole, to="lora", rank=3)
     assert done.folder == folder / "run-checkpoint-4-lora-rank3"
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 3, {})
 
-    update, truncated = (dense(find_artefact(path)) for path in (pair, done.folder))
+    update, truncated = (dense(find_artefact(path)) for path in (whole, done.folder))
     assert update.keys() == truncated.keys() == done.kept.keys()
     for name, W in update.items():
         U, sigma, Vt = torch.linalg.svd(W)
@@ -59,7 +59,7 @@ def test_a_truncated_export_is_the_best_approximation_and_says_what_it_costs(lai
         torch.testing.assert_close(truncated[name], best, rtol=0, atol=1e-5)
         kept = float(sigma[:3].square().sum() / sigma.square().sum())
         assert done.kept[name].energy == pytest.approx(kept, abs=1e-6)
-        assert done.kept[name].columns == 2 + 6  # r, and three events that moved something
+        assert done.kept[name].columns == 2 + 4 * 2  # r, and a slot for each of four events
 
     assert done.loss is not None
     before, after = done.loss
@@ -70,7 +70,7 @@ def test_a_truncated_export_is_the_best_approximation_and_says_what_it_costs(lai
     assert "20 test examples" in record["loss_about"]
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "llama"), done.folder)
-    assert float((probe(model.eval()) - probe(load(pair)[0])).abs().max()) == pytest.approx(done.difference, rel=1e-3)
+    assert float((probe(model.eval()) - probe(load(whole)[0])).abs().max()) == pytest.approx(done.difference, rel=1e-3)
 
 
 @pytest.mark.parametrize("energy", [0.9, 0.999])
@@ -110,7 +110,7 @@ def test_the_data_may_be_gone(laid, tmp_path):
     assert "gone.jsonl" in done.loss_about
 
 
-def test_a_pair_that_save_pretrained_wrote_needs_no_run(tmp_path):
+def test_what_save_pretrained_wrote_needs_no_run(tmp_path):
     """Someone's own loop: no recipe, no Trainer; PEFT does not know where such a base model came from."""
     models.base("bert").save_pretrained(tmp_path / "base")
     tokenized.tokenizer().save_pretrained(tmp_path / "base")
@@ -118,10 +118,10 @@ def test_a_pair_that_save_pretrained_wrote_needs_no_run(tmp_path):
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     attach(model, optimizer, ScaLoraConfig(interval=1))
     models.train(model, optimizer, "bert", 5)
-    model.save_pretrained(tmp_path / "pair")
+    model.save_pretrained(tmp_path / "whole")
     with pytest.raises(ScaloraError, match="names its base model: give it with --base"):
-        export(tmp_path / "pair", to="merged")
-    done = export(tmp_path / "pair", to="merged", base=str(tmp_path / "base"))
+        export(tmp_path / "whole", to="merged")
+    done = export(tmp_path / "whole", to="merged", base=str(tmp_path / "base"))
     assert "no recipe.yaml" in done.loss_about
     merged = AutoModelForSequenceClassification.from_pretrained(done.folder)
     torch.testing.assert_close(models.logits(merged, "bert"), models.logits(model, "bert"), rtol=0, atol=1e-5)
@@ -166,19 +166,14 @@ def test_a_foreign_base_and_an_incomplete_or_spoilt_adapter_are_refused(laid, tm
         export(adapter, to="lora", base=str(tmp_path / "gone"))
 
     checkpoint = run.folder / "checkpoints" / "checkpoint-4"
-    halved = _copy(checkpoint, tmp_path / "halved")
-    shutil.rmtree(halved / "accumulated")
-    with pytest.raises(ScaloraError, match="lacks accumulated/"):
-        export(halved, to="lora")
 
     def spoil(tensors):
         next(iter(tensors.values()))[0, 0] = torch.nan
 
-    for part in ("", "accumulated"):
-        spoilt = _copy(checkpoint, tmp_path / f"spoilt{part}")
-        _edit(spoilt / part / "adapter_model.safetensors", spoil)
-        with pytest.raises(ScaloraError, match="not finite"):
-            export(spoilt, to="lora")
+    spoilt = _copy(checkpoint, tmp_path / "spoilt")
+    _edit(spoilt / "adapter_model.safetensors", spoil)
+    with pytest.raises(ScaloraError, match="not finite"):
+        export(spoilt, to="lora")
 
     def shorten(tensors):
         tensors.pop(next(name for name in tensors if "lora_B" in name))
@@ -187,15 +182,11 @@ def test_a_foreign_base_and_an_incomplete_or_spoilt_adapter_are_refused(laid, tm
         for name, tensor in tensors.items():
             tensors[name] = (tensor[:2] if "lora_A" in name else tensor[:, :2]).clone()
 
-    for number, (part, change, words) in enumerate(
-        [
-            ("", shorten, "does not fit the base model"),
-            ("accumulated", shorten, "do not belong together"),
-            ("accumulated", narrow, "does not fit the base model"),
-        ]
+    for number, (change, words) in enumerate(
+        [(shorten, "does not fit the base model"), (narrow, "they do not belong together")]
     ):
         changed = _copy(checkpoint, tmp_path / f"changed{number}")
-        _edit(changed / part / "adapter_model.safetensors", change)
+        _edit(changed / "adapter_model.safetensors", change)
         with pytest.raises(ScaloraError, match=words):
             export(changed, to="lora")
     assert not [path for path in tmp_path.iterdir() if "-lora" in path.name or path.name.startswith(".")]
@@ -204,7 +195,7 @@ def test_a_foreign_base_and_an_incomplete_or_spoilt_adapter_are_refused(laid, tm
 def test_a_checkpoint_that_differs_from_its_seal_is_refused(laid, tmp_path):
     _, run = laid
     shutil.copytree(run.folder / "checkpoints" / "checkpoint-4", tmp_path / "checkpoint-4")
-    weights = tmp_path / "checkpoint-4" / "accumulated" / "adapter_model.safetensors"
+    weights = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
@@ -259,8 +250,8 @@ def test_only_an_earlier_export_is_replaced(laid, tmp_path):
 
 def test_a_result_that_differs_is_not_handed_out(laid, tmp_path, monkeypatch):
     _, run = laid
-    monkeypatch.setattr("scalora.engine.plain_lora._plain", lambda config, ranks: config)  # forgets the joined ranks
-    pair = run.folder / "checkpoints" / "checkpoint-4"
+    monkeypatch.setattr("scalora.engine.plain_lora.joined_ranks", lambda sizes: {})  # forgets the joined ranks
+    whole = run.folder / "checkpoints" / "checkpoint-4"
     with pytest.raises((ScaloraError, RuntimeError)):
-        export(pair, to="lora", output=tmp_path / "out")
+        export(whole, to="lora", output=tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -106,13 +106,12 @@ def test_what_was_being_written_when_the_run_was_killed_does_not_count(stopped, 
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "scalora.safetensors", "accumulated"])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "scalora.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
 def test_a_damaged_checkpoint_is_refused_by_file_name(stopped, tmp_path, file, how):
     folder, recipe = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "checkpoint-8" / file
-    path = path / "adapter_model.safetensors" if path.is_dir() else path
     content = path.read_bytes()
     changed = {"cut": content[:-8], "changed": content[:-8] + bytes(b ^ 1 for b in content[-8:])}
     path.unlink() if how == "gone" else path.write_bytes(changed[how])

@@ -71,18 +71,18 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_a_pair_from_someones_own_loop_needs_no_tokenizer(tmp_path, kind):
+def test_an_adapter_from_someones_own_loop_needs_no_tokenizer(tmp_path, kind):
     models.base(kind).save_pretrained(tmp_path / "base")
     model = models.lora(kind)
     optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
     models.train(model, optimizer, kind, 4)
-    model.save_pretrained(tmp_path / "pair")
+    model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ScaloraError, match="names its base model"):
-        scalora.load(tmp_path / "pair")
-    loaded = scalora.load(tmp_path / "pair", base=str(tmp_path / "base"))
+        scalora.load(tmp_path / "adapter")
+    loaded = scalora.load(tmp_path / "adapter", base=str(tmp_path / "base"))
     torch.testing.assert_close(models.logits(loaded, kind), models.logits(model, kind), rtol=0, atol=1e-5)
-    done = export(tmp_path / "pair", to="delta", base=str(tmp_path / "base")) if kind == "bert" else None
+    done = export(tmp_path / "adapter", to="delta", base=str(tmp_path / "base")) if kind == "bert" else None
     if done:  # nothing but the saved head tells that it is a classifier
         torch.testing.assert_close(
             models.logits(scalora.load(done.folder), kind), models.logits(model, kind), rtol=0, atol=1e-5

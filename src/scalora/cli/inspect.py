@@ -122,13 +122,13 @@ def _with_parts(artefact: Artefact) -> Artefact:
 
     if (
         artefact.path != artefact.run
-        or artefact.pair
+        or artefact.in_parts
         or (artefact.recipe or {}).get("training", {}).get("load_best_model_at_end")
     ):
         return artefact
     newest = last_checkpoint(artefact.path)
     parts = find_artefact(newest) if newest else artefact
-    return parts if parts.pair and parts.step == artefact.step else artefact
+    return parts if parts.in_parts and parts.step == artefact.step else artefact
 
 
 def human(size: int) -> str:
@@ -148,7 +148,7 @@ def _what(artefact: Artefact) -> str:
         "model": "whole model",
         "delta": "dense difference",
     }[artefact.kind]
-    if artefact.pair:
+    if artefact.in_parts:
         kind = "trained and accumulated LoRA"
     if artefact.moved:
         kind = "LoRA and moved base weights"

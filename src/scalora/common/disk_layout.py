@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # A checkpoint or an adapter: PEFT's weights, the folder of the accumulated adapter (and its name), and our own files.
-WEIGHTS, ACCUMULATED = "adapter_model.safetensors", "accumulated"
+WEIGHTS = "adapter_model.safetensors"
+FORMER_PAIR = "accumulated"  # where scalora once put the other half of an adapter
 STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..common.errors import ScaloraError
 from ..layers.peft_lora import find_layers
-from .config import ScaLoraConfig
+from .checkpoint import write_and_read_beside
+from .config import ScaLoraConfig, as_config
 from .event import ScaLora
-from .stores.adapter import ensure_adapter
+from .stores.adapter import make_room
+from .stores.peft_model import carry
 
 
 def create_scalora_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, config: ScaLoraConfig | None = None, **kwargs: Any
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    config: ScaLoraConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Optimizer:
     """An optimizer over the model's trainable parameters that rescales the adapters as it steps.
 
@@ -22,7 +31,7 @@ def create_scalora_optimizer(
         model: a PEFT LoRA model.
         optimizer_cls: e.g. ``torch.optim.AdamW``.
         lr: learning rate.
-        config: defaults to ``ScaLoraConfig()``.
+        config: defaults to ``ScaLoraConfig()``; a dict of its fields is taken too.
         kwargs: passed on to ``optimizer_cls``.
 
     Returns:
@@ -31,18 +40,21 @@ def create_scalora_optimizer(
     Raises:
         ScaloraError: as :func:`scalora.attach`.
     """
+    config = as_config(config)
+    if not callable(optimizer_cls):
+        raise ScaloraError(f"optimizer_cls is {optimizer_cls!r}: give a class, e.g. torch.optim.AdamW")
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
     attach(model, optimizer, config)
     return optimizer
 
 
-def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> ScaLora:
+def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | Mapping[str, Any] | None = None) -> ScaLora:
     """Turn plain LoRA training into ScaLoRA: from now on ``optimizer.step()`` rescales the adapters when it is due.
 
     Args:
         model: a PEFT LoRA model, possibly compiled or wrapped for distribution.
         optimizer: a torch optimizer over its adapters, or accelerate's wrapper of one.
-        config: defaults to ``ScaLoraConfig()``.
+        config: defaults to ``ScaLoraConfig()``; a dict of its fields is taken too.
 
     Raises:
         ScaloraError: something cannot be handled exactly; the message names it and the way out.
@@ -51,13 +63,15 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None 
         >>> scalora.attach(model, optimizer)
         >>> for batch in loader: ...  # the usual loop
     """
-    return ScaLora(model, optimizer, config or ScaLoraConfig())
+    handle = ScaLora(model, optimizer, as_config(config))
+    write_and_read_beside(model)
+    return handle
 
 
-def prepare(model: nn.Module, config: ScaLoraConfig | None = None) -> None:
-    """Add the accumulated adapter now, so that FSDP2 shards it with everything else; :func:`attach` comes later.
+def prepare(model: nn.Module, config: ScaLoraConfig | Mapping[str, Any] | None = None) -> None:
+    """Let the layers carry accumulated columns now; :func:`attach` comes later.
 
-    Without it ``attach`` adds the adapter, and after ``fully_shard`` every process then keeps all of it.
+    Needed before FSDP2 shards the model, or else every process keeps all of them, and before a checkpoint is loaded.
 
     Args:
         model: a PEFT LoRA model that is not sharded yet.
@@ -66,6 +80,9 @@ def prepare(model: nn.Module, config: ScaLoraConfig | None = None) -> None:
     Raises:
         ScaloraError: as :func:`attach`.
     """
-    config = config or ScaLoraConfig()
+    config, layers = as_config(config), find_layers(model)
     if config.accumulate == "adapter":
-        ensure_adapter(model, find_layers(model), config.capacity)
+        make_room(model, layers, config.capacity)
+    else:
+        carry(model, layers, None)
+    write_and_read_beside(model)

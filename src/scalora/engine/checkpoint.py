@@ -1,4 +1,4 @@
-"""What a Trainer checkpoint needs beside PEFT's own files, so that a resumed run continues where it was."""
+"""What a checkpoint needs beside PEFT's own files, so that a resumed run continues where it was."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..common.disk_layout import BASE_FILE, STATE_FILE, WEIGHTS
+from ..common.disk_layout import BASE_FILE, STATE_FILE
 from ..common.errors import ScaloraError
-from ..layers.lora_forward import LoraForward
-from ..layers.peft_lora import ACCUMULATED, find_peft_model
+from ..layers.peft_lora import AdapterLayer, find_layers
 from ..layers.sharding import copy_into, gather_full, is_sharded, reshard
-from .event import ScaLora
-from .stores.peft_tuner import activate
+from .event import ScaLora, attached_to
+from .stores.base_weights import mark_written
+from .stores.peft_model import WholeFolders
 
 
 def save_state(handle: ScaLora, folder: Path, write: bool = True) -> None:
-    """Write ``handle.state_dict()`` to ``folder``; with ``write=False`` only help to gather it."""
+    """Write ``handle.state_dict()`` to ``folder``, and with accumulate='base' the base weights.
+
+    With ``write=False`` only help to gather what is sharded.
+    """
     tensors: dict[str, Tensor] = {}
     plain = _split(handle.state_dict(), "", tensors)
+    weights: dict[str, Tensor] = {}
+    if handle.config.accumulate == "base":
+        whole = gather_full([layer.base_weight.detach() for layer in handle.layers])
+        weights = {layer.name: weight for layer, weight in zip(handle.layers, whole, strict=True)}
     if write:
+        if weights:
+            _save(weights, folder / BASE_FILE, {"format": "pt"})
         _save(tensors, folder / STATE_FILE, {"state": json.dumps(plain)})
+    handle.saved = folder
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -38,67 +48,52 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE_FILE
     tensors = _load(path)
-    with safe_open(path, framework="pt") as file:
-        plain = json.loads(file.metadata()["state"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            plain = json.loads(file.metadata()["state"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ScaloraError(f"{path} is damaged ({error!r}): resume from an earlier checkpoint") from error
     return _join(plain, "", tensors)
 
 
-def save_moved(handle: ScaLora, model: nn.Module, folder: Path, write: bool = True) -> None:
-    """Write what PEFT does not: the base weights of accumulate='base', and a sharded accumulated adapter.
-
-    With ``write=False`` only help to gather it.
-    """
-    if handle.config.accumulate == "base":
-        names, path = [layer.name for layer in handle.layers], folder / BASE_FILE
-        tensors = gather_full([layer.base_weight.detach() for layer in handle.layers])
-    elif _any_sharded(model):
-        state = get_peft_model_state_dict(find_peft_model(model), adapter_name=ACCUMULATED)
-        names, tensors, path = list(state), gather_full(list(state.values())), folder / ACCUMULATED / WEIGHTS
-    else:
-        return
-    if write:
-        _save(dict(zip(names, tensors, strict=True)), path, {"format": "pt"})
-        if handle.config.accumulate == "adapter":
-            find_peft_model(model).peft_config[ACCUMULATED].save_pretrained(str(path.parent))
-
-
-def load_moved(handle: ScaLora, model: nn.Module, folder: Path) -> None:
-    """Put back the accumulated update of a checkpoint: its second adapter, or its base weights."""
-    if handle.config.accumulate == "base":
-        weights = _load(folder / BASE_FILE)
-        reshard(model)
-        with torch.no_grad():
-            copy_into([layer.base_weight for layer in handle.layers], [weights[x.name] for x in handle.layers])
-    else:
-        load_accumulated(model, folder)
-
-
-def load_accumulated(model: nn.Module, folder: Path) -> None:
-    """Put back the second adapter of a checkpoint, active and frozen.
+def load_base(layers: list[AdapterLayer], model: nn.Module, folder: Path) -> None:
+    """Put back the base weights of a checkpoint with accumulate='base'.
 
     Raises:
-        ScaloraError: the checkpoint holds none.
+        ScaloraError: it holds none, or those of other layers.
     """
-    path = folder / ACCUMULATED
-    if not path.is_dir():
-        raise ScaloraError(f"checkpoint {folder} holds no {ACCUMULATED!r} adapter: it was not written by a ScaLoRA run")
-    peft_model = find_peft_model(model)
-    if _any_sharded(model):  # PEFT would copy whole tensors into sharded ones
-        reshard(model)
-        weights = _load(path / WEIGHTS)
-        state = get_peft_model_state_dict(peft_model, adapter_name=ACCUMULATED)
-        with torch.no_grad():
-            copy_into(list(state.values()), [weights[name] for name in state])
-        for module in model.modules():
-            if isinstance(module, LoraForward):
-                module.used_columns = None
-    else:
-        peft_model.load_adapter(str(path), ACCUMULATED, is_trainable=True)  # True: stay in training mode
-    activate(model)
+    weights = _load(folder / BASE_FILE)
+    if missing := [layer.name for layer in layers if layer.name not in weights]:
+        raise ScaloraError(f"{folder / BASE_FILE} lacks layer {missing[0]}: resume with the same model")
+    reshard(model)
+    with torch.no_grad():
+        copy_into([layer.base_weight for layer in layers], [weights[layer.name] for layer in layers])
+    mark_written(layers)
 
 
-def _any_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(p) for p in model.parameters())
+def write_and_read_beside(model: nn.Module) -> None:
+    """From now on the model's own saving writes ScaLoRA's state too, and its own loading reads the base weights."""
+    for module in model.modules():
+        if isinstance(module, WholeFolders):
+            module.beside = _write_beside, _read_beside
+
+
+def writes_beside(model: nn.Module) -> bool:
+    """Whether the model's own saving writes ScaLoRA's state: a PeftModel that no process holds a part of only."""
+    whole = any(isinstance(module, PeftModel) for module in model.modules())
+    return whole and not any(is_sharded(p) for p in model.parameters())
+
+
+def _write_beside(model: nn.Module, folder: Path) -> None:
+    handle = attached_to(model)
+    if handle is not None and writes_beside(model):
+        adapter = handle.layers[0].adapter
+        save_state(handle, folder if adapter == "default" else folder / adapter)
+
+
+def _read_beside(model: nn.Module, folder: Path) -> None:
+    if (folder / BASE_FILE).is_file():
+        load_base(find_layers(model), model, folder)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

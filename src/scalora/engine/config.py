@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from ..algebra.scaling import ScalingMethod
@@ -47,11 +48,11 @@ class ScaLoraConfig:
     )
     accumulate: Accumulate = _help(
         "adapter",
-        "Where the moved differences go: 'adapter' (a second, frozen low-rank adapter; the base model is never "
+        "Where the moved differences go: 'adapter' (frozen columns beside the adapter's own; the base model is never "
         "written) or 'base' (added to the base weights, as in the paper).",
     )
     capacity: int | None = _help(
-        None, "Rank that the accumulated adapter keeps when it is recompressed; None is 8 times the LoRA rank."
+        None, "Accumulated columns that a layer keeps when they are recompressed; None is 8 times the LoRA rank."
     )
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
 
@@ -70,10 +71,29 @@ class ScaLoraConfig:
             _require_int("capacity", self.capacity, 1)
             if self.accumulate == "base":
                 raise ScaloraError(
-                    f"capacity is {self.capacity} but accumulate='base' keeps no adapter: leave capacity out"
+                    f"capacity is {self.capacity} but accumulate='base' keeps no columns: leave capacity out"
                 )
         if not (_is_number(self.floor) and 0 < self.floor < 1):
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
+
+
+def as_config(value: ScaLoraConfig | Mapping[str, Any] | None) -> ScaLoraConfig:
+    """Settings as they are given to us: made already, as the fields of a JSON object, or left out.
+
+    Raises:
+        ScaloraError: they are something else, or a field is unknown or out of range.
+    """
+    if value is None:
+        return ScaLoraConfig()
+    if isinstance(value, ScaLoraConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ScaloraError(f"config is {value!r}: give a ScaLoraConfig, or a dict of its fields")
+    known = [each.name for each in fields(ScaLoraConfig)]
+    for name in value:
+        if name not in known:
+            raise ScaloraError(f"config has a field {name!r}: ScaLoraConfig's are {', '.join(known)}")
+    return ScaLoraConfig(**value)
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,10 @@ gradients and the optimizer's state. Layers of one shape are handled together; n
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,6 @@ from ..algebra.precision import exact_matmul
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
-from ..layers.lora_forward import shorten
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .config import ScaLoraConfig
@@ -29,6 +31,16 @@ from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
 from .refresh.refresh import Refresh
 from .stores import AdapterStore, BaseStore, Move, Store
+
+_ATTACHED: weakref.WeakKeyDictionary[Any, weakref.ref[ScaLora]] = weakref.WeakKeyDictionary()  # by LoRA layer
+
+
+def attached_to(model: nn.Module) -> ScaLora | None:
+    """The handle that rescales this model's layers at present."""
+    for module in model.modules():
+        if module in _ATTACHED and (handle := _ATTACHED[module]()) is not None and handle.attached:
+            return handle
+    return None
 
 
 class ScaLora:
@@ -45,11 +57,13 @@ class ScaLora:
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
         self.layers = find_layers(model)
+        self.attached = True
+        self.superseded = False
+        self.saved: Path | None = None  # where its state was written last
         reshard(model)
         self.guards = Guards(model, self.optimizer, self.layers, config.accumulate)
         self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
-        for layer in self.layers:
-            shorten(layer.module)  # pyright: ignore[reportArgumentType]
+        former = attached_to(model)
         self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)
@@ -62,7 +76,14 @@ class ScaLora:
         if config.refresh is not None:
             sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
             self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes)
+        self.guards.start()
+        if former is not None:
+            former.supersede()
+        for layer in self.layers:
+            _ATTACHED[layer.module] = weakref.ref(self)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        # A copy of an optimizer has no hooks: it would go on as plain LoRA's.
+        self.optimizer.__reduce_ex__ = _refuse_copy  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def stats(self) -> list[Event]:
@@ -76,9 +97,24 @@ class ScaLora:
 
     def detach(self) -> None:
         """Stop rescaling. The model keeps its function, the store its content."""
+        self.attached = False
         self._hook.remove()
+        vars(self.optimizer).pop("__reduce_ex__", None)
         if self.refresh:
             self.refresh.detach()
+
+    def supersede(self) -> None:
+        """Give the layers up to another optimizer's ScaLoRA; further steps of this one are refused."""
+        warnings.warn(
+            "another optimizer's ScaLoRA takes over these adapters: steps of the former optimizer are refused",
+            stacklevel=4,
+        )
+        self.attached, self.superseded = False, True
+        if self.refresh:
+            self.refresh.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_copy(protocol)
 
     def check_ranks(self) -> None:
         """Make sure that all processes hold bitwise the same adapters, factors and accumulated update. A collective.
@@ -90,8 +126,8 @@ class ScaLora:
         """
         differ = set()
         for layer in self.layers:
-            frozen = layer.frozen()
-            moved = [frozen.A, frozen.Bt] if self.config.accumulate == "adapter" else [layer.base_weight]
+            held = [layer.accumulated.P, layer.accumulated.Qt] if self.config.accumulate == "adapter" else []
+            moved = held or [layer.base_weight]
             if differing(gather_full([layer.A, layer.Bt, *moved])):
                 differ.add(layer.name)
         state = torch.cat([self.constants, *(torch.cat(pair) for pair in self.history.factors())])
@@ -125,6 +161,10 @@ class ScaLora:
         Raises:
             ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
+        if not isinstance(state, dict):
+            raise ScaloraError(f"state is a {type(state).__name__}: give what handle.state_dict() returned")
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ScaloraError(f"state lacks {', '.join(missing)}: give what handle.state_dict() returned, all of it")
         for name, value in dataclasses.asdict(self.config).items():
             if state["config"].get(name) != value:
                 saved = state["config"].get(name)
@@ -155,6 +195,11 @@ class ScaLora:
         return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.superseded:
+            raise ScaloraError(
+                "this optimizer's ScaLoRA was superseded by another optimizer's on the same adapters: step that one, "
+                "or detach() both and attach anew"
+            )
         if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
             raise ScaloraError(
                 "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
@@ -180,8 +225,7 @@ class ScaLora:
         moves, scaled, record = [], [], Collector()
         for group, stack in zip(groups, stacks, strict=True):
             alpha, beta = self._factors(group, stack, finite, record)
-            s = on_device(tuple(layer.scale for layer in group.layers), torch.float64, stack.A.device)
-            moves.append(Move(group.layers, stack.A, (1 - alpha * beta) * s[:, None], stack.B))
+            moves.append(Move(group.layers, stack.A, 1 - alpha * beta, stack.B))
             scaled += per_parameter(group, alpha, beta)
         self.store.receive(moves, valid=finite)
         params, factors, gradient_factors = zip(*scaled, strict=True)
@@ -229,6 +273,14 @@ def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLora
             )
     values = [1 / (config.lipschitz * rates[id(layer.A)] * layer.scale**2) for layer in layers]
     return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _refuse_copy(protocol: Any) -> NoReturn:
+    """Copying and pickling ask for this."""
+    raise ScaloraError(
+        "an optimizer with ScaLoRA attached, and its handle, cannot be copied or pickled: copy the model and attach "
+        "ScaLoRA to a new optimizer on it; states go over by state_dict() and load_state_dict()"
+    )
 
 
 def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What may not change under a run: looked at before every optimizer step, by object identity, no tensor is read."""
+"""What may not change under a run, or bypass it: looked at before every step, by object identity; no tensor is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError
-from ..layers.peft_lora import ACCUMULATED, AdapterLayer
+from ..layers.peft_lora import AdapterLayer
 from .optimizers import state_powers
 
 
@@ -21,8 +21,14 @@ class Guards:
         self.dtypes: dict[int, torch.dtype] = {}  # of each parameter, by its id
         self.layers = [(layer, places.get(id(layer.module))) for layer in layers]
 
+    def start(self) -> None:
+        """From now on a layer must have been called before its adapter's gradients are used."""
+        for layer, _ in self.layers:
+            # Gradients of before come from passes of before.
+            layer.module.called = layer.A.grad is not None or layer.Bt.grad is not None  # pyright: ignore
+
     def check(self, *, starting: bool = False) -> None:
-        """Look once; ``starting``: before the accumulated adapter is made.
+        """Look once; ``starting``: before the layers carry anything.
 
         Raises:
             ScaloraError: the next step would train something else than was attached; names layer and way out.
@@ -36,25 +42,31 @@ class Guards:
                     f"layer {layer.name} is no longer part of the model (unload or merge_and_unload in mid-run?): "
                     "detach() ScaLoRA first, and attach it anew to a new PEFT model"
                 )
-            if problem := self._problem(layer, optimized, accumulates):
+            if problem := self._problem(layer, optimized, accumulates, starting):
                 raise ScaloraError(f"layer {layer.name}: {problem}")
 
-    def _problem(self, layer: AdapterLayer, optimized: set[int], accumulates: bool) -> str:
+    def _problem(self, layer: AdapterLayer, optimized: set[int], accumulates: bool, starting: bool) -> str:
         module, adapter = layer.module, layer.adapter
         held = module.lora_A._modules  # in place of its keys(): this runs before every step
-        for name in (adapter, ACCUMULATED) if accumulates else (adapter,):
-            if name not in held:
-                return f"adapter {name!r} was deleted in mid-run: detach() ScaLoRA before deleting adapters"
-            if name not in module.active_adapters:
-                return f"adapter {name!r} is not active: call model.set_adapter({adapter!r}) before the forward pass"
+        if adapter not in held:
+            return f"adapter {adapter!r} was deleted in mid-run: detach() ScaLoRA before deleting adapters"
+        if adapter not in module.active_adapters:
+            return f"adapter {adapter!r} is not active: call model.set_adapter({adapter!r}) before the forward pass"
+        if accumulates and adapter not in module.accumulated:  # pyright: ignore[reportAttributeAccessIssue]
+            return f"adapter {adapter!r} was made anew in mid-run: detach() ScaLoRA first, and attach it anew"
         if module.disable_adapters:
             return "adapters are disabled: take optimizer steps outside of model.disable_adapter()"
         if module.merged:
             return "adapters are merged into the base weight: call model.unmerge_adapter() before going on"
-        if self.accumulate == "base" and (others := set(held) - {ACCUMULATED, *module.active_adapters}):
+        if self.accumulate == "base" and (others := set(held) - set(module.active_adapters)):
             return (
                 f"accumulate='base' would change adapter {', '.join(map(repr, sorted(others)))} too, which shares the "
                 "base weight: delete it, or choose accumulate='adapter'"
+            )
+        if not starting and not module.called and (layer.A.grad is not None or layer.Bt.grad is not None):  # pyright: ignore
+            return (
+                "its adapter got a gradient without its own forward pass: a fused kernel (Unsloth's, axolotl's "
+                "lora_*_kernel) reads the matrices past it, and would leave out what is moved; switch these kernels off"
             )
         for p in (layer.A, layer.Bt):
             if id(p) not in optimized:

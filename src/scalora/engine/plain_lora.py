@@ -1,24 +1,29 @@
-"""One plain LoRA out of the trained and the accumulated adapter: loads wherever LoRA loads, without scalora."""
+"""One plain LoRA of trained and accumulated columns: loads wherever LoRA loads, without scalora."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..algebra.lowrank import singular_values, truncate
-from ..common.disk_layout import WEIGHTS
+from ..common.disk_layout import PREFIX, WEIGHTS
 from ..common.errors import ScaloraError
 from ..common.files import replace_folder
-from ..layers.peft_lora import ACCUMULATED, AdapterLayer, changes_base, find_layers, find_peft_model
+from ..layers.joined_config import joined_ranks, plain_name, unwritable
+from ..layers.peft_lora import AdapterLayer, find_layers, find_peft_model
 from ..layers.sharding import gather_full, is_writer
+from ..layers.stand_in import StandIn
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
@@ -26,13 +31,12 @@ Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a lay
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
     A, Bt = gather_full([layer.A.detach(), layer.Bt.detach()])
-    P, Q = [A * layer.scale], [Bt.mT]
-    if ACCUMULATED in layer.module.lora_A:
-        A, Bt = gather_full([layer.frozen().A.detach(), layer.frozen().Bt.detach()])
-        used = A.any(0) & Bt.any(1)
-        P.append(A[:, used].to(P[0]))
-        Q.append(Bt[used].mT.to(Q[0]))
-    return torch.cat(P, 1), torch.cat(Q, 1)
+    held = layer.module.held(layer.adapter) if isinstance(layer.module, StandIn) else None
+    if held is not None:
+        P, Qt = held.columns()
+        used = P.any(0) & Qt.any(1)
+        A, Bt = torch.cat([A.to(P.dtype), P[:, used]], 1), torch.cat([Bt.to(P.dtype), Qt[used]])
+    return A * layer.scale, Bt.mT
 
 
 class Kept(NamedTuple):
@@ -63,9 +67,9 @@ class Truncation:
     ) -> None:
         if (rank is None) == (energy is None):
             raise ScaloraError(f"rank is {rank} and energy is {energy}: give one of the two")
-        if rank is not None and rank < 1:
-            raise ScaloraError(f"rank is {rank}: it must be 1 or more")
-        if energy is not None and not 0 < energy < 1:
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ScaloraError(f"rank is {rank!r}: it must be a whole number of 1 or more")
+        if energy is not None and (not isinstance(energy, int | float) or not 0 < energy < 1):
             raise ScaloraError(
                 f"energy is {energy}: it must lie between 0 and 1 (both excluded); 1 needs no truncation"
             )
@@ -89,14 +93,14 @@ def _rank_for(energy: float, sigma: Tensor) -> int:
 
 
 def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joined_factors) -> Path:
-    """Save trained and accumulated adapter as one plain PEFT LoRA adapter with the same function.
+    """Save trained and accumulated columns as one plain PEFT LoRA adapter with the same function and scale 1.
 
     Of several processes the first one writes. With a model sharded by FSDP2 every process must call it.
 
     Args:
         model: a model trained with accumulate="adapter" (or plain LoRA, which is saved as it is).
         path: the folder to write; replaced as a whole once everything is on disk.
-        factors: what the update of each layer is, where it is more than these two adapters, or less
+        factors: what the update of each layer is, where it is more than these columns, or less
             (:class:`Truncation`).
 
     Returns:
@@ -106,70 +110,56 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation, or accumulate="base", has
             changed the base weights; or something else than an adapter lies at ``path``.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise ScaloraError(f"path is {path!r}: give the name of a folder")
     state, config = plain_lora(model, factors)
-    folder, temporary = Path(path), Path(f"{path}.tmp")
+    folder = Path(os.path.abspath(path))
+    temporary = folder.with_name(f"{folder.name}.tmp")
     other = folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file()
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or other:
         raise ScaloraError(
             f"path is {str(path)!r}, which is no adapter's folder and will not be replaced: name another"
         )
     if not is_writer():
-        return folder
+        return Path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_plain_lora(temporary, state, config)
     replace_folder(temporary, folder)
-    return folder
+    return Path(path)
 
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
     """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
-    layers = find_layers(model)
-    peft_model = find_peft_model(model)
-    if getattr(peft_model.base_model, "base_written", False):
-        raise ScaloraError(
-            "accumulate='base' has added its moved differences to the base weights, which no LoRA adapter of this rank "
-            "holds: save the whole model (model.merge_and_unload() and save_pretrained)"
-        )
-    adapter = layers[0].adapter
+    adapter, peft_model = find_layers(model)[0].adapter, find_peft_model(model)
+    layers = [
+        AdapterLayer(PREFIX + plain_name(name), module, adapter)
+        for name, module in peft_model.base_model.model.named_modules()  # pyright: ignore
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    ]
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
     untruncated = factors.factors if isinstance(factors, Truncation) else factors
-    if untruncated is joined_factors and changes_base(config.init_lora_weights):
-        raise ScaloraError(
-            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, so that a plain LoRA "
-            "adapter would not fit the original base: save the whole model (model.merge_and_unload() and "
-            "save_pretrained), or train from another initialisation"
-        )
-    state = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
-    ranks: dict[str, int] = {}
+    own = untruncated is joined_factors
+    if problem := unwritable(config, [layer.module for layer in layers], adapter, rewritten=own):
+        raise ScaloraError(problem)
+    state = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+    sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
         P, Q = factors(layer)
-        name = "base_model.model." + layer.name.split("base_model.model.", 1)[-1]
-        state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"] = P, Q.mT
-        ranks[name.removeprefix("base_model.model.")] = P.shape[1]
-    return dict(zip(state, gather_full(list(state.values())), strict=True)), _plain(config, ranks)
+        state[f"{layer.name}.lora_B.weight"], state[f"{layer.name}.lora_A.weight"] = P, Q.mT
+        sizes[layer.name.removeprefix(PREFIX)] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
+    changes: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True, **joined_ranks(sizes)}
+    if config.task_type is None:  # as PEFT itself does, for AutoPeftModel
+        base = type(peft_model.get_base_model())
+        changes["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    plain = dataclasses.replace(copy.deepcopy(config), **changes)
+    return dict(zip(state, gather_full(list(state.values())), strict=True)), plain
 
 
 def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig) -> None:
     """The two files of an adapter, into a folder that exists."""
     # clone: with bias="all" PEFT lists the bias of a module that is saved as a whole under two names.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-def _plain(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-    """The trained adapter's config at the joined ranks and scale 1 (the scale went into the factors)."""
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    others = {name: rank for name, rank in ranks.items() if rank != common}
-    return dataclasses.replace(
-        config,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        use_rslora=False,
-        init_lora_weights=True,
-        inference_mode=True,
-    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..common.errors import ScaloraError
-from ..layers.peft_lora import ACCUMULATED
 from .attach import attach, prepare
-from .checkpoint import load_moved, read_state, save_moved, save_state
-from .config import ScaLoraConfig
+from .checkpoint import load_base, read_state, save_state, writes_beside
+from .config import ScaLoraConfig, as_config
 from .event import ScaLora
+from .stores.peft_model import WholeFolders
 
 
 class ScaLoraCallback(TrainerCallback):
@@ -20,33 +23,28 @@ class ScaLoraCallback(TrainerCallback):
 
     The model must be a PEFT LoRA model by the time training begins (TRL's ``peft_config`` is fine). Median factors, the
     relative size of the moved difference and the share of layers solved by Theorem 5 join the ordinary logs as
-    ``scalora/*``. Checkpoints gain the accumulated adapter (PEFT saves it) and a small ``scalora.safetensors``.
+    ``scalora/*``. Checkpoints hold one plain LoRA, which PEFT loads alone, and a small ``scalora.safetensors``.
 
     Args:
-        config: defaults to ``ScaLoraConfig()``.
-        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` is given, where that is not the
-            Trainer's own ``output_dir/checkpoint-N``.
+        config: defaults to ``ScaLoraConfig()``; a dict of its fields is taken too.
+        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` is given. Only a sharded model
+            needs it, where that is not the Trainer's own ``output_dir/checkpoint-N``.
 
     Raises:
         ScaloraError: as :func:`scalora.attach`, when training begins.
     """
 
-    def __init__(self, config: ScaLoraConfig | None = None, *, resume_from: str | Path | None = None) -> None:
-        self.config = config or ScaLoraConfig()
+    def __init__(
+        self, config: ScaLoraConfig | Mapping[str, Any] | None = None, *, resume_from: str | Path | None = None
+    ) -> None:
+        self.config = as_config(config)
         self.resume_from = resume_from
         self.handle: ScaLora | None = None  # of the present or last training
-        self.saved: int | None = None  # the step of its latest checkpoint
+        self.saved: int | None = None  # the step of its latest checkpoint, where we write it
 
     def on_init_end(self, args, state, control, **kwargs) -> None:
-        model = kwargs.get("model")
-        # Before the model is wrapped for distribution, and before a checkpoint is loaded into its adapters.
-        if model is not None:
-            adapters = {name for m in model.modules() if isinstance(m, PeftModel) for name in m.peft_config}
-            if self.config.accumulate == "adapter" and {"ref", ACCUMULATED} <= adapters:
-                raise ScaloraError(
-                    "TRL has made adapter 'ref', the reference, of the trained adapter without what the accumulated "
-                    "adapter holds: join the two with scalora.save_plain_lora and train the result, loaded anew"
-                )
+        # Before the model is wrapped for distribution, and before a checkpoint is loaded into its layers.
+        if (model := kwargs.get("model")) is not None:
             prepare(model, self.config)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -56,12 +54,19 @@ class ScaLoraCallback(TrainerCallback):
             raise ScaloraError(
                 f"refresh is {every}, but training has {state.max_steps} steps, so that none would take place: lower it"
             )
+        if self.handle is not None:
+            self.handle.detach()  # of a training that an exception has ended
         self.handle, self.saved = attach(model, kwargs["optimizer"], self.config), None
+        loaded = loaded_from(model)
         if state.global_step > 0:
-            checkpoint = Path(self.resume_from or _checkpoint(args, state))
-            state_then = read_state(checkpoint)  # what is no checkpoint of ours is refused before anything changes
-            load_moved(self.handle, model, checkpoint)
+            folder = Path(self.resume_from or loaded or _checkpoint(args, state))
+            refuse_incomplete(folder, args)
+            state_then = read_state(folder)  # what is no checkpoint of ours is refused before anything changes
+            if self.config.accumulate == "base":
+                load_base(self.handle.layers, model, folder)
             self.handle.load_state_dict(state_then)
+        elif loaded is not None and (loaded / "optimizer.pt").is_file() and not (loaded / TRAINER_STATE_NAME).is_file():
+            raise ScaloraError(f"checkpoint {loaded} lacks {TRAINER_STATE_NAME}: resume from a whole one")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if control.should_save:  # our part first: once Trainer's is there it deletes older checkpoints
@@ -70,10 +75,9 @@ class ScaLoraCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        if self.handle is not None and self.saved != state.global_step:
-            # Every process helps to gather what is sharded.
+        """Write what the model's own saving does not: every process helps to gather what is sharded."""
+        if self.handle is not None and not writes_beside(kwargs["model"]) and self.saved != state.global_step:
             save_state(self.handle, _checkpoint(args, state), args.should_save)
-            save_moved(self.handle, kwargs["model"], _checkpoint(args, state), args.should_save)
             self.saved = state.global_step
 
     def on_log(self, args, state, control, **kwargs) -> None:
@@ -87,9 +91,12 @@ class ScaLoraCallback(TrainerCallback):
         if self.handle is None:
             return
         self.handle.detach()
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            # Trainer has put back the trained adapter of that checkpoint only.
-            load_moved(self.handle, kwargs["model"], Path(state.best_model_checkpoint))
+        model, best = kwargs["model"], state.best_model_checkpoint
+        if args.load_best_model_at_end and best and not writes_beside(model):
+            # Trainer has put back what is trained, and only that.
+            self.handle.store.load_state_dict(read_state(Path(best))["store"])
+            if self.config.accumulate == "base":
+                load_base(self.handle.layers, model, Path(best))
 
 
 def log_figures(handle: ScaLora) -> dict[str, float]:
@@ -106,7 +113,34 @@ def log_figures(handle: ScaLora) -> dict[str, float]:
     }
 
 
+def loaded_from(model: nn.Module) -> Path | None:
+    """The folder that the model's adapter was loaded from, if the model has seen it."""
+    found = (module.loaded_from for module in model.modules() if isinstance(module, WholeFolders))
+    return next(found, None)
+
+
+def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
+    """Refuse a checkpoint without all that a resumed run needs to be the one that went on.
+
+    Raises:
+        ScaloraError: it names what is missing.
+    """
+    rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+    sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("optimizer_0*"))
+    needed = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", rng, *(["scaler.pt"] if args.fp16 else [])]
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise ScaloraError(
+            f"checkpoint {folder} lacks {', '.join(missing)}, without which a resumed run is another one: take a whole "
+            "checkpoint (save_only_model writes none), or start anew from this adapter"
+        )
+
+
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     if args.output_dir is None:
         raise ScaloraError("TrainingArguments.output_dir is not set: a resumed run needs it to find its checkpoint")
+    if state.is_hyper_param_search:
+        raise ScaloraError(
+            "hyperparameter_search names folders that a model without PEFT's save_pretrained, or a sharded one, is not "
+            "told: wrap it with peft.get_peft_model, or search without saving"
+        )
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

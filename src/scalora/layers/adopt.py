@@ -28,7 +28,8 @@ def _joined(mixin: type, cls: type) -> type:
         _, _, *rest = super(joined, self).__reduce_ex__(protocol)
         return (_empty, (mixin, cls), *rest)
 
-    joined = type(cls.__name__, (mixin, cls), {"__reduce_ex__": reduce})
+    own = {"__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    joined = type(cls.__name__, (mixin, cls), own)
     return joined
 
 

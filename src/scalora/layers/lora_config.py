@@ -11,6 +11,7 @@ VARIANTS = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "alora_invocation_tokens",
     "arrow_config", "layer_replication", "use_bdlora", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
+UNREADABLE = "LORA, of which a part lies beside it: load this folder with scalora.load"  # a peft_type, where so
 
 
 def scale(config: dict[str, Any], name: str, rank: int) -> float:

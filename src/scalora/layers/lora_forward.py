@@ -2,8 +2,8 @@
 
 PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
 there and back each time. Here all adapters together are two matrix products, the second of which adds to the result
-instead of writing a product, a scaled product and a sum. Of the accumulated adapter only the columns in use take part,
-and where there are many tokens, all are added to the weight instead (:mod:`.products`).
+instead of writing a product, a scaled product and a sum. Of what is accumulated only the columns in use take part, and
+where there are many tokens, all are added to the weight instead (:mod:`.products`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.disk_layout import ACCUMULATED
+from .accumulated import Accumulated
 from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
 from .products import Adapter, add_adapters, frozen_weight, merged_linear, merging_is_cheaper
@@ -26,8 +26,6 @@ class LoraForward(nn.Module, LoraLayer):
     """Stands in for PEFT's LoRA layers: a shorter forward pass of plain linear ones, sketches of any's gradient."""
 
     sketch: GradientSketch | None = None
-    used_columns: int | None = None
-    """Columns of the accumulated adapter that are not zero, set by its store alone; None: all of them may be."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
@@ -39,10 +37,19 @@ class LoraForward(nn.Module, LoraLayer):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             result = self._short(x, adapters)
         else:
-            result = super().forward(x, *args, **kwargs)
+            result = self.peft_forward(x, *args, **kwargs)
         if self.sketch is not None and torch.is_grad_enabled():
             return gather_sketch(result, x, self.sketch)
         return result
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is PEFT's ordinary layer for linear ones, whose pass we know."""
+        return super().forward.__func__ is Linear.forward  # pyright: ignore
+
+    def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own pass."""
+        return super().forward(x, *args, **kwargs)
 
     def _short(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         # Where all columns are trained, their own thin products are the cheaper way.
@@ -54,7 +61,7 @@ class LoraForward(nn.Module, LoraLayer):
 
     def _plain_adapters(self, x: Tensor) -> list[Adapter] | None:
         """Each active adapter; None where the short way would not do the same."""
-        if super().forward.__func__ is not Linear.forward:  # pyright: ignore  # it is not what we know how to shorten
+        if not self.is_linear:
             return None
         if self.disable_adapters or self.merged or x.ndim < 2 or type(self.base_layer) not in (nn.Linear, Conv1D):
             return None
@@ -73,24 +80,16 @@ class LoraForward(nn.Module, LoraLayer):
             # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
             if is_sharded(A) or not (A.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
                 return None
-            if name == ACCUMULATED and self.used_columns is not None and not torch.compiler.is_compiling():
-                if self.used_columns == 0:
-                    continue
-                A, B = A[: self.used_columns], B[:, : self.used_columns]
-            found.append(Adapter(A, B, float(self.scaling[name])))
+            scale = float(self.scaling[name])
+            found.append(Adapter(A, B, scale))
+            if (held := self.held(name)) is not None:
+                P, Qt = held.live()
+                found.append(Adapter(Qt, P, scale))
         return found
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.used_columns = None  # whoever loads may fill more columns
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.used_columns = None  # no store looks after a copy, which may be averaged or written to
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(*args, **kwargs)
-        self.used_columns = None  # so may a new adapter of the same name
+    def held(self, adapter: str) -> Accumulated | None:
+        """What has been moved out of an adapter and belongs to its function; None where there is nothing."""
+        return None
 
 
 def shorten(module: nn.Module) -> None:

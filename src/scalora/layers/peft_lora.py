@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.disk_layout import ACCUMULATED  # name of the frozen adapter that holds what has been moved
 from ..common.errors import ScaloraError
+from .accumulated import Accumulated
 from .sharding import plain_class, refuse_flattened
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ class AdapterLayer:
         weight: Tensor = self.base.weight  # pyright: ignore
         return weight.T if isinstance(self.base, Conv1D) else weight
 
-    def frozen(self) -> AdapterLayer:
-        """The accumulated adapter of the same weight."""
-        return AdapterLayer(self.name, self.module, ACCUMULATED)
+    @property
+    def accumulated(self) -> Accumulated:
+        """The columns beside it, frozen."""
+        return self.module.accumulated[self.adapter]  # pyright: ignore
 
 
 def find_layers(model: nn.Module) -> list[AdapterLayer]:
@@ -89,18 +90,14 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
     foreign: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            for wrapper in _WRAPPERS:
+            for wrapper in WRAPPERS:
                 name = name.replace(wrapper, "")
             name = name.removeprefix("module.")  # DistributedDataParallel's
             layers += [AdapterLayer(name, module, adapter) for adapter in _trained_adapters(name, module)]
         elif isinstance(module, BaseTunerLayer):
             foreign.add(type(module).__name__)
     if not layers:
-        found = f"it has {', '.join(sorted(foreign))} layers" if foreign else "it has no PEFT layers"
-        raise ScaloraError(
-            f"model {type(model).__name__} has no trainable LoRA layer ({found}): wrap it with "
-            "peft.get_peft_model(model, LoraConfig(...)) first, or call model.set_adapter(...) to make one active"
-        )
+        raise ScaloraError(f"model {type(model).__name__} has no trainable LoRA layer: " + _why_none(model, foreign))
     adapters = sorted({layer.adapter for layer in layers})
     if len(adapters) > 1:
         raise ScaloraError(
@@ -111,6 +108,19 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
         if Counter(shared)[id(layer.A)] > 1 or Counter(shared)[id(layer.Bt)] > 1:
             raise ScaloraError(f"layer {layer.name} shares its adapter with another layer: give each its own adapter")
     return layers
+
+
+def _why_none(model: nn.Module, foreign: set[str]) -> str:
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(module.disable_adapters for module in lora):
+        return "its adapters are disabled; attach outside of model.disable_adapter()"
+    if names := sorted({name for module in lora for name in (*module.lora_A, *module.lora_embedding_A)}):
+        return (
+            f"adapter {', '.join(map(repr, names))} is frozen or not active; call model.set_adapter(name), or load it "
+            "with is_trainable=True"
+        )
+    found = f"it has {', '.join(sorted(foreign))} layers" if foreign else "it has no PEFT layers"
+    return f"{found}; wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
 
 
 def is_dense(layer: AdapterLayer) -> bool:
@@ -130,6 +140,11 @@ def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLa
 
 def _trained_adapters(name: str, module: LoraLayer) -> list[str]:
     """Adapters of one layer that are active and being trained, each checked to be a plain s·A Bᵀ."""
+    if not isinstance(module.lora_A, nn.ModuleDict):
+        raise ScaloraError(
+            f"layer {name} is a {type(module).__name__} ({type(module).__module__.split('.')[-2]}): only plain LoRA "
+            "can be rescaled; use LoraConfig"
+        )
     active = [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A]
     embedded = [a for a in active if a in module.lora_embedding_A]
     if embedded and any(p.requires_grad for p in module.lora_embedding_A.parameters()):
@@ -145,8 +160,8 @@ def _check(name: str, module: LoraLayer, adapter: str) -> None:
     A, B = module.lora_B[adapter], module.lora_A[adapter]
     if "Wrapper" in type(module).__name__:  # PEFT's ParamWrapper
         raise ScaloraError(
-            f"layer {name} adapts a bare parameter: train without it (LoraConfig(target_parameters=None)); only linear "
-            "layers can be rescaled"
+            f"layer {name} adapts a bare parameter, as experts and routers are: only linear layers can be rescaled; "
+            "name those in target_modules, e.g. ['q_proj', 'k_proj', 'v_proj', 'o_proj'], and set no target_parameters"
         )
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
         variant = type(module.lora_variant.get(adapter)).__name__

@@ -6,15 +6,14 @@ import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
-from ..engine.stores.adapter import ensure_adapter
+from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
 from .method import Adapted, Method
-from .support.accumulated import AccumulatedCallback
 from .support.gradients import mean_gradients
 
 
@@ -31,8 +30,8 @@ class LoraGaOptions(BaseModel):
 class LoraGa(Method):
     """A = Vᵀ[:r], B = U[:, r:2r] of the gradient's SVD; s·B₀A₀ is taken out of the frozen part.
 
-    W itself is not written: −s·B₀A₀ is a frozen second adapter of rank r, so the model's function starts unchanged and
-    what is saved is one plain LoRA of rank 2r on the original weights.
+    W itself is not written: −s·B₀A₀ are r frozen columns beside the adapter, so the model's function starts unchanged.
+    What is saved is one plain LoRA of rank 2r on the original weights.
     """
 
     name = "lora-ga"
@@ -43,7 +42,7 @@ class LoraGa(Method):
         assert isinstance(self.options, LoraGaOptions)
         peft_model = lora_model(model, self.spec, head, use_rslora=self.options.rslora)
         require_two_ranks(peft_model, self.spec.rank, self.name)
-        ensure_adapter(peft_model, find_layers(peft_model), self.spec.rank, slots=0)
+        make_room(peft_model, find_layers(peft_model), self.spec.rank, slots=0)
         return Adapted(
             peft_model,
             lambda path: save_plain(peft_model, head, path),
@@ -52,15 +51,14 @@ class LoraGa(Method):
         )
 
 
-class LoraGaCallback(AccumulatedCallback):
+class LoraGaCallback(TrainerCallback):
     """Sets the adapters when training begins, from a few batches of its data."""
 
     def __init__(self, model: PeftModel, options: LoraGaOptions) -> None:
-        super().__init__(model)
+        self.model = model
         self.options = options
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0:
             return
         layers = find_layers(self.model)
@@ -72,8 +70,7 @@ class LoraGaCallback(AccumulatedCallback):
                 B, A = initial_factors(gradients[layer.name], layer.rank, self.options.gamma, args.seed)
                 layer.lora_B.copy_(B)
                 layer.lora_A.copy_(A)
-                layer.frozen().lora_B.copy_(-layer.scale * B)
-                layer.frozen().lora_A.copy_(A)
+                layer.accumulated.put(-B, A)
 
 
 def initial_factors(G: Tensor, rank: int, gamma: float, seed: int = 0) -> tuple[Tensor, Tensor]:

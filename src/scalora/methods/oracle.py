@@ -13,19 +13,18 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..algebra.directions import dense_svd, optimal_adapters
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
 from ..engine.stores import AdapterStore, whole_update
-from ..engine.stores.adapter import ensure_adapter
+from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
 from .method import Adapted, Method
-from .support.accumulated import AccumulatedCallback
 from .support.gradients import FullGradients
 
 
@@ -53,7 +52,7 @@ class Oracle(Method):
         require_two_ranks(peft_model, self.spec.rank, self.name)
         layers = find_layers(peft_model)
         capacity = self.options.capacity or max(min(layer.lora_B.shape[0], layer.lora_A.shape[1]) for layer in layers)
-        ensure_adapter(peft_model, layers, capacity)
+        make_room(peft_model, layers, capacity)
         return Adapted(
             peft_model,
             lambda path: save_plain(peft_model, head, path),
@@ -62,11 +61,11 @@ class Oracle(Method):
         )
 
 
-class OracleCallback(AccumulatedCallback):
+class OracleCallback(TrainerCallback):
     """Lets the full gradient be computed on the steps of events, and acts on it before the optimizer does."""
 
     def __init__(self, model: PeftModel, options: OracleOptions, capacity: int) -> None:
-        super().__init__(model)
+        self.model = model
         self.options = options
         self.capacity = capacity
         self.layers = find_layers(model)
@@ -76,7 +75,6 @@ class OracleCallback(AccumulatedCallback):
         self.due = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         if args.fp16:
             raise ScaloraError("training.fp16 scales the loss, which scalora-oracle does not undo: use bf16 or float32")
         self.store = AdapterStore(self.model, self.layers, self.capacity)
@@ -89,7 +87,6 @@ class OracleCallback(AccumulatedCallback):
             self.gradients.open()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        super().on_train_end(args, state, control, **kwargs)
         self.hook.remove()
 
     @torch.no_grad()

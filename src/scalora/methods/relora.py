@@ -10,17 +10,16 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
 from ..engine.stores import AdapterStore, whole_update
-from ..engine.stores.adapter import ensure_adapter
+from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
 from .method import Adapted, Method
-from .support.accumulated import AccumulatedCallback
 
 
 class ReLoraOptions(BaseModel):
@@ -55,7 +54,7 @@ class ReLora(Method):
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         assert isinstance(self.options, ReLoraOptions)
         peft_model = lora_model(model, self.spec, head)
-        ensure_adapter(peft_model, find_layers(peft_model), self.options.capacity)
+        make_room(peft_model, find_layers(peft_model), self.options.capacity)
         return Adapted(
             peft_model,
             lambda path: save_plain(peft_model, head, path),
@@ -64,17 +63,16 @@ class ReLora(Method):
         )
 
 
-class ReLoraCallback(AccumulatedCallback):
+class ReLoraCallback(TrainerCallback):
     """Restarts after steps K, 2K, … but the last, and scales the learning rate of the steps that follow."""
 
     def __init__(self, model: PeftModel, options: ReLoraOptions) -> None:
-        super().__init__(model)
+        self.model = model
         self.options = options
         self.step = 0  # optimizer steps taken
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         self.every = self.options.every or max(1, state.max_steps // 4)
         self.warmup = min(50, self.every // 10) if self.options.warmup is None else self.options.warmup
         if self.warmup >= self.every:
@@ -96,7 +94,6 @@ class ReLoraCallback(AccumulatedCallback):
             self._restart(args.seed + self.step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        super().on_train_end(args, state, control, **kwargs)
         for hook in self.hooks:
             hook.remove()
 

@@ -156,8 +156,7 @@ class Refresh:
 
 def _move(sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> Move:
     """sign·s·A Bᵀ of layers of one shape."""
-    s = torch.tensor([[sign * layer.scale] * layer.rank for layer in layers], dtype=torch.float64, device=A.device)
-    return Move(layers, A, s, B)
+    return Move(layers, A, A.new_full((len(layers), A.shape[-1]), sign, dtype=torch.float64), B)
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

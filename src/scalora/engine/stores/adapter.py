@@ -1,47 +1,51 @@
-"""Differences kept in a second, frozen LoRA adapter; the base weights are never written.
+"""Differences kept as frozen columns beside the adapter's own; the base weights are never written.
 
-Per layer the adapter has ``capacity`` columns and room for a few events more. An event fills one slot of r columns;
-when none is free, the sum is recompressed to ``capacity`` columns by a truncated SVD of its factors.
+Each layer holds ``capacity`` columns and room for a few events more. An event fills one slot of r columns; when none is
+free, the sum is recompressed to ``capacity`` columns by a truncated SVD of its factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ...algebra.lowrank import truncate
 from ...common.errors import ScaloraError
-from ...layers.lora_forward import LoraForward
-from ...layers.peft_lora import ACCUMULATED, AdapterLayer, find_peft_model
-from ...layers.sharding import copy_into, gather_full
-from .peft_tuner import activate, pair
+from ...layers.peft_lora import AdapterLayer
+from ...layers.sharding import copy_into, gather_full, is_sharded
+from .peft_model import carry
 from .store import Move, Store, only_where
 
 SLOTS = 4  # events from one recompression to the next
 
 
 class AdapterStore(Store):
-    """The accumulated adapter of a model; created on first use, taken over where it already exists."""
+    """The accumulated columns of a model's layers; made on first use, taken over where there are some.
+
+    Args:
+        model: holds the layers.
+        layers: whose differences are taken.
+        capacity: columns of each layer after a recompression; None: eight times its rank.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None) -> None:
-        ensure_adapter(model, layers, capacity)
-        self.layers = [layer.frozen() for layer in layers]
-        ranks = [layer.rank for layer in layers]
+        make_room(model, layers, capacity)
+        self.layers = list(layers)
+        self.ranks = [layer.rank for layer in layers]
         self.capacities = _capacities(layers, capacity)
-        in_use = any(bool(A.any()) for layer in self.layers for A in gather_full([layer.A]))
-        # All columns are free at first; of an adapter taken over any may be in use.
-        self.free = 0 if in_use else min(layer.rank // r for layer, r in zip(self.layers, ranks, strict=True))
         device = layers[0].A.device
-        self.settled = False  # whether the first columns are a recompression's
         self.discarded = torch.zeros(len(layers), device=device)  # squared norm lost so far, per layer
         self.total = torch.zeros(len(layers), device=device)  # squared norm at the last recompression
-        self.ranks = ranks
-        self._set_used_columns()
+
+    @property
+    def free(self) -> int:
+        """Events that fit before the next recompression."""
+        pairs = zip(self.layers, self.ranks, self.capacities, strict=True)
+        return min((capacity + SLOTS * r - layer.accumulated.used) // r for layer, r, capacity in pairs)
 
     def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
         if self.free < 1:
@@ -51,17 +55,16 @@ class AdapterStore(Store):
             self.recompress()
         for layers, A, d, B in moves:
             self._add(layers, only_where(valid, A), d, only_where(valid, B))
-        self.free -= 1
         if self.free < spare:
             self.recompress()
-        self._set_used_columns()
 
     def _add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        targets = [layer.frozen() for layer in layers]
-        scaled, transposed = A.to(targets[0].A.dtype) * d[:, None, :].to(targets[0].A.dtype), B.mT
-        start = targets[0].rank - self.free * layers[0].rank
-        copy_into([t.A for t in targets], list(scaled), [(0, start)] * len(targets))
-        copy_into([t.Bt for t in targets], list(transposed), [(start, 0)] * len(targets))
+        held = [layer.accumulated for layer in layers]
+        scaled, transposed = A.to(held[0].P.dtype) * d[:, None, :].to(held[0].P.dtype), B.mT
+        copy_into([h.P for h in held], list(scaled), [(0, h.used) for h in held])
+        copy_into([h.Qt for h in held], list(transposed), [(h.used, 0) for h in held])
+        for h in held:
+            h.used += A.shape[-1]
 
     def discarded_share(self, like: Tensor) -> Tensor:
         share = torch.where(self.total > 0, self.discarded / self.total, 0.0)
@@ -73,99 +76,59 @@ class AdapterStore(Store):
         order = sorted(range(len(self.layers)), key=self._shape)
         for _, members in groupby(order, key=self._shape):
             index = list(members)
-            factors = gather_full([self.layers[i].A for i in index] + [self.layers[i].Bt for i in index])
+            held = [self.layers[i].accumulated for i in index]
+            factors = gather_full([h.P.detach() for h in held] + [h.Qt.detach() for h in held])
             P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
             capacity = self.capacities[index[0]]
             # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
-            settled = capacity if self.settled and P.dtype == torch.float32 else 0
+            settled = capacity if all(h.settled for h in held) and P.dtype == torch.float32 else 0
             best = truncate(P, Q, capacity, settled=settled)
             pad = (0, P.shape[-1] - best.P.shape[-1])
-            copy_into([self.layers[i].A for i in index], list(nn.functional.pad(best.P, pad)))
-            copy_into([self.layers[i].Bt for i in index], list(nn.functional.pad(best.Q, pad).mT))
+            copy_into([h.P for h in held], list(nn.functional.pad(best.P, pad)))
+            copy_into([h.Qt for h in held], list(nn.functional.pad(best.Q, pad).mT))
+            for h in held:
+                h.used, h.settled = min(capacity, h.used), True
             self.discarded[index] += best.discarded.to(self.discarded)
             self.total[index] = best.total.to(self.total)
-        self.free, self.settled = SLOTS, True
-        self._set_used_columns()
 
     def _shape(self, i: int) -> tuple[int, ...]:
-        return (*self.layers[i].A.shape, *self.layers[i].Bt.shape, self.capacities[i])
+        held = self.layers[i].accumulated
+        return (*held.P.shape, *held.Qt.shape, self.capacities[i])
 
     def state_dict(self) -> dict[str, Any]:
+        """Counters; and the columns of a sharded model, whose own state dict may leave out what is frozen."""
+        held = {layer.name: layer.accumulated for layer in self.layers}
+        spread = {name: h for name, h in held.items() if is_sharded(h.P)}
+        columns = gather_full([t.detach() for h in spread.values() for t in (h.P, h.Qt)])
         return {
-            "free": self.free,
-            "settled": self.settled,
             "discarded": self.discarded.clone(),
             "total": self.total.clone(),
+            "used": {name: h.used for name, h in held.items()},
+            "settled": {name: h.settled for name, h in held.items()},
+            "P": dict(zip(spread, columns[::2], strict=True)),
+            "Qt": dict(zip(spread, columns[1::2], strict=True)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.free, self.settled = int(state["free"]), bool(state["settled"])
         self.discarded.copy_(state["discarded"])
         self.total.copy_(state["total"])
-        self._set_used_columns()
+        for layer in self.layers:
+            held, used = layer.accumulated, int(state["used"][layer.name])
+            if layer.name in state["P"]:
+                held.put(state["P"][layer.name], state["Qt"][layer.name])
+            elif held.used != used and not is_sharded(held.P):
+                raise ScaloraError(
+                    f"layer {layer.name} has {held.used} accumulated columns, but the saved run had {used}: load the "
+                    "model's own state of that time first (its adapter, or model.load_state_dict)"
+                )
+            held.used, held.settled = used, bool(state["settled"][layer.name])
 
-    def _set_used_columns(self) -> None:
-        """Let the forward pass leave out the columns that are zero."""
-        for layer, r in zip(self.layers, self.ranks, strict=True):
-            if isinstance(layer.module, LoraForward):
-                layer.module.used_columns = layer.rank - self.free * r
 
-
-def ensure_adapter(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:
-    """Add the accumulated adapter, all zero, unless the model has one already; make it active and frozen.
-
-    It has ``capacity`` columns and ``slots`` times r more; without slots it holds one constant update.
-
-    Raises:
-        ScaloraError: the model has one of another rank, or of another trained adapter.
-    """
-    peft_model = find_peft_model(model)
-    pair(peft_model, layers[0].adapter)
-    widths = [k + slots * layer.rank for k, layer in zip(_capacities(layers, capacity), layers, strict=True)]
-    if ACCUMULATED not in peft_model.peft_config:
-        trained = peft_model.peft_config[layers[0].adapter]
-        assert isinstance(trained, LoraConfig)
-        config = _plain_config(trained, dict(zip(_module_names(layers), widths, strict=True)))
-        # What PEFT draws, on the CPU, is overwritten; dropout and the order of the data stay those of plain LoRA.
-        with torch.random.fork_rng(devices=[]):
-            # PeftModelForSequenceClassification's own add_adapter would give this adapter a second classifier.
-            PeftModel.add_adapter(peft_model, ACCUMULATED, config)
-        for layer in layers:
-            nn.init.zeros_(layer.frozen().A)
-            nn.init.zeros_(layer.frozen().Bt)
-    for layer, width in zip(layers, widths, strict=True):
-        found = layer.frozen().rank if ACCUMULATED in layer.module.lora_A else None
-        if found != width:
-            raise ScaloraError(
-                f"layer {layer.name} has an accumulated adapter of rank {found}, but this configuration needs {width}: "
-                "continue with the rank and capacity it was trained with, or join the adapters before starting anew"
-            )
-    activate(model)
+def make_room(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:
+    """Let these layers carry ``capacity`` accumulated columns and ``slots`` times r more; those they have stay."""
+    capacities = _capacities(layers, capacity)
+    carry(model, layers, [k + slots * layer.rank for k, layer in zip(capacities, layers, strict=True)])
 
 
 def _capacities(layers: Sequence[AdapterLayer], capacity: int | None) -> list[int]:
     return [capacity or 8 * layer.rank for layer in layers]
-
-
-def _plain_config(trained: LoraConfig, widths: dict[str, int]) -> LoraConfig:
-    """A plain LoRA config with scale 1 and these ranks, on the trained adapter's modules."""
-    common = max(widths.values(), key=list(widths.values()).count)
-    others = {name: width for name, width in widths.items() if width != common}
-    return LoraConfig(
-        r=common,
-        lora_alpha=common,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=trained.target_modules,
-        exclude_modules=trained.exclude_modules,
-        layers_to_transform=trained.layers_to_transform,
-        layers_pattern=trained.layers_pattern,
-        fan_in_fan_out=trained.fan_in_fan_out,
-        task_type=trained.task_type,
-        base_model_name_or_path=trained.base_model_name_or_path,
-    )
-
-
-def _module_names(layers: Iterable[AdapterLayer]) -> list[str]:
-    """Names as PEFT matches them: relative to the model that was wrapped."""
-    return [layer.name.split("base_model.model.", 1)[-1] for layer in layers]

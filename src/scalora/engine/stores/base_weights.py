@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ...common.errors import ScaloraError
-from ...layers.adopt import adopt
 from ...layers.peft_lora import AdapterLayer, is_dense, tied_weights
 from ...layers.sharding import copy_into, gather_full, local_shard, shard_range
-from .peft_tuner import AccumulatedFollows
+from .peft_model import carry
 from .store import Move, Store, only_where
 
 
@@ -43,18 +41,13 @@ class BaseStore(Store):
         self.lost: dict[str, Tensor] = {}
         for layer in layers:
             self._compensates(layer)
-        models = (m for m in model.modules() if isinstance(m, PeftModel))
-        self.tuner = next((adopt(m.base_model, AccumulatedFollows) for m in models), None)
+        self.layers = list(layers)
+        carry(model, layers, None)
 
     def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
         for layers, A, d, B in moves:
             self._add(layers, only_where(valid, A), d, only_where(valid, B))
-        self._mark()
-
-    def _mark(self) -> None:
-        """From now on the base is no reference any more."""
-        if self.tuner is not None:
-            self.tuner.base_written = True
+        mark_written(self.layers)
 
     def _compensates(self, layer: AdapterLayer) -> bool:
         """Whether rounding is kept for this layer; asked anew each time, since a model may be cast in mid-run."""
@@ -67,7 +60,7 @@ class BaseStore(Store):
         working = torch.promote_types(A.dtype, torch.float32)
         for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
             spread = layer.base_weight.data
-            weight, P, Q = local_shard(spread), P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
+            weight, P, Q = local_shard(spread), layer.scale * P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
             if self._compensates(layer):
                 lost = local_shard(self.lost[layer.name])
                 if lost.shape != weight.shape:
@@ -86,4 +79,10 @@ class BaseStore(Store):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
-        self._mark()
+        mark_written(self.layers)
+
+
+def mark_written(layers: Sequence[AdapterLayer]) -> None:
+    """From now on the base weights of these layers are no reference any more."""
+    for layer in layers:
+        layer.module.base_written = True  # pyright: ignore[reportAttributeAccessIssue]

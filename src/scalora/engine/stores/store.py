@@ -13,7 +13,7 @@ from ...layers.peft_lora import AdapterLayer
 
 
 class Move(NamedTuple):
-    """A_l diag(d_l) B_lᵀ, to be added to layer l's frozen part; layers of one shape, L of them."""
+    """s_l·A_l diag(d_l) B_lᵀ, to be added to layer l's frozen part; layers of one shape, L of them."""
 
     layers: Sequence[AdapterLayer]
     A: Tensor  # (L, m, r)
@@ -23,7 +23,7 @@ class Move(NamedTuple):
 
 def whole_update(layer: AdapterLayer, sign: float = 1.0) -> Move:
     """sign·s·A Bᵀ of one layer as it is now."""
-    return Move([layer], layer.A[None], layer.A.new_full((1, layer.rank), sign * layer.scale), layer.Bt.mT[None])
+    return Move([layer], layer.A[None], layer.A.new_full((1, layer.rank), sign), layer.Bt.mT[None])
 
 
 class Store(ABC):

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...common.disk_layout import (
-    ACCUMULATED,
     ADAPTER,
     BASE_FILE,
     CHECKPOINTS,
     DELTA,
     EXPORT,
+    FORMER_PAIR,
     METRICS,
     PREFIX,
     RECIPE,
@@ -28,7 +28,7 @@ from ...common.disk_layout import (
 )
 from ...common.errors import ScaloraError
 from ...common.files import damage, is_sealed
-from ...layers.lora_config import VARIANTS, scale
+from ...layers.lora_config import UNREADABLE, VARIANTS, scale
 from ..folder import last_checkpoint
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
@@ -60,6 +60,7 @@ class Artefact:
     export: dict[str, Any] | None = None
     state: dict[str, Any] | None = None  # of a ScaLoRA checkpoint: step, config, layers
     trainer: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
+    only_ours: bool = False  # a checkpoint that PEFT alone cannot make a model of
 
     @property
     def moved(self) -> bool:
@@ -67,9 +68,9 @@ class Artefact:
         return (self.folder / BASE_FILE).is_file()
 
     @property
-    def pair(self) -> bool:
-        """Whether an accumulated adapter lies beside the trained one."""
-        return (self.folder / ACCUMULATED).is_dir()
+    def in_parts(self) -> bool:
+        """Whether trained and accumulated columns can still be told apart."""
+        return self.state is not None and self.state["config"]["accumulate"] == "adapter"
 
     @property
     def step(self) -> int | None:
@@ -141,6 +142,9 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
         run = owner if inside and (owner / RECIPE).is_file() else None
     export = read_json_object(folder / EXPORT) if (folder / EXPORT).is_file() else None
     kind, config = _kind(folder, path, export)
+    only_ours = config.get("peft_type") == UNREADABLE
+    if only_ours:
+        kind, config = "lora", config | {"peft_type": "LORA"}
     trainer = folder / "trainer_state.json"
     artefact = Artefact(
         path, folder, kind, config, run,
@@ -149,6 +153,7 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
         export=export,
         state=_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None,
         trainer=read_json_object(trainer) if trainer.is_file() else {},
+        only_ours=only_ours,
     )  # fmt: skip
     if is_sealed(folder) and (reason := damage(folder, content=thorough)):
         raise ScaloraError(f"checkpoint {folder} is damaged ({reason}): take another one")
@@ -159,18 +164,23 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
 def read_factors(artefact: Artefact) -> dict[str, tuple[LayerFactors, LayerFactors | None]]:
     """Trained and accumulated factors of every layer of a LoRA, by the name of the layer in the base model.
 
+    In a checkpoint of ScaLoRA the first r columns are those that are trained.
+
     Raises:
         ScaloraError: a file is missing or damaged.
     """
-    trained = _factors(artefact.folder)
-    accumulated = _factors(artefact.folder / ACCUMULATED) if artefact.pair else {}
-    if accumulated and set(accumulated) != set(trained):
-        other = sorted(set(accumulated) ^ set(trained))[0]
-        raise ScaloraError(
-            f"{artefact.folder}: the trained and the {ACCUMULATED} adapter differ in layer {other}: they do not belong "
-            "together; take another checkpoint"
-        )
-    return {name: (factors, _used(accumulated[name]) if accumulated else None) for name, factors in trained.items()}
+    ranks = {name.split(PREFIX, 1)[-1]: r for name, r in (artefact.state or {}).get("layers", {}).items()}
+    found = _factors(artefact, ranks)
+    if not artefact.in_parts or artefact.state is None:
+        return {name: (factors, None) for name, factors in found.items()}
+    used = {name.split(PREFIX, 1)[-1]: k for name, k in artefact.state["store"]["used"].items()}
+    for name, (P, _) in found.items():
+        if name in ranks and P.shape[1] != ranks[name] + used[name]:
+            raise ScaloraError(
+                f"{artefact.folder}: layer {name} has {P.shape[1]} columns, but {STATE_FILE} says {ranks[name]} "
+                f"trained and {used[name]} accumulated ones: they do not belong together; take another checkpoint"
+            )
+    return {name: _parts(P, Q, ranks.get(name, P.shape[1])) for name, (P, Q) in found.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -210,27 +220,38 @@ def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Arte
 
 def _check_complete(artefact: Artefact) -> None:
     """A part that is missing would change the function without a word."""
+    if (artefact.folder / FORMER_PAIR).is_dir():
+        raise ScaloraError(
+            f"{artefact.folder} holds half of an update, the other in {FORMER_PAIR}/, as scalora once wrote it: load "
+            "it with the version that wrote it, and save it with scalora.save_plain_lora"
+        )
     if artefact.state is None:
         return
-    accumulate = artefact.state["config"]["accumulate"]
-    whole, lacking = (artefact.pair, f"{ACCUMULATED}/") if accumulate == "adapter" else (artefact.moved, BASE_FILE)
-    if not whole:
+    if artefact.state["config"]["accumulate"] == "base" and not artefact.moved:
         raise ScaloraError(
-            f"checkpoint {artefact.folder} lacks {lacking}, where a part of the update lies: take a whole checkpoint"
+            f"checkpoint {artefact.folder} lacks {BASE_FILE}, where a part of the update lies: take a whole checkpoint"
         )
 
 
-def _factors(folder: Path) -> dict[str, LayerFactors]:
-    config, tensors = read_json_object(folder / "adapter_config.json"), read_tensors(folder / WEIGHTS)
-    found: dict[str, LayerFactors] = {}
+def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactors]:
+    folder, config = artefact.folder, artefact.config
+    tensors, found = read_tensors(folder / WEIGHTS), {}
     for key, A in tensors.items():
         if key.endswith(".lora_B.weight"):  # PEFT's B is the paper's A
             name = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
             Bt = tensors.get(f"{key.removesuffix('.lora_B.weight')}.lora_A.weight")
             if Bt is None or Bt.shape[0] != A.shape[1]:
                 raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
-            found[name] = LayerFactors(A * scale(config, name, A.shape[1]), Bt.mT)
+            # What PEFT cannot read keeps the ranks that are trained in its configuration.
+            columns = ranks.get(name, A.shape[1]) if artefact.only_ours else A.shape[1]
+            found[name] = LayerFactors(A * scale(config, name, columns), Bt.mT)
     return found
+
+
+def _parts(P: Tensor, Q: Tensor, trained: int) -> tuple[LayerFactors, LayerFactors]:
+    more = P[:, trained:].any(0) & Q[:, trained:].any(0)
+    held = LayerFactors(P[:, trained:][:, more], Q[:, trained:][:, more])
+    return LayerFactors(P[:, :trained], Q[:, :trained]), held
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -239,11 +260,6 @@ def _state(path: Path) -> dict[str, Any]:
             return json.loads(file.metadata()["state"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise _unreadable(path, error) from error
-
-
-def _used(factors: LayerFactors) -> LayerFactors:
-    used = factors.P.any(0) & factors.Q.any(0)
-    return LayerFactors(factors.P[:, used], factors.Q[:, used])
 
 
 def _names(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...common.disk_layout import BASE_FILE, DELTA, PREFIX, REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
-from ...engine.checkpoint import load_accumulated
+from ...engine.attach import prepare
+from ...engine.config import ScaLoraConfig
 from ...engine.plain_lora import joined_factors
-from ...layers.peft_lora import ACCUMULATED, AdapterLayer, changes_base, find_layers, is_dense
+from ...layers.peft_lora import AdapterLayer, changes_base, find_layers, is_dense
 from ...methods import all_methods
 from ...methods.peft_any import merged_update
 from ...methods.support.wrappers import Wrapper, load_wrapped, merge
@@ -76,13 +77,18 @@ class _Peft(Restored):
         self.shared = {n for n, p in model.named_parameters(remove_duplicate=False) if owners[id(p)] > 1}
         self.saved = read_tensors(artefact.folder / WEIGHTS)
         try:
-            self.model = PeftModel.from_pretrained(model, str(artefact.folder), is_trainable=True)
+            self.model = self._adapted(model, artefact)
         except (RuntimeError, ValueError) as error:
             raise _does_not_fit(artefact, base, str(error)) from error
         expected = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        if odd := sorted(set(expected) ^ {name for name in self.saved if name in expected or ".embed" not in name}):
+        # PEFT saves the weights of embeddings that are adapted, or were resized, with the adapter.
+        own = {name for name in self.saved if name in expected or not (".embed" in name or ".base_layer." in name)}
+        if odd := sorted(set(expected) ^ own):
             raise _does_not_fit(artefact, base, f"{odd[0]} is in one of them only")
         self.model.eval()
+
+    def _adapted(self, model: PreTrainedModel, artefact: Artefact) -> PeftModel:
+        return PeftModel.from_pretrained(model, str(artefact.folder), is_trainable=True)
 
     def layers(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """(Name, PEFT's module, difference from its present weight) of every adapted layer."""
@@ -125,23 +131,25 @@ class _Peft(Restored):
 
 
 class _Lora(_Peft):
-    """Plain LoRA with what was accumulated, in a second adapter or in the base weights."""
+    """Plain LoRA, with what was accumulated in its own columns or in the base weights."""
 
     def __init__(self, artefact: Artefact, base: Base) -> None:
+        if artefact.in_parts:
+            read_factors(artefact)  # do its parts belong together?
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
-        if artefact.pair:
-            read_factors(artefact)  # PEFT would only warn of layers that one of the two lacks
-            folder = artefact.folder / ACCUMULATED
-            try:
-                # As PeftModelForSequenceClassification it would ask for a second classifier.
-                PeftModel.add_adapter(self.model, ACCUMULATED, LoraConfig.from_pretrained(str(folder)))
-                load_accumulated(self.model, artefact.folder)
-            except (RuntimeError, ValueError) as error:
-                raise _does_not_fit(artefact, base, str(error)) from error
         if artefact.moved:
             self._put_back(artefact)
         self.model.eval()
+
+    def _adapted(self, model: PreTrainedModel, artefact: Artefact) -> PeftModel:
+        if not artefact.only_ours:
+            return super()._adapted(model, artefact)
+        fields: dict[str, Any] = artefact.config | {"inference_mode": False}
+        adapted = PeftModel(model, LoraConfig(**fields))
+        prepare(adapted, ScaLoraConfig(accumulate="base"))  # these layers know the column that PEFT does not
+        set_peft_model_state_dict(adapted, dict(self.saved))
+        return adapted
 
     @torch.no_grad()
     def _put_back(self, artefact: Artefact) -> None:
@@ -276,6 +284,11 @@ def _stored(layer: AdapterLayer, update: Tensor) -> Tensor:
 
 
 def _does_not_fit(artefact: Artefact, base: Base, reason: str) -> ScaloraError:
+    if "size mismatch" in reason and any(word in reason for word in ("embed", "lm_head", "wte")):
+        return ScaloraError(
+            f"{artefact.folder} brings embeddings of another size than those of the base model {base.source!r}: its "
+            "vocabulary was resized for training; resize it in the same way, save it, and give it with --base"
+        )
     return ScaloraError(
         f"{artefact.folder} does not fit the base model {base.source!r} ({' '.join(reason.split())[:200]}): give the "
         "right one with --base"

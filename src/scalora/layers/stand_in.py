@@ -1,0 +1,230 @@
+"""What stands in for PEFT's LoRA layer while ScaLoRA trains it: to PEFT one plain adapter, whatever it is asked for.
+
+The layer computes with all columns, trained and accumulated. Its state dict holds both as the two matrices of one LoRA
+of more columns, and splits such matrices when it loads them. Merging, mixed batches and averages go the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from ..common.errors import ScaloraError
+from .accumulated import Accumulated
+from .adopt import adopt
+from .lora_forward import LoraForward
+from .sharding import copy_into, gather_full, is_sharded
+
+_WRITTEN = (
+    "its base weights hold what accumulate='base' has moved there, so that {} would not give the untouched base: "
+    "load the base model anew, or choose accumulate='adapter'"
+)
+
+
+class StandIn(LoraForward):
+    """A LoRA layer of any of PEFT's classes that carries accumulated columns for its adapters."""
+
+    accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
+    base_written = False  # by accumulate='base'
+    called = False  # since the last event
+    watched: dict[str, tuple[int, ...]] | None = None  # versions of a copy's tensors, until it is trained or loaded
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (*super().other_param_names, "accumulated")  # so that PEFT deletes it with its adapter
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """lora_A (r, n) and lora_B (m, r)."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # pyright: ignore
+
+    def held(self, adapter: str) -> Accumulated | None:
+        # Whoever puts the state dict's matrices in place of the parameters has put in all columns already.
+        if adapter not in self.accumulated or self.matrices(adapter)[0].shape[0] != self.r[adapter]:
+            return None
+        held = self.accumulated[adapter]
+        assert isinstance(held, Accumulated)
+        return held if torch.compiler.is_compiling() or held.used else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's, with what has been accumulated."""
+        self.called = True
+        if self.watched is not None:
+            self.refuse_averages()
+        result = super().forward(x, *args, **kwargs)
+        if self.watched is not None and isinstance(result, Tensor) and result.requires_grad:
+            result.register_hook(self._trained)
+        return result
+
+    def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own pass, and the accumulated columns beside it."""
+        names = kwargs.get("adapter_names")
+        if not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and self.is_linear:
+            return self._in_one_sum(x)
+        result = super().peft_forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged or isinstance(self, MultiheadAttention):
+            return result  # nothing is asked for, or it is part of the weight
+        for adapter in self.active_adapters if names is None else sorted(set(names)):
+            if (held := self.held(adapter)) is None:
+                continue
+            rows = slice(None) if names is None else [i for i, name in enumerate(names) if name == adapter]
+            P, Qt = held.live()
+            more = nn.functional.linear(nn.functional.linear(x[rows].to(P.dtype), Qt), P)
+            more = (more * self.scaling[adapter]).to(result.dtype)
+            result = result + more if names is None else result.index_add(0, torch.tensor(rows, device=x.device), more)
+        return result
+
+    def _in_one_sum(self, x: Tensor) -> Tensor:
+        """PEFT's pass of its ordinary linear layer, all columns added before the sum is rounded to half precision."""
+        result = self.base_layer(x)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter not in self.lora_A:
+                continue
+            lora_A, lora_B, scale = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+            x = self._cast_input_dtype(x, lora_A.weight.dtype)  # pyright: ignore
+            result = result + lora_B(lora_A(self.lora_dropout[adapter](x))) * scale
+            if (held := self.held(adapter)) is not None:
+                P, Qt = held.live()
+                result = result + nn.functional.linear(nn.functional.linear(x.to(P.dtype), Qt), P) * scale
+        return result.to(dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s·(lora_B lora_A + P Qᵀ): what PEFT merges, subtracts and takes singular vectors of."""
+        self.called = True  # attention layers compute with the merged weight
+        self.refuse_averages()
+        delta = super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        if (held := self.held(adapter)) is None:
+            return delta
+        P, Qt = held.columns()
+        wide = torch.promote_types(P.dtype, torch.float32)
+        more = (P.to(wide) @ Qt.to(wide)) * self.scaling[adapter]
+        return (delta.to(wide) + transpose(more, getattr(self, "fan_in_fan_out", False))).to(delta.dtype)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for adapter in self.accumulated:
+            if (held := self.held(adapter)) is None:
+                continue
+            self.refuse_averages()
+            if is_sharded(held.P):
+                continue  # its columns are entries of their own
+            P, Qt = held.columns()
+            for key, more, dim in ((f"lora_A.{adapter}.weight", Qt, 0), (f"lora_B.{adapter}.weight", P, 1)):
+                trained = state[prefix + key].detach()
+                wide = torch.promote_types(trained.dtype, more.dtype)
+                state[prefix + key] = torch.cat([trained.to(wide), more.to(trained.device)], dim)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
+        for adapter in self.lora_A:
+            self._split(state_dict, adapter, f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.watched = None if self.watched is None else {}  # what is loaded into a copy is its own
+
+    def _split(self, state_dict: dict[str, Any], adapter: str, key_A: str, key_B: str) -> None:
+        """Leave the first r columns to PEFT's two matrices; hold the others, of which there may be none."""
+        A, B = state_dict.get(key_A), state_dict.get(key_B)
+        r = self.r[adapter]
+        if f"{key_A.rpartition('lora_A')[0]}accumulated.{adapter}.P" in state_dict:
+            return  # of a sharded model
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < r:
+            return  # torch says what is wrong with it
+        mine = self.matrices(adapter)
+        if (A.shape[1], B.shape[0]) != (mine[0].shape[1], mine[1].shape[0]):
+            return
+        A, B = (gather_full([t])[0] for t in (A, B))
+        held = dict(self.accumulated.items()).get(adapter)
+        if isinstance(held, Accumulated):
+            held.put(B[:, r:], A[r:])
+        elif A[r:].any() and B[:, r:].any():
+            return  # columns that have no place here
+        for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):
+            if is_sharded(parameter):  # torch would not copy a whole tensor into it
+                copy_into([parameter], [value])
+                value = parameter
+            state_dict[key] = value if value is parameter else value.clone()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter that is made anew has accumulated nothing."""
+        if self.base_written:
+            raise ScaloraError(f"adapter {adapter_name!r} cannot be added: " + _WRITTEN.format("it"))
+        if adapter_name in self.accumulated:
+            del self.accumulated[adapter_name]
+        super().update_layer(adapter_name, *args, **kwargs)
+        (self.watched or {}).pop(adapter_name, None)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.refuse_written("switching the adapters off")
+        super().enable_adapters(enabled)
+
+    def refuse_written(self, what: str) -> None:
+        """Refuse what would take the base for the original one where it is not."""
+        if self.base_written:
+            raise ScaloraError(f"{type(self).__name__} layer: " + _WRITTEN.format(what))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.called = False
+        self._watch()  # from now on whoever writes to the copy's matrices is noticed, as those do who average models
+
+    def _watch(self) -> None:
+        self.watched = {name: self._versions(name) for name in self.accumulated}
+
+    def refuse_averages(self) -> None:
+        """Refuse to compute with matrices of a copy that someone has written to.
+
+        The mean of factors before and after an event is not the factors of any mean.
+        """
+        if self.watched == {}:
+            self._watch()
+        for adapter, versions in (self.watched or {}).items():
+            if adapter in self.accumulated and self._versions(adapter) != versions:
+                raise ScaloraError(
+                    f"the matrices of adapter {adapter!r} in a copy of this model were written to, as averages of "
+                    "weights do: events change the columns of A and B, so that means of them have no meaning; "
+                    "average the merged weights, or load an adapter into the copy with load_state_dict"
+                )
+
+    def _versions(self, adapter: str) -> tuple[int, ...]:
+        held = self.accumulated[adapter]
+        tensors = (*self.matrices(adapter), held.P, held.Qt)
+        return tuple(0 if t.is_inference() else t._version for t in tensors)  # pyright: ignore
+
+    def _trained(self, gradient: Tensor) -> None:
+        """A gradient has reached the copy: it is being trained, as plain LoRA."""
+        self.watched = None
+
+
+def stand_in(module: LoraLayer) -> StandIn:
+    """Let a LoRA layer of PEFT's carry accumulated columns; it has none yet.
+
+    Raises:
+        ScaloraError: someone has put a forward pass of his own into the layer.
+    """
+    assert isinstance(module, nn.Module)
+    if isinstance(module, StandIn):
+        return module
+    own = vars(module).get("forward")
+    adopted = adopt(module, StandIn)  # pyright: ignore[reportArgumentType]
+    adopted.accumulated = nn.ModuleDict()
+    if own is not None:
+        _reconnect(adopted)
+    return adopted
+
+
+def _reconnect(module: StandIn) -> None:
+    """accelerate's hooks call the forward pass that the layer had when they came: let them call the present one."""
+    former = vars(module).get("_old_forward")
+    if getattr(former, "__self__", None) is not module or "_hf_hook" not in vars(module):
+        raise ScaloraError(
+            f"a {type(module).__name__} layer has a forward pass that was put into it, which ScaLoRA would not see: "
+            "attach first, then patch the layer"
+        )
+    module._old_forward = type(module).forward.__get__(module)  # pyright: ignore
