@@ -91,6 +91,6 @@ def test_every_method_trains_and_saves_it(cache, tmp_path, name):
     ],
 )
 def test_bad_input_is_named(cache, tmp_path, changes, words):
-    task = {**changes, "data": {"train": "digits", "test_size": 9}}
+    task = {**changes, "data": {"train": "digits", "test_size": 5}}
     with pytest.raises(ScaloraError, match=words):
         train(_recipe(tmp_path, task=task))

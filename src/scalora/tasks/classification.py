@@ -187,7 +187,7 @@ class ClassificationTask(Task):
         value = row[self.spec.label]
         target = number(value) if self.spec.regression else self._index.get(label_key(value))
         if target is None:
-            known = "a finite number" if self.spec.regression else f"one of the labels {self.labels}"
+            known = "a finite number" if self.spec.regression else f"one of the labels {shown(self.labels, 300)}"
             raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; mend or drop the row")
         return target
 

@@ -31,9 +31,9 @@ def flaw(value: Any) -> str | None:
         return None
     if not isinstance(value, bool | int | float | Decimal):
         return f"is {shown(value)}, a {type(value).__name__} and no text"
-    if math.isnan(value):
-        return "is NaN"
-    return f"is {value}" if math.isinf(value) else None
+    if isinstance(value, int) or math.isfinite(value):
+        return None
+    return "is NaN" if math.isnan(value) else f"is {value}"
 
 
 def shown(value: Any, width: int = 80) -> str:
@@ -80,7 +80,7 @@ def _label_text(text: str) -> str:
         return text
     if not decimal:
         return "0"
-    return f"{decimal:f}" if abs(decimal.adjusted()) < 400 else str(decimal)
+    return f"{decimal:f}" if abs(decimal.adjusted()) < 5000 else str(decimal)
 
 
 def label_key(value: Any) -> str:
