@@ -87,10 +87,10 @@ def test_every_method_trains_and_saves_it(cache, tmp_path, name):
         ({"kind": "vectors", "features": "pixel"}, "did you mean 'pixels'"),
         ({"kind": "vectors", "features": "label"}, "lists of numbers"),
         ({"kind": "vectors", "features": "pixels", "label": "pixels"}, "task.label"),
-        ({"kind": "classification", "text": "{pixels}"}, "reads vectors"),
+        ({"kind": "classification", "text": "{label}"}, "reads vectors"),
     ],
 )
 def test_bad_input_is_named(cache, tmp_path, changes, words):
-    task = {**changes, "data": {"train": "digits", "test_size": 9}}
+    task = {**changes, "data": {"train": "digits", "test_size": 5}}
     with pytest.raises(ScaloraError, match=words):
         train(_recipe(tmp_path, task=task))

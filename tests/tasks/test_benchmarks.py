@@ -97,7 +97,7 @@ def test_glue_files_that_are_damaged(tmp_path, name):
         _ = built(glue_task(name, tmp_path)).splits
     if name != "STS-B":
         write_release(tmp_path, name, other="nonsense")
-        with pytest.raises(ScaloraError, match=rf"is 'nonsense' in row 2 of .*train\.tsv, line {start + 2}; use \["):
+        with pytest.raises(ScaloraError, match=rf"is 'nonsense' in .*train\.tsv, line {start + 2}, row 2; use \["):
             _ = built(glue_task(name, tmp_path)).splits
     write_release(tmp_path, name).unlink()
     with pytest.raises(ScaloraError, match=rf"task\.data\.test: there is no file glue/{name}/{dev.name}"):

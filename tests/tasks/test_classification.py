@@ -141,13 +141,16 @@ def test_label_order(tmp_path):
         ({"metric": "pearson_spearman"}, "with regression False: it must be accuracy, matthews or f1"),
         ({"metric": "f1", "regression": True}, "with regression True: it must be pearson_spearman"),
         ({"regression": True, "labels": [0, 1]}, "regression has no labels"),
-        ({"regression": True}, "'no' in the train data is not a finite number"),
-        ({"labels": ["yes", "maybe"]}, "'no' in the train data is not one of the labels"),
+        ({"regression": True}, r"'no' in .*train\.jsonl, line 1, row 1 is not a finite number"),
+        ({"labels": ["yes", "maybe"]}, r"'no' in .*train\.jsonl, line 1, row 1 is not one of the labels"),
         ({"labels": ["yes"]}, "needs two or more different labels"),
-        ({"label": "s", "text": "t", "test": [{**ROWS[0], "s": "unseen"}]}, "'unseen' in the test data is not one of"),
+        (
+            {"label": "s", "text": "t", "test": [{**ROWS[0], "s": "unseen"}]},
+            r"'unseen' in .*test\.jsonl, line 1, row 1 is not one of",
+        ),
         ({"rows": numbered(0.5, 1.0, 2.5, 3.0)}, "numbers, not labels; set regression: true"),
         ({"rows": numbered("no", "no", "no", "no")}, "needs two or more different labels, found"),
-        ({"rows": [*ROWS, {"s": "", "t": "", "label": "no"}]}, "row . of train has no tokens"),
+        ({"rows": [*ROWS, {"s": "", "t": "", "label": "no"}]}, r"column 's' is empty in .*train\.jsonl, line 5"),
     ],
 )
 def test_mistakes(tmp_path, fields, message):

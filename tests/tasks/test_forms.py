@@ -241,7 +241,7 @@ def test_lines_of_json_in_any_layout(tmp_path):
     path = tmp_path / "x.json"
     for text, line in (('[{"a": 1}, {"a": null}]', 1), ('\n[ {"a": "x"}\n,\n\n{"a":\nnull}]\n', 5)):
         path.write_text(text)
-        with pytest.raises(ScaloraError, match=rf"column 'a' is null in row 2 of .*x\.json, line {line};"):
+        with pytest.raises(ScaloraError, match=rf"column 'a' is null in .*x\.json, line {line}, row 2;"):
             load(path, ("a",))
 
 
@@ -257,16 +257,15 @@ def test_qqp_has_questions_of_two_lines(tmp_path):
         ('1\ta\tb\t0\n2\t"e', 3),
     ):
         path.write_text(head + short)
-        with pytest.raises(ScaloraError, match=rf"train\.tsv, line {line}: \d+ fields, but the first line has 4"):
+        reason = r"\d+ fields, but the first line has 4|a quote is never closed"
+        with pytest.raises(ScaloraError, match=rf"train\.tsv, line {line}: ({reason})"):
             load(path, ("question1",))
 
 
 def test_values_that_a_column_may_hold(tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_text("sentence\tlabel\na\tyes\n\nb\tye")
-    with pytest.raises(
-        ScaloraError, match=r"column 'label' is 'ye' in row 2 of .*dev\.tsv, line 4; use \['yes', 'no'\]"
-    ):
+    with pytest.raises(ScaloraError, match=r"column 'label' is 'ye' in .*dev\.tsv, line 4, row 2; use \['yes', 'no'\]"):
         load(path, ("sentence", "label"), values={"label": ["yes", "no"]})
     assert len(load(path, ("sentence", "label"), values={"label": ["yes", "ye"]})) == 2
     hidden = tokenized.write_jsonl(tmp_path / "x.jsonl", [{"sentence": "a", "label": -1}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..common.errors import ScaloraError
 from ..methods import MethodSpec
 from ..tasks import TaskSpec, all_tasks
 from .precision import Precision
+from .yaml_words import load_yaml
 
 # What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
 _TRAINING_DEFAULTS: dict[str, Any] = {
@@ -30,15 +30,6 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
 }
 _FLAGS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}  # of TrainingArguments
 _OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "overwrite_output_dir")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for a text; people do not."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 class Recipe(BaseModel):
@@ -124,7 +115,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ScaloraError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
     try:
-        content = yaml.load(text, _Loader)
+        content = load_yaml(text)
     except yaml.YAMLError as error:
         raise ScaloraError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -148,10 +139,10 @@ def with_precision(content: dict[str, Any]) -> dict[str, Any]:
     return {"precision": flags[0] if flags else "float32"} | content
 
 
-def read_value(text: str) -> Any:
-    """A value as a recipe would have it; raises ScaloraError where it is not valid YAML."""
+def read_value(text: str, within: Sequence[str] = ()) -> Any:
+    """A value as a recipe would have it under the keys `within`; raises ScaloraError where it is not valid YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return load_yaml(text, within)
     except yaml.YAMLError as error:
         raise ScaloraError(f"the value {text!r} is not valid YAML") from error
 
@@ -171,7 +162,7 @@ def _set(content: dict[str, Any], override: str) -> None:
             raise ScaloraError(f"--set {override!r}: {parent} is {child!r}, which has no parts")
         place = child
     try:
-        place[last] = read_value(value)
+        place[last] = read_value(value, key.split("."))
     except ScaloraError as error:
         raise ScaloraError(f"--set {override!r}: {error}") from error
 

@@ -22,6 +22,8 @@ class _Glue(NamedTuple):
     metric: str = "accuracy"
     dev: tuple[str, str] = ("dev", "validation")
     """The labelled split that is not for training: the release's file, and the hub's name."""
+    keep_missing: bool = False
+    """Whether some of its texts are empty or a word such as n/a."""
 
 
 _BINARY = ("0", "1")
@@ -35,13 +37,20 @@ GLUE_TASKS = {
     "SST-2": _Glue("sst2", {"sentence": "sentence", "label": "label"}, _BINARY, 128),
     "MRPC": _Glue("mrpc", {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}, _BINARY, 128),
     "STS-B": _Glue("stsb", {**_PAIR, "label": "score"}, (), 128, "pearson_spearman"),
-    "QQP": _Glue("qqp", {"question1": "question1", "question2": "question2", "label": "is_duplicate"}, _BINARY, 320),
+    "QQP": _Glue(
+        "qqp",
+        {"question1": "question1", "question2": "question2", "label": "is_duplicate"},
+        _BINARY,
+        320,
+        keep_missing=True,
+    ),
     "MNLI": _Glue(
         "mnli",
         _MNLI,
         ("entailment", "neutral", "contradiction"),
         256,
         dev=("dev_matched", "validation_matched"),
+        keep_missing=True,
     ),
     "QNLI": _Glue("qnli", {"question": "question", "sentence": "sentence", "label": "label"}, _INFERENCE, 512),
     "RTE": _Glue("rte", {**_PAIR, "label": "label"}, _INFERENCE, 320),
@@ -133,6 +142,8 @@ def glue_task(
     else:
         task["data"] = _hub(f"nyu-mll/glue:{glue.config}", glue.dev[1])
     task["data"] |= _sizes(train_size, validation_size, test_size)
+    if glue.keep_missing:
+        task["data"]["missing"] = "keep"
     if labels:
         task["data"]["values"] = {label: labels}
         task["labels"] = list(labels)

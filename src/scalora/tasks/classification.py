@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
@@ -11,7 +10,10 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .data.rows import PlacedRow
+from .data.values import flaw, is_missing, label_key, label_text, number, shown
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
+from .template import Template
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
 
@@ -24,7 +26,7 @@ class ClassificationSpec(BaseTaskSpec, frozen=True):
     text_pair: str | None = None
     label: str = "label"
     """The column with the label."""
-    labels: list[str | int] | None = None
+    labels: list[str | bool | int] | None = None
     """All labels, in the order of the head's outputs; None takes those of train, sorted."""
     regression: bool = False
     metric: Metric | None = None
@@ -63,18 +65,35 @@ class ClassificationTask(Task):
     def labels(self) -> list[str]:
         """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""
         if self.spec.labels is not None:
-            labels = [str(label) for label in self.spec.labels]
+            labels = [label_text(label) for label in self.spec.labels]
         else:
-            labels = sorted({str(row[self.spec.label]) for row in self.rows("train")})
-            if all(_number(label) is not None for label in labels):
+            found = {label_text(row[self.spec.label]) for row in self.rows("train")}
+            # Of True and true, which are the same, one is shown.
+            labels = sorted({label_key(label): label for label in sorted(found, reverse=True)}.values())
+            if all(number(label) is not None for label in labels):
                 labels.sort(key=float)
                 if not all(float(label).is_integer() for label in labels):
                     raise ScaloraError(
                         f"task.label: {labels[0]!r} and others are numbers, not labels; set regression: true"
                     )
-        if len(set(labels)) < max(2, len(labels)):
+        if len(set(map(label_key, labels))) < max(2, len(labels)):
             raise ScaloraError(f"task.labels: classification needs two or more different labels, found {labels}")
         return labels
+
+    def check(self, row: PlacedRow) -> None:
+        for template in (self.text, self.text_pair):
+            if template is not None:
+                template.check(row, keep_missing=self.data.missing == "keep")
+        value = row[self.spec.label]
+        if reason := flaw(value):
+            raise ScaloraError(f"task.label: column {self.spec.label!r} {reason} in {row.place}; mend or drop the row")
+        if self.spec.regression or self.spec.labels is not None:
+            self._target(row)
+        elif self.data.missing == "refuse" and is_missing(value):
+            raise ScaloraError(
+                f"task.label: the label is {shown(value)} in {row.place}; fill or drop the row, or name all labels in "
+                "task.labels if it is one"
+            )
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         encoded, truncated = self._encode(tokenizer, split)
@@ -134,8 +153,8 @@ class ClassificationTask(Task):
             "mse": float(((found - targets) ** 2).mean()),
         }
         predictions = [
-            Prediction(text, f"{target:g}", f"{number:.4g}", None)
-            for text, target, number in zip(texts, targets, found, strict=True)
+            Prediction(text, f"{target:g}", f"{each:.4g}", None)
+            for text, target, each in zip(texts, targets, found, strict=True)
         ]
         return Score(metrics, self.metric, predictions, truncated)
 
@@ -150,28 +169,31 @@ class ClassificationTask(Task):
         full = tokenizer(texts, pairs)["input_ids"]
         cut = tokenizer(texts, pairs, truncation=True, max_length=self.spec.max_length)
         keys = [key for key in ("input_ids", "token_type_ids") if key in cut]
-        for number, ids in enumerate(cut["input_ids"], 1):
+        for row, ids in zip(rows, cut["input_ids"], strict=True):
             if not ids:
-                raise ScaloraError(f"task.text: row {number} of {split} has no tokens; drop empty rows")
+                raise ScaloraError(f"task.text: the text has no tokens in {row.place}; mend or drop the row")
         encoded = [dict(zip(keys, values, strict=True)) for values in zip(*(cut[key] for key in keys), strict=True)]
         return encoded, sum(len(ids) > self.spec.max_length for ids in full)
 
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {label_key(label): i for i, label in enumerate(self.labels)}
+
     def _targets(self, split: Split) -> list[Any]:
-        values = [row[self.spec.label] for row in self.rows(split)]
-        if self.spec.regression:
-            targets = [_number(value) for value in values]
-            known = "a finite number"
-        else:
-            index = {label: i for i, label in enumerate(self.labels)}
-            targets = [index.get(str(value)) for value in values]
-            known = f"one of the labels {self.labels}"
-        if None in targets:
-            raise ScaloraError(f"task.label: {values[targets.index(None)]!r} in the {split} data is not {known}")
-        return targets
+        return [self._target(row) for row in self.rows(split)]
+
+    def _target(self, row: PlacedRow) -> float | int:
+        """What the head is to say of a row: a number, or the label's place."""
+        value = row[self.spec.label]
+        target = number(value) if self.spec.regression else self._index.get(label_key(value))
+        if target is None:
+            known = "a finite number" if self.spec.regression else f"one of the labels {shown(self.labels, 300)}"
+            raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; mend or drop the row")
+        return target
 
 
 def _template(field: str, text: str) -> Template:
-    return Template(field, text if "{" in text else f"{{{text}}}")
+    return Template(field, text, is_column="{" not in text)
 
 
 def _import(module: str, metric: str) -> Any:
@@ -179,14 +201,6 @@ def _import(module: str, metric: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ScaloraError(f"task.metric {metric!r} needs {module}: pip install 'scalora[arena]'") from error
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 TASKS = (ClassificationTask,)

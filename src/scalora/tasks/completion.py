@@ -13,8 +13,10 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
+from .data.rows import PlacedRow
 from .generation import extract, generate
-from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, Template, TokenDataset, batches, evaluating
+from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, TokenDataset, batches, evaluating
+from .template import Template
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
@@ -52,6 +54,10 @@ class CompletionTask(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.prompt.columns, *self.completion.columns)))
+
+    def check(self, row: PlacedRow) -> None:
+        for template in (self.prompt, self.completion):
+            template.check(row, keep_missing=self.data.missing == "keep")
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         return examples(*self._pairs(tokenizer, split))

@@ -10,9 +10,11 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .completion import encode, examples, token_logprobs, truncate_prompts
-from .data.rows import Row
+from .data.rows import PlacedRow
+from .data.values import flaw, label_key, number, shown
 from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, Template, TokenDataset
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
+from .template import Template
 
 
 class MultipleChoiceSpec(BaseTaskSpec, frozen=True):
@@ -66,6 +68,12 @@ class MultipleChoiceTask(Task):
             prompt = (*(name for name in prompt if name != "choice"), *self.continuation.columns)
         return tuple(dict.fromkeys((*prompt, self.spec.answer, *choices)))
 
+    def check(self, row: PlacedRow) -> None:
+        for template in (self.prompt, self.continuation):
+            if template is not None:
+                template.check(row, keep_missing=self.data.missing == "keep")
+        self._answer(row, self._choices(row))
+
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         texts = []
         for row in self.rows(split):
@@ -115,7 +123,9 @@ class MultipleChoiceTask(Task):
         }
         return Score(metrics, "accuracy", predictions, truncated)
 
-    def _of_harness(self, score: HarnessScore, rows: list[Row], choices: list[list[str]], answers: list[int]) -> Score:
+    def _of_harness(
+        self, score: HarnessScore, rows: list[PlacedRow], choices: list[list[str]], answers: list[int]
+    ) -> Score:
         """The harness's metrics; predictions only of our own rows, whose answers are given."""
         # What is scored after a {choice} in the prompt is the same text for all of them.
         by_length = self.spec.normalize == "length" and self.continuation is None
@@ -132,7 +142,7 @@ class MultipleChoiceTask(Task):
             metrics["nll"] = metrics.get("nll", 0.0) - among[answer].item() / len(rows)
         return Score(metrics, "accuracy", predictions)
 
-    def _texts(self, row: Row, choices: list[str]) -> list[tuple[str, str]]:
+    def _texts(self, row: PlacedRow, choices: list[str]) -> list[tuple[str, str]]:
         """For each choice, what the model is given and what is scored after it."""
         if self.continuation is None:
             prompt = self.prompt(row)
@@ -144,29 +154,34 @@ class MultipleChoiceTask(Task):
         divisor = {"none": 1, "length": len(text), "choice-tokens": len(logprobs)}[self.spec.normalize]
         return logprobs.double().sum() / divisor
 
-    def _choices(self, row: Row) -> list[str]:
+    def _choices(self, row: PlacedRow) -> list[str]:
         choices = self.spec.choices or row["choices"]
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        if (
+            not isinstance(choices, list)
+            or len(choices) < 2
+            or not all(isinstance(each, str) and each and not flaw(each) for each in choices)
+        ):
             raise ScaloraError(
-                f"task.data.columns: the column choices must hold a list of two or more texts, found {choices!r}; "
-                "map it to such a column, or set task.choices"
+                f"task.data.columns: the column choices must hold a list of two or more texts, found {shown(choices)} "
+                f"in {row.place}; map it to such a column, or set task.choices"
             )
         return choices
 
-    def _answer(self, row: Row, choices: list[str]) -> int:
+    def _answer(self, row: PlacedRow, choices: list[str]) -> int:
         """The index of the right choice. A text is compared with the choices first, and only then read as an index."""
         value = row[self.spec.answer]
-        if isinstance(value, str):
-            stripped = [choice.strip() for choice in choices]
-            if value.strip() in stripped:
-                return stripped.index(value.strip())
-            if value.strip().isdecimal():
-                value = int(value)
-        if isinstance(value, int) and 0 <= value < len(choices):
-            return int(value)
+        if isinstance(value, str | bool):
+            # As an index, true would be the second choice, whatever that says.
+            stripped = [label_key(choice) if isinstance(value, bool) else choice.strip() for choice in choices]
+            wanted = label_key(value) if isinstance(value, bool) else value.strip()
+            if wanted in stripped:
+                return stripped.index(wanted)
+        index = number(value)
+        if index is not None and index.is_integer() and 0 <= index < len(choices):
+            return int(index)
         raise ScaloraError(
-            f"task.answer: {row[self.spec.answer]!r} in column {self.spec.answer!r} is neither an index from 0 to "
-            f"{len(choices) - 1} nor one of the choices {choices}"
+            f"task.answer: {shown(value)} in column {self.spec.answer!r} is neither an index from 0 to "
+            f"{len(choices) - 1} nor one of the choices {shown(choices, 300)} in {row.place}"
         )
 
 

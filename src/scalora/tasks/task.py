@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,8 @@ from torch.utils.data import Dataset
 
 from ..common.errors import ScaloraError
 from ..models.heads import Head
-from .data.rows import DataSpec, Row, Splits, load_splits
+from .data.rows import DataSpec, PlacedRow, Splits, load_splits
+from .data.values import flaw
 
 Split = Literal["train", "validation", "test"]
 Progress = Callable[[int, int], None]
@@ -112,28 +112,6 @@ class Collator:
         return batch
 
 
-class Template:
-    """A text with {column} fields, e.g. "Question: {question}\\nAnswer:".
-
-    Raises:
-        ScaloraError: a field is no plain column name, or the braces do not match.
-    """
-
-    def __init__(self, field: str, text: str) -> None:
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-        except ValueError as error:
-            raise ScaloraError(f"{field}: {text!r} is no template ({error}); write a literal brace twice") from error
-        for name in names:
-            if not name or name.isdecimal() or "." in name or "[" in name:
-                raise ScaloraError(f"{field}: {{{name}}} is no column; write {{column}} with a column's plain name")
-        self.text = text
-        self.columns = tuple(dict.fromkeys(names))
-
-    def __call__(self, row: Row) -> str:
-        return self.text.format_map(row)
-
-
 class BaseTaskSpec(BaseModel, frozen=True, extra="forbid"):
     """The `task` section of a recipe, as far as all kinds share it."""
 
@@ -176,9 +154,15 @@ class Task(ABC):
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""
-        return load_splits(self.data, self.columns)
+        return load_splits(self.data, self.columns, self.check)
 
-    def rows(self, split: Split) -> list[Row]:
+    def check(self, row: PlacedRow) -> None:
+        """Raise ScaloraError, with the row's place, where it holds what cannot be trained on or scored."""
+        for name in self.columns:
+            if reason := flaw(row[name]):
+                raise ScaloraError(f"task: column {name!r} {reason} in {row.place}; mend or drop the row")
+
+    def rows(self, split: Split) -> list[PlacedRow]:
         """The rows of one split; raises ScaloraError for a validation split that there is not."""
         rows = getattr(self.splits, split)
         if rows is None:

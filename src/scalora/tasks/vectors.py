@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 
 from ..common.errors import ScaloraError
+from .data.rows import PlacedRow
+from .data.values import label_text, number, shown
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, evaluating
 
 
@@ -41,7 +43,7 @@ class VectorsTask(Task):
 
     @cached_property
     def _classes(self) -> int:
-        return len({str(row[self.spec.label]) for row in self.rows("train")})
+        return len({label_text(row[self.spec.label]) for row in self.rows("train")})
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return _collate
@@ -74,17 +76,31 @@ class VectorsTask(Task):
         ]
         return Score(metrics, self.spec.metric, predictions)
 
-    def _example(self, row: dict[str, Any]) -> dict[str, Any]:
-        features, label = row[self.spec.features], row[self.spec.label]
-        if not isinstance(features, list) or not features or not all(isinstance(x, int | float) for x in features):
+    def check(self, row: PlacedRow) -> None:
+        features, label = row[self.spec.features], number(row[self.spec.label])
+        if not isinstance(features, list) or not features or not all(map(_is_number, features)):
             raise ScaloraError(
-                f"task.features: the column {self.spec.features!r} must hold lists of numbers, found {features!r:.60}"
+                f"task.features: the column {self.spec.features!r} must hold lists of numbers, found {shown(features)} "
+                f"in {row.place}"
             )
-        if not isinstance(label, int) or not 0 <= label < self.num_labels:
-            raise ScaloraError(
-                f"task.label: {label!r} in column {self.spec.label!r} is no index from 0 to {self.num_labels - 1}"
-            )
-        return {"inputs_embeds": features, "labels": label}
+        if label is None or not label.is_integer() or label < 0:
+            raise self._no_index(row)
+
+    def _example(self, row: PlacedRow) -> dict[str, Any]:
+        label = number(row[self.spec.label])
+        if label is None or label >= self.num_labels:
+            raise self._no_index(row)
+        return {"inputs_embeds": row[self.spec.features], "labels": int(label)}
+
+    def _no_index(self, row: PlacedRow) -> ScaloraError:
+        return ScaloraError(
+            f"task.label: {shown(row[self.spec.label])} in column {self.spec.label!r} is no index of a label, counted "
+            f"from 0, in {row.place}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str) and number(value) is not None
 
 
 def _collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

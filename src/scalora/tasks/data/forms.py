@@ -16,6 +16,7 @@ from typing import Any
 
 from ...common import packaged
 from ...common.errors import ScaloraError
+from .values import shown
 
 Row = dict[str, Any]
 
@@ -43,7 +44,7 @@ def adapt(source: str, rows: list[Row], where: Callable[[int], str]) -> list[Row
             ) from error
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise ScaloraError(
-                f"{where(number)}: not in the form of the {name} data ({error}): {row!r:.500}"
+                f"{where(number)}: not in the form of the {name} data ({error!s:.200}): {shown(row, 500)}"
             ) from error
     return adapted
 
@@ -54,7 +55,7 @@ def _form_of(source: str, rows: list[Row]) -> tuple[str, Callable[[Row], Row]] |
     first = rows[0]
     # Any row, not the first: a file whose first row is damaged is still of this form. Other data have such columns too.
     if {"instruction", "answer"} <= set(first) <= {"instruction", "input", "output", "answer"} and any(
-        "Answer format:" in str(row.get("instruction")) for row in rows
+        isinstance(row.get("instruction"), str) and "Answer format:" in row["instruction"] for row in rows
     ):
         return "commonsense", _commonsense
     for name, (columns, adapter) in _HUB_FORMS.items():

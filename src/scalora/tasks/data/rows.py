@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...common import packaged
 from ...common.errors import ScaloraError
 from .forms import Row, adapt
-from .tables import READERS, SourceTable, read_jsonl, read_tsv
+from .json_rows import read_jsonl
+from .source import SourceTable
+from .tables import ENDINGS, read_table
+from .values import flaw, label_key, shown
 
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
 
 
@@ -46,56 +50,82 @@ class DataSpec(BaseModel):
     """Rows whose columns hold more than this together are left out, of every split."""
     columns: dict[str, str] = {}
     """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
-    values: dict[str, list[str | int]] = {}
+    values: dict[str, list[str | bool | int]] = {}
     """Our name -> all that the column may hold; a row with another value is refused, by its place in the file."""
+    missing: Literal["refuse", "keep"] = "refuse"
+    """What becomes of labels and texts that are empty or say NaN, None, NA, …: keep takes them as they stand."""
     seed: int = 0
+
+
+class PlacedRow(Row):
+    """A row, under our names, that knows its file and line (or number) for messages."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, cells: Row, place: str) -> None:
+        super().__init__(cells)
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlacedRow, (dict(self), self.place)
+
+
+Check = Callable[[PlacedRow], None]
+"""Raises ScaloraError for a row whose values cannot be used."""
 
 
 class Splits(NamedTuple):
     """Rows to train on, to choose a checkpoint by (if any), and to report on."""
 
-    train: list[Row]
-    validation: list[Row] | None
-    test: list[Row]
+    train: list[PlacedRow]
+    validation: list[PlacedRow] | None
+    test: list[PlacedRow]
 
 
-def load_splits(spec: DataSpec, required: Sequence[str]) -> Splits:
+def load_splits(spec: DataSpec, required: Sequence[str], check: Check | None = None) -> Splits:
     """The rows of every split, cut down to the `required` columns, under our names.
 
     Rows split off from train come from one shuffle (by `spec.seed`) of its distinct rows: first test, then validation,
     then train; so no row is in two splits, and the test split does not depend on the other sizes.
+
+    Args:
+        spec: where rows come from.
+        required: columns, under our names.
+        check: raises ScaloraError for a row whose values cannot be used.
 
     Raises:
         ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
     """
     if spec.test is None and spec.test_size is None:
         raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
-    train = _load(spec, "train", spec.train, required)
+    train = _load(spec, "train", spec.train, required, check)
     if spec.test is None or (spec.validation is None and spec.validation_size):
         # A row that occurs twice could otherwise be trained on and tested on.
         train = list({json.dumps(row, sort_keys=True, default=str): row for row in train}.values())
     train = _shuffled(train, spec.seed)
-    test, train = _held_out(spec, "test", required, train)
-    validation, train = _held_out(spec, "validation", required, train)
+    test, train = _held_out(spec, "test", required, check, train)
+    validation, train = _held_out(spec, "validation", required, check, train)
     if spec.train_size is not None:
         train = _take("train", train, spec.train_size)
     return Splits(train, validation or None, test)
 
 
-def _held_out(spec: DataSpec, name: str, required: Sequence[str], train: list[Row]) -> tuple[list[Row], list[Row]]:
+def _held_out(
+    spec: DataSpec, name: str, required: Sequence[str], check: Check | None, train: list[PlacedRow]
+) -> tuple[list[PlacedRow], list[PlacedRow]]:
     """The rows of one split (none if it is not asked for), and what is left of train."""
     source, size = getattr(spec, name), getattr(spec, f"{name}_size")
     if source is None:
         return (_take(name, train, size, spare=1), train[size:]) if size else ([], train)
-    rows = _load(spec, name, source, required)
+    rows = _load(spec, name, source, required, check)
     return (_take(name, _shuffled(rows, spec.seed), size) if size else rows), train
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+def _shuffled(rows: list[PlacedRow], seed: int) -> list[PlacedRow]:
     return random.Random(seed).sample(rows, len(rows))
 
 
-def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
+def _take(name: str, rows: list[PlacedRow], size: int, spare: int = 0) -> list[PlacedRow]:
     if size + spare > len(rows):
         raise ScaloraError(
             f"task.data.{name}_size is {size}, but there are only {len(rows)} rows for it"
@@ -104,26 +134,31 @@ def _take(name: str, rows: list[Row], size: int, spare: int = 0) -> list[Row]:
     return rows[:size]
 
 
-def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> list[Row]:
-    table = _read(name, source, spec, headerless=_are_positions(spec.columns))
+def _load(spec: DataSpec, name: str, source: str, required: Sequence[str], check: Check | None) -> list[PlacedRow]:
+    table = _read(name, source, spec)
     if not table.rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
-    rows = adapt(source, table.rows, lambda number: f"{source}{table.line(number)}, row {number}")
+    rows = adapt(source, table.rows, lambda number: table.place(source, number))
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
-    allowed = {ours: [str(value) for value in values] for ours, values in spec.values.items()}
+    allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
+    kept = []
     for number, row in enumerate(rows, 1):
+        place = table.place(source, number)
         for ours, theirs in wanted.items():
-            value = row.get(theirs)
-            if value is not None and (ours not in allowed or str(value) in allowed[ours]):
-                continue
-            where = f"row {number} of {source}{table.line(number)}"
             if theirs not in row:
-                raise _no_column(row, ours, theirs, source if number == 1 else where)
-            if value is None:
-                raise ScaloraError(f"task.data.{name}: column {theirs!r} is null in {where}; fill or drop it")
-            where += " (the label is hidden: this split has no labels)" if str(value) in ("", "-1") else ""
-            raise ScaloraError(f"task.data.{name}: column {theirs!r} is {value!r} in {where}; use {allowed[ours]}")
-    kept = [{ours: row[theirs] for ours, theirs in wanted.items()} for row in rows]
+                raise _no_column(row, ours, theirs, source if number == 1 else place)
+            value = row[theirs]
+            if value is None or value != value:  # NaN
+                raise ScaloraError(f"task.data.{name}: column {theirs!r} {flaw(value)} in {place}; fill or drop it")
+            if ours in allowed and (flaw(value) or label_key(value) not in allowed[ours]):
+                hidden = " (the label is hidden: this split has no labels)" if value in ("", "-1", -1) else ""
+                raise ScaloraError(
+                    f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
+                    f"use {list(map(str, spec.values[ours]))}"
+                )
+        kept.append(PlacedRow({ours: row[theirs] for ours, theirs in wanted.items()}, place))
+        if check:
+            check(kept[-1])
     if spec.max_characters is None:
         return kept
     lengths = [sum(len(str(value)) for value in row.values()) for row in kept]
@@ -137,14 +172,12 @@ def _load(spec: DataSpec, name: str, source: str, required: Sequence[str]) -> li
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
     near = get_close_matches(theirs, row, n=1)
     hint = f" — did you mean {near[0]!r}?" if near else f" (columns maps our names to theirs; we need {ours!r})"
+    if where.lower().endswith((".csv", ".tsv")) and not near:
+        hint += '; if the file has no header, give positions in task.data.columns, e.g. {text: "3", label: "1"}'
     return ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
 
 
-def _are_positions(columns: dict[str, str]) -> bool:
-    return bool(columns) and all(theirs.isdecimal() for theirs in columns.values())
-
-
-def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> SourceTable:
+def _read(name: str, source: str, spec: DataSpec) -> SourceTable:
     if source in DIGITS:
         from ...models.digits import digit_rows
 
@@ -154,18 +187,19 @@ def _read(name: str, source: str, spec: DataSpec, *, headerless: bool) -> Source
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
         return read_jsonl(packaged.fetch(source))
     path = Path(spec.folder).expanduser() / Path(source).expanduser()
-    if path.suffix in READERS:
+    if path.suffix.lower() in ENDINGS:
         if not path.is_file():
             raise ScaloraError(
                 f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
                 f"{Path(spec.folder).expanduser().resolve()})"
             )
-        try:
-            return read_tsv(path, headerless) if path.suffix == ".tsv" else READERS[path.suffix](path)
-        except UnicodeDecodeError as error:
-            raise ScaloraError(f"task.data.{name}: {source} is not UTF-8 text ({error}); convert it") from error
-    if path.exists() or source.startswith(("/", ".", "~")):
-        raise ScaloraError(f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(READERS)}")
+        theirs = spec.columns.values()
+        return read_table(path, theirs if all(each.isdecimal() for each in theirs) else ())
+    if path.exists() or source.startswith(("/", ".", "~")) or path.suffix.lower() in _PACKED:
+        unpacked = "; unpack it" if path.suffix.lower() in _PACKED else ""
+        raise ScaloraError(
+            f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(ENDINGS)}{unpacked}"
+        )
     near = get_close_matches(source, [*packaged.ASSETS, *DIGITS], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")

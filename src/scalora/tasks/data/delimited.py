@@ -1,0 +1,99 @@
+"""Tables of cells between commas or tabs. A row is named by the line that it starts on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...common.errors import ScaloraError
+from .source import SourceTable, check_distinct, read_lines, read_text
+
+Cells = tuple[int, list[str]]
+"""A row, after the line that it starts on."""
+
+
+def read_csv(path: Path, positions: Collection[str] = ()) -> SourceTable:
+    """Comma-separated text, or separated by semicolons as Excel writes it where numbers have a comma."""
+    text = read_text(path)
+    head = re.sub(r'"[^"]*"', "", next((line for _, line in read_lines(text)), ""))
+    return _table(path, _quoted(path, text, ";" if ";" in head and "," not in head else ","), positions)
+
+
+def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
+    """Tab-separated text. Quotes enclose cells, as in a .csv, unless some of the file's cannot, as in GLUE's.
+
+    Then no quote has a meaning; but a row that is too short and has one open goes on in the next line.
+    """
+    text = read_text(path)
+    # Without the cells that are enclosed as they should be: between their quotes, tabs and line ends are text.
+    rest = re.sub(r'(?:^|(?<=[\t\r\n]))"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|$)', "", text)
+    never_closed = rest.count('"') == 1 and re.search(r'(?:^|[\t\r\n])"', rest)
+    if '"' in rest and not never_closed:
+        return _table(path, _plain(list(read_lines(text))), positions)
+    return _table(path, _quoted(path, text, "\t"), positions)
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _quoted(path: Path, text: str, delimiter: str) -> Iterator[Cells]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    with _cells_of_any_size():
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                reason = "a quote is never closed" if "end of data" in str(error) else str(error)
+                raise ScaloraError(
+                    f"{path}, line {start}: {reason} in the row that starts here; a quote opens and closes a cell, "
+                    "and is written twice within one"
+                ) from error
+            if cells:
+                yield start, cells
+
+
+def _plain(lines: list[tuple[int, str]]) -> Iterator[Cells]:
+    """The fields of every line. Some of QQP's questions go on in the next line: a quote opens them and closes there."""
+    rest = iter(lines)
+    width = lines[0][1].count("\t") + 1
+    for number, line in rest:
+        cells = line.split("\t")
+        while len(cells) < width and cells[-1][:1] == '"' and cells[-1].count('"') % 2 and (more := next(rest, None)):
+            first, *others = more[1].split("\t")
+            cells = [*cells[:-1], f"{cells[-1]}\n{first}", *others]
+        yield number, cells
+
+
+def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> SourceTable:
+    """Rows under the names of the first line, or under their positions where `positions` are asked for, not named."""
+    names: list[str] = []
+    table = SourceTable([], [])
+    for number, cells in lines:
+        if not names:
+            headerless = bool(positions) and not set(positions) <= set(cells)
+            names = [str(i) for i in range(len(cells))] if headerless else cells
+            check_distinct(f"{path}, line {number}", [name for name in names if name.strip()])
+            if not headerless:
+                continue
+        if len(cells) != len(names):
+            raise ScaloraError(
+                f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"
+            )
+        # A column without a name, as that of pandas' index, cannot be asked for.
+        table.rows.append({name: cell for name, cell in zip(names, cells, strict=True) if name.strip()})
+        table.lines.append(number)
+    return table
