@@ -30,7 +30,7 @@ def tokenizer():
     )
 
 
-def llama():
+def llama(tied=False):
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=SIZE,
@@ -39,6 +39,7 @@ def llama():
         num_hidden_layers=2,
         num_attention_heads=2,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     config.initializer_range = 0.5  # far from uniform, so that positions and padding matter
     return LlamaForCausalLM(config)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -17,7 +17,7 @@ from scalora.common.quiet import quiet
 from scalora.runs.export.artefact import find_artefact, read_factors
 from scalora.runs.export.base_model import Base
 from scalora.runs.export.export import export
-from scalora.runs.export.restored import restore
+from scalora.runs.export.restored_peft import restore
 from scalora.runs.export.verify import probe
 
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_differs_from_its_seal_is_refused(laid, tmp_path):
 
 def test_a_weight_that_is_no_ordinary_matrix_is_not_merged(laid, tmp_path, monkeypatch):
     _, run = laid
-    monkeypatch.setattr("scalora.runs.export.restored.is_dense", lambda layer: False)  # as for quantised weights
+    monkeypatch.setattr("scalora.runs.export.restored_peft.is_dense", lambda layer: False)  # as for quantised weights
     for form in ("merged", "delta"):
         with pytest.raises(ScaloraError, match=r"layer .*q_proj \(Linear\) is quantised.*--to lora"):
             export(run.folder, to=form, output=tmp_path / "out")
@@ -255,3 +255,18 @@ def test_a_result_that_differs_is_not_handed_out(laid, tmp_path, monkeypatch):
     with pytest.raises((ScaloraError, RuntimeError)):
         export(whole, to="lora", output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_that_were_trained_are_no_difference(laid, tmp_path, modules):
+    base = tokenized.llama(tied=True)
+    base.save_pretrained(tmp_path / "base")
+    tokenized.tokenizer().save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules))
+    for param in model.parameters():
+        param.data += 0.01 * param.requires_grad * torch.randn_like(param)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ScaloraError, match=r"embed_tokens.weight and lm_head.weight are tied.*use --to merged"):
+        export(tmp_path / "adapter", to="delta", base=str(tmp_path / "base"))
+    done = export(tmp_path / "adapter", to="merged", base=str(tmp_path / "base"))
+    assert done.difference < 1e-4

@@ -24,7 +24,8 @@ from ...layers.peft_lora import find_layers
 from ...models.heads import auto_class
 from .artefact import Artefact, find_artefact, read_factors
 from .base_model import Base
-from .restored import Restored, load_delta, restore
+from .restored import Restored, load_delta
+from .restored_peft import restore
 from .verify import HeldOutLoss, probe
 
 Form = Literal["lora", "merged", "delta"]

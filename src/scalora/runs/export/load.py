@@ -29,7 +29,8 @@ def load(path: str | Path, base: str | None = None) -> Any:
     try:
         from .artefact import find_artefact
         from .base_model import Base
-        from .restored import load_delta, load_whole, restore
+        from .restored import load_delta, load_whole
+        from .restored_peft import restore
     except ImportError as error:
         raise ScaloraError(f"scalora.load needs {error.name}: pip install 'scalora[cli]'") from error
     artefact = find_artefact(path)
