@@ -92,6 +92,11 @@ def test_an_adapter_from_someones_own_loop_needs_no_tokenizer(tmp_path, kind):
 def test_what_cannot_be_loaded_is_named(trained, tmp_path):
     with pytest.raises(ScaloraError, match="there is no"):
         scalora.load(tmp_path / "nothing")
+    with pytest.raises(ScaloraError, match="path is None"):
+        scalora.load(None)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ScaloraError, match="no model that transformers can load"):
+        scalora.load(tmp_path)
     run, _ = trained("mora")
     with pytest.raises(ScaloraError, match="checkpoints of mora cannot be restored"):
         scalora.load(run.folder / "checkpoints" / "checkpoint-4")

@@ -123,6 +123,8 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
     Raises:
         ScaloraError: nothing of ours or PEFT's lies there, or it is incomplete or damaged.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ScaloraError(f"path is {path!r}: give the folder of a run, a checkpoint or an adapter")
     path = Path(path).expanduser()
     if not os.path.lexists(path):
         raise ScaloraError(f"there is no {str(path)!r}: give the folder of a run, a checkpoint or an adapter")

@@ -26,7 +26,9 @@ class Base:
     def __init__(self, artefact: Artefact, source: str | None = None, *, need_tokenizer: bool = True) -> None:
         name = source or artefact.base
         if name is None:
-            raise ScaloraError(f"nothing in {str(artefact.folder)!r} names its base model: give it with --base")
+            raise ScaloraError(
+                f"nothing in {str(artefact.folder)!r} names its base model: give it with --base (Python: base=)"
+            )
         self.source: str = name
         self.artefact, recipe = artefact, artefact.made_by or {}
         self.head: Head = head_of(artefact)
@@ -52,12 +54,12 @@ class Base:
                 attn_implementation=self.attention, need_tokenizer=self.need_tokenizer,
             )  # fmt: skip
         except ScaloraError as error:
-            raise ScaloraError(f"{error}; a base model that has moved is named by --base") from error
+            raise ScaloraError(f"{error}; a base model that has moved is named by --base (Python: base=)") from error
         self.fingerprint = backbone_fingerprint(model)
         if self.artefact.fingerprint not in (None, self.fingerprint):
             raise ScaloraError(
                 f"the base model {self.source!r} has the fingerprint {self.fingerprint}, but "
-                f"{self.artefact.fingerprint} was trained: give the right one with --base"
+                f"{self.artefact.fingerprint} was trained: give the right one with --base (Python: base=)"
             )
         self.padded_tokenizer, self.path = tokenizer, model.name_or_path
         return model.eval()

@@ -105,9 +105,13 @@ def load_whole(artefact: Artefact) -> PreTrainedModel:
         ScaloraError: the folder holds more or less than one.
     """
     attention = (artefact.made_by or {}).get("attn_implementation")
-    model, report = auto_class(head_of(artefact)).from_pretrained(
-        str(artefact.folder), dtype="auto", output_loading_info=True, attn_implementation=attention
-    )
+    try:
+        model, report = auto_class(head_of(artefact)).from_pretrained(
+            str(artefact.folder), dtype="auto", output_loading_info=True, attn_implementation=attention
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ScaloraError(f"{artefact.folder} is no model that transformers can load: {reason}") from error
     if odd := sorted(str(name) for part in ("missing_keys", "unexpected_keys") for name in report[part]):
         raise ScaloraError(
             f"{artefact.folder} is no plain model ({odd[0]} is missing, or too much): the checkpoints of "
@@ -137,9 +141,10 @@ def does_not_fit(artefact: Artefact, base: Base, reason: str) -> ScaloraError:
     if "size mismatch" in reason and any(word in reason for word in ("embed", "lm_head", "wte")):
         return ScaloraError(
             f"{artefact.folder} brings embeddings of another size than those of the base model {base.source!r}: its "
-            "vocabulary was resized for training; resize it in the same way, save it, and give it with --base"
+            "vocabulary was resized for training; resize it in the same way, save it, and give "
+            "it with --base (Python: base=)"
         )
     return ScaloraError(
         f"{artefact.folder} does not fit the base model {base.source!r} ({' '.join(reason.split())[:200]}): give the "
-        "right one with --base"
+        "right one with --base (Python: base=)"
     )
