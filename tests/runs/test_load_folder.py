@@ -7,6 +7,8 @@ from functools import cache
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 import scalora
 from helpers import exports, models, workspace
@@ -114,3 +116,12 @@ except scalora.ScaloraError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "scalora.load needs pydantic: pip install 'scalora[cli]'\n"
+
+
+def test_an_adapter_without_task_type_is_for_the_class_it_was_made_for(tmp_path):
+    models.base("bert").save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(models.logits(scalora.load(tmp_path / "adapter"), "bert"), models.logits(model, "bert"))

@@ -88,6 +88,9 @@ def head_of(artefact: Artefact) -> Head:
     if artefact.kind == "delta":
         heads: list[Head] = [head for head in HEADS if _outputs(artefact, head)]
         return heads[0] if heads else "causal-lm"
+    made_for = (artefact.config.get("auto_mapping") or {}).get("base_model_class")
+    if made_for and not artefact.config.get("task_type"):
+        return head_of_architecture(str(made_for))
     head = head_of_task_type(artefact.config.get("task_type"))
     if head is None:
         known = " and ".join(facts.task_type for facts in HEADS.values())
