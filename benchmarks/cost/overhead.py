@@ -245,7 +245,7 @@ def main() -> None:
 
 
 def _store_bytes(model: nn.Module) -> int:
-    """Of the accumulated adapter."""
+    """Of the accumulated columns."""
     return sum(p.nbytes for name, p in model.named_parameters() if ".accumulated." in name)
 
 

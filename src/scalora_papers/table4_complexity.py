@@ -27,7 +27,7 @@ from scalora.engine.stores.adapter import SLOTS, AdapterStore
 from .base import Experiment, Outcome, Setting, TextTable
 
 TOKENS = 64  # T, the rows of a batch
-_WIDTH = 8 + SLOTS  # k/r, where k is the number of columns of the accumulated adapter
+_WIDTH = 8 + SLOTS  # k/r, where a layer has room for k accumulated columns
 _BEYOND = 1.5  # a time tells of arithmetic from that many fixed costs on
 _STORES: tuple[Accumulate, ...] = ("base", "adapter")
 
@@ -254,7 +254,7 @@ def _intervals(over_I: Sequence[Cost]) -> TextTable:
         together = f"{(c.events + longer) / plain:.1%}"
         rows.append([c.store, str(c.interval), f"{1e3 * c.events:.2f}", f"{1e3 * longer:.2f}", together])
     title = f"Added to a LoRA step of {ms:.2f} ms ({TOKENS} tokens, one layer with m = {m}, n = {n}, r = {r})"
-    columns = ["store", "I", "events, ms per step", "accumulated adapter in the step, ms", "together"]
+    columns = ["store", "I", "events, ms per step", "accumulated columns in the step, ms", "together"]
     return TextTable(title, columns, rows)
 
 

@@ -243,6 +243,29 @@ def test_a_weight_decay_that_comes_in_mid_run_is_refused():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def _fuse(model):
+    """What fused LoRA kernels do (Unsloth's, axolotl's): they read one adapter's matrices past its layer's forward."""
+    layer = model.get_submodule(FIRST)
+
+    def fused(x):
+        name = layer.active_adapters[0]
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return layer.base_layer(x) + layer.scaling[name] * (x @ A.T @ B.T)
+
+    layer.forward = fused
+
+
+def test_a_kernel_that_bypasses_the_layer_is_refused():
+    model, optimizer, _ = attached()
+    _fuse(model)
+    with pytest.raises(ScaloraError, match=f"{FIRST}: its adapter got a gradient without its own forward pass"):
+        models.train(model, optimizer, "llama", 1)
+    model = models.lora("llama")
+    _fuse(model)
+    with pytest.raises(ScaloraError, match="a forward pass that was put into it"):
+        scalora.attach(model, torch.optim.AdamW(models.trainable(model)))
+
+
 def test_a_second_adapter_accumulates_for_itself():
     """Training another adapter of the same model leaves the first one's function as it is."""
     model, optimizer, handle = attached()

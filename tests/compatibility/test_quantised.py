@@ -1,4 +1,4 @@
-"""Quantised bases, as transformers loads them: the accumulated adapter beside them, never the dense merge into them."""
+"""Quantised bases, as transformers loads them: accumulated columns beside them, never the dense merge into them."""
 
 import pytest
 import torch

@@ -124,7 +124,7 @@ def _forms(rank):
     reference = two_processes.alone("llama", "adapter")[1]
     replicated = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     for options in (
-        {"prepare": False},  # the accumulated adapter, added after sharding, is whole on every process
+        {"prepare": False},  # accumulated columns, added after sharding, are whole on every process
         {"mesh": replicated, "opt": {"fused": True}},
         {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         {"shard_placement_fn": lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % 2 == 0 else Shard(0)},

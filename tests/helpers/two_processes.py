@@ -38,7 +38,7 @@ def _enter(rank, processes, store, function, args):
 
 
 MICRO = 2  # micro-batches per optimizer step
-STEPS = 7  # with rank and capacity 3 the accumulated adapter is recompressed before the sixth
+STEPS = 7  # with rank and capacity 3 the accumulated columns are recompressed before the sixth
 REFRESH = 4  # and refreshed before the fifth
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# A checkpoint or an adapter: PEFT's weights, the folder of the accumulated adapter (and its name), and our own files.
+# A checkpoint or an adapter: PEFT's weights, the folder that once held half of them, and our own files.
 WEIGHTS = "adapter_model.safetensors"
 FORMER_PAIR = "accumulated"  # where scalora once put the other half of an adapter
 STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"

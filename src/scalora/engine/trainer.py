@@ -27,8 +27,8 @@ class ScaLoraCallback(TrainerCallback):
 
     Args:
         config: defaults to ``ScaLoraConfig()``; a dict of its fields is taken too.
-        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` is given. Only a sharded model
-            needs it, where that is not the Trainer's own ``output_dir/checkpoint-N``.
+        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` is given. Only a sharded model,
+            or one that is no PeftModel, needs it, where that is not the Trainer's own ``output_dir/checkpoint-N``.
 
     Raises:
         ScaloraError: as :func:`scalora.attach`, when training begins.

@@ -190,8 +190,8 @@ def find_peft_model(model: nn.Module) -> PeftModel:
         if isinstance(module, PeftModel):
             return module
     raise ScaloraError(
-        f"model is a {type(model).__name__} without a PeftModel in it, which accumulate='adapter' needs: wrap it with "
-        "peft.get_peft_model(model, LoraConfig(...)), or choose accumulate='base'"
+        f"model is a {type(model).__name__} without a PeftModel in it, which save_plain_lora needs: wrap it with "
+        "peft.get_peft_model(model, LoraConfig(...)), or call its own save_pretrained where it made the adapter itself"
     )
 
 

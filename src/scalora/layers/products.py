@@ -9,7 +9,7 @@ tokens that takes fewer operations: T·k·(m + n) are those of T tokens and k co
 trained needs two of the four products all the same, for its gradients. Under autocast the sum waits for backward, as
 the cast weight of an ordinary layer does; else it is formed again there, and the memory is that of one weight.
 
-Autograd alone would pay with gradients of the frozen adapters too; here only what is trained gets one.
+Autograd alone would pay with gradients of frozen columns too; here only what is trained gets one.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = join
 
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:
-    """Singular values of trained plus accumulated adapter, layer by layer."""
+    """Singular values of each layer's whole update, trained and accumulated."""
     for layer in find_layers(model):
         P, Q = factors(layer)
         yield layer.name, Spectrum(singular_values(P.float(), Q.float()), P.shape[0], Q.shape[0])

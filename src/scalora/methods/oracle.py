@@ -35,7 +35,7 @@ class OracleOptions(BaseModel):
 
     interval: int = Field(default=10, ge=1, description="Optimizer steps from one event to the next.")
     capacity: int | None = Field(
-        default=None, ge=1, description="Rank of the accumulated adapter; None: whatever holds every update exactly."
+        default=None, ge=1, description="Accumulated columns of a layer; None: whatever holds every update exactly."
     )
 
 
