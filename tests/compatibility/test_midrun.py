@@ -260,6 +260,12 @@ def test_a_kernel_that_bypasses_the_layer_is_refused():
     _fuse(model)
     with pytest.raises(ScaloraError, match=f"{FIRST}: its adapter got a gradient without its own forward pass"):
         models.train(model, optimizer, "llama", 1)
+    model, optimizer, _ = attached()
+    models.train(model, optimizer, "llama", 3)
+    _fuse(model)  # in mid-run
+    models.logits(model, "llama")
+    with pytest.raises(ScaloraError, match="without its own forward pass"):
+        models.train(model, optimizer, "llama", 2)
     model = models.lora("llama")
     _fuse(model)
     with pytest.raises(ScaloraError, match="a forward pass that was put into it"):

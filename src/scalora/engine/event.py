@@ -29,6 +29,7 @@ from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parame
 from .guards import Guards
 from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
+from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
 from .stores import AdapterStore, BaseStore, Move, Store
 
@@ -76,7 +77,7 @@ class ScaLora:
         if config.refresh is not None:
             sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
             self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes)
-        self.guards.start()
+        self.own_passes = OwnPasses(self.layers)
         if former is not None:
             former.supersede()
         for layer in self.layers:
@@ -99,6 +100,7 @@ class ScaLora:
         """Stop rescaling. The model keeps its function, the store its content."""
         self.attached = False
         self._hook.remove()
+        self.own_passes.stop()
         vars(self.optimizer).pop("__reduce_ex__", None)
         if self.refresh:
             self.refresh.detach()
@@ -110,6 +112,7 @@ class ScaLora:
             stacklevel=4,
         )
         self.attached, self.superseded = False, True
+        self.own_passes.stop()
         if self.refresh:
             self.refresh.detach()
 
@@ -205,6 +208,7 @@ class ScaLora:
                 "optimizer.step(closure) computes gradients too late for a rescaling: call loss.backward() first"
             )
         self.guards.check()
+        self.own_passes.check()
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
             if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:

@@ -1,4 +1,4 @@
-"""What may not change under a run, or bypass it: looked at before every step, by object identity; no tensor is read."""
+"""What may not change under a run: looked at before every optimizer step, by object identity; no tensor is read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ class Guards:
         self.dtypes: dict[int, torch.dtype] = {}  # of each parameter, by its id
         self.layers = [(layer, places.get(id(layer.module))) for layer in layers]
 
-    def start(self) -> None:
-        """From now on a layer must have been called before its adapter's gradients are used."""
-        for layer, _ in self.layers:
-            # Gradients of before come from passes of before.
-            layer.module.called = layer.A.grad is not None or layer.Bt.grad is not None  # pyright: ignore
-
     def check(self, *, starting: bool = False) -> None:
         """Look once; ``starting``: before the layers carry anything.
 
@@ -42,10 +36,10 @@ class Guards:
                     f"layer {layer.name} is no longer part of the model (unload or merge_and_unload in mid-run?): "
                     "detach() ScaLoRA first, and attach it anew to a new PEFT model"
                 )
-            if problem := self._problem(layer, optimized, accumulates, starting):
+            if problem := self._problem(layer, optimized, accumulates):
                 raise ScaloraError(f"layer {layer.name}: {problem}")
 
-    def _problem(self, layer: AdapterLayer, optimized: set[int], accumulates: bool, starting: bool) -> str:
+    def _problem(self, layer: AdapterLayer, optimized: set[int], accumulates: bool) -> str:
         module, adapter = layer.module, layer.adapter
         held = module.lora_A._modules  # in place of its keys(): this runs before every step
         if adapter not in held:
@@ -62,11 +56,6 @@ class Guards:
             return (
                 f"accumulate='base' would change adapter {', '.join(map(repr, sorted(others)))} too, which shares the "
                 "base weight: delete it, or choose accumulate='adapter'"
-            )
-        if not starting and not module.called and (layer.A.grad is not None or layer.Bt.grad is not None):  # pyright: ignore
-            return (
-                "its adapter got a gradient without its own forward pass: a fused kernel (Unsloth's, axolotl's "
-                "lora_*_kernel) reads the matrices past it, and would leave out what is moved; switch these kernels off"
             )
         for p in (layer.A, layer.Bt):
             if id(p) not in optimized:

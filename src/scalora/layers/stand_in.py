@@ -31,7 +31,7 @@ class StandIn(LoraForward):
 
     accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
     base_written = False  # by accumulate='base'
-    called = False  # since the last event
+    called = False  # with gradients to come, since the last optimizer step
     watched: dict[str, tuple[int, ...]] | None = None  # versions of a copy's tensors, until it is trained or loaded
 
     @property
@@ -52,7 +52,8 @@ class StandIn(LoraForward):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, with what has been accumulated."""
-        self.called = True
+        if torch.is_grad_enabled():
+            self.called = True
         if self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
