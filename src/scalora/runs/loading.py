@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from ..methods.support.targets import find_targets
 from ..models.heads import find_heads
 from ..models.load import load_model
 from ..tasks import Task, build_task
+from ..tasks.causality import check_causal
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
-from .precision import decide
+from .precision import AUTOCAST, decide
 from .recipe import Recipe
 
 
@@ -67,13 +68,30 @@ def load_inputs(recipe: Recipe) -> Loaded:
     return Loaded(task, arguments, model, tokenizer, heads, dataset, collator)
 
 
+def on_device(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
+    """With the model on the run's device, where it is seen to be what its task needs.
+
+    Args:
+        loaded: what is to be trained.
+        autocast: dtype to compute in, if not the model's.
+
+    Raises:
+        ScaloraError: as :func:`~scalora.tasks.causality.check_causal`.
+    """
+    loaded.model.to(loaded.arguments.device)
+    if loaded.task.head != "causal-lm":
+        return loaded
+    return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
+
+
 def check(recipe: Recipe) -> None:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
 
     Raises:
-        ScaloraError: as :func:`load_inputs`, or no module is targeted.
+        ScaloraError: as :func:`load_inputs` and :func:`on_device`, or no module is targeted.
     """
     loaded = load_inputs(recipe)
+    on_device(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
     find_targets(loaded.model, recipe.method, loaded.task.head)
 
 

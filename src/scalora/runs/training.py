@@ -24,7 +24,7 @@ from ..models.load import backbone_fingerprint
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
-from .loading import load_inputs, setting_up
+from .loading import load_inputs, on_device, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
@@ -116,9 +116,9 @@ def _train(
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
     loaded = load_inputs(recipe)
+    base = backbone_fingerprint(loaded.model)
+    loaded = on_device(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
-    base = backbone_fingerprint(model)
-    model.to(arguments.device)
 
     def score(split: Split) -> Score:
         return task.score(
