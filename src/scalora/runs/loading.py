@@ -22,6 +22,7 @@ from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
 from .precision import AUTOCAST, decide
 from .recipe import Recipe
+from .training_section import lower_is_better
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Loaded:
     heads: list[str]  # names of modules that start at random
     dataset: TokenDataset
     collator: Collator
+    validation: TokenDataset | None  # where the recipe evaluates while it trains
 
 
 def load_inputs(recipe: Recipe) -> Loaded:
@@ -44,7 +46,12 @@ def load_inputs(recipe: Recipe) -> Loaded:
         ScaloraError: something is missing, cannot be read, or does not go with the rest; the message names it.
     """
     task, arguments = build_task(recipe.task), _arguments(recipe)
-    _ = task.splits
+    if task.splits.validation is None and _evaluates(arguments):
+        asked = "eval_on_start" if arguments.eval_strategy == "no" else "eval_strategy"
+        raise ScaloraError(
+            f"training.{asked} is {str(getattr(arguments, asked))!r}, but there is no validation data: name a source "
+            "in task.data.validation or set task.data.validation_size"
+        )
     set_seed(arguments.seed)  # a classification head starts at random
     model, tokenizer = load_model(
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
@@ -65,7 +72,8 @@ def load_inputs(recipe: Recipe) -> Loaded:
             "starts at random: leave it out"
         )
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
-    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator)
+    validation = task.train_dataset(tokenizer, "validation") if _evaluates(arguments) else None
+    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator, validation)
 
 
 def on_device(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
@@ -108,11 +116,23 @@ def setting_up(timer: StepTimer | None = None) -> Iterator[None]:
         raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 
+def _evaluates(arguments: TrainingArguments) -> bool:
+    return arguments.eval_strategy != "no" or arguments.eval_on_start
+
+
 def _arguments(recipe: Recipe) -> TrainingArguments:
     output = Path(recipe.output).expanduser() / CHECKPOINTS
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
-    ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
+    ours: dict[str, Any] = {
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    ours["label_names"] = ["labels"]  # Trainer would look for them in a signature that wrappers hide
     precision = decide(recipe.precision, recipe.training).precision
     ours |= {"bf16": precision == "bfloat16", "fp16": precision == "float16"}
+    if (metric := recipe.training.get("metric_for_best_model")) and recipe.training.get("greater_is_better") is None:
+        ours["greater_is_better"] = not lower_is_better(metric)
+    ours |= {name: value for name, value in recipe.training.items() if value is not None or name not in ours}
     with setting_up():
-        return TrainingArguments(output_dir=str(output), **{**ours, **recipe.training})
+        return TrainingArguments(output_dir=str(output), **ours)
