@@ -116,6 +116,14 @@ def setting_up(timer: StepTimer | None = None) -> Iterator[None]:
         raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # some arguments are names of files
+        raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
+
+
 def _evaluates(arguments: TrainingArguments) -> bool:
     return arguments.eval_strategy != "no" or arguments.eval_on_start
 
@@ -134,5 +142,5 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     if (metric := recipe.training.get("metric_for_best_model")) and recipe.training.get("greater_is_better") is None:
         ours["greater_is_better"] = not lower_is_better(metric)
     ours |= {name: value for name, value in recipe.training.items() if value is not None or name not in ours}
-    with setting_up():
+    with setting_up(), _reading():
         return TrainingArguments(output_dir=str(output), **ours)

@@ -63,6 +63,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "label_smoothing_factor": (0, 1),
 }  # fmt: skip
+# TrainingArguments takes any word for these.
+_CHOICES = {
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
+}
 _CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 _LOWER_IS_BETTER = ("loss", "nll", "mse")
 
@@ -87,7 +92,8 @@ def read_training(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _REFUSED:
             # remove_unused_columns is False in recipes.
             if name not in fields or not (value is None or value is False or value == fields[name].default):
-                raise ValueError(f"{name} is {value!r}: {_REFUSED[name]}; leave it out")
+                shown = "given" if name == "hub_token" else repr(value)  # a secret
+                raise ValueError(f"{name} is {shown}: {_REFUSED[name]}; leave it out")
             continue
         read[name] = _value(name, value, types[name])
     return {**_DEFAULTS, **read}
@@ -99,7 +105,6 @@ def lower_is_better(metric: str) -> bool:
 
 
 def _value(name: str, given: Any, kind: Any) -> Any:
-    value: Any
     choices = [[str(member.value) for member in each] for each in get_args(kind) if _is_enum(each)]
     if choices and given is False and "no" in choices[0]:
         given = "no"  # which YAML takes for a truth value
@@ -111,24 +116,35 @@ def _value(name: str, given: Any, kind: Any) -> Any:
         raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {given!r}: it must be a finite number")
-    if name in _BOUNDS and value is not None:
+    _check(name, value, given)
+    return value
+
+
+def _check(name: str, value: Any, given: Any) -> None:
+    if value is None:
+        return
+    if name in _BOUNDS:
         low, high = _BOUNDS[name]
         if not low <= value <= high:
             raise ValueError(f"{name} is {given!r}: it must be {_words(low, high)}")
-    if name == "max_steps" and value != -1 and value < 1:
+    if name == "max_steps" and value < 1 and value != -1:
         raise ValueError(f"max_steps is {given!r}: it must be 1 or more, or -1 to count by num_train_epochs")
-    if name == "log_level":
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{name} is {given!r}: choose one of {', '.join(map(str, _CHOICES[name]))}")
+    if name == "optim_args" and value and not all(part.count("=") == 1 for part in str(value).split(",")):
+        raise ValueError(f"optim_args is {given!r}: write key=value, with commas between")
+    if name in ("log_level", "log_level_replica"):
         from transformers.utils.logging import get_log_levels_dict
 
         if value not in (levels := [*get_log_levels_dict(), "passive"]):
-            raise ValueError(f"log_level is {given!r}: choose one of {', '.join(levels)}")
+            raise ValueError(f"{name} is {given!r}: choose one of {', '.join(levels)}")
     if name in _CHECKPOINTING and isinstance(value, dict):
         from torch.utils.checkpoint import checkpoint
 
-        allowed = [*inspect.signature(checkpoint).parameters][1:]
-        if unknown := [key for key in value if key not in allowed]:
+        known = [*inspect.signature(checkpoint).parameters.values()]
+        allowed = [each.name for each in known if each.kind is each.KEYWORD_ONLY or each.default is not each.empty]
+        if unknown := [key for key in value if key not in [*allowed, "preserve_rng_state"]]:
             raise ValueError(f"{name}: torch's checkpoint has no {unknown[0]!r}; it has {', '.join(allowed)}")
-    return value
 
 
 def _is_enum(kind: Any) -> bool:
