@@ -17,6 +17,7 @@ from .task import Collator, TokenDataset, evaluating
 _TOKENS = 8
 _ROWS = 50  # of the data, to take different tokens from
 _SHARE = 0.05  # of the differences between losses that rounding may make
+_SEEN = 2e-5  # of the spread of predictions that a token after them may make; it makes none, but for grouped experts
 
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 
@@ -65,12 +66,12 @@ def _right_collator(model: Any, collator: Collator, ids: list[int], device: torc
             ) from error
         if found.shape[:2] != batch["input_ids"].shape:
             raise _refused(model, f"gives {found.shape[1]} predictions for {len(ids)} tokens")
-        return found[0, :-1].float()
+        return found[0, :-1]
 
     before = logits(ids)
-    if distance(before, logits([*ids[:-1], ids[0]])) > _SHARE:
+    if distance(before, logits([*ids[:-1], ids[0]])) > (_SEEN if before.dtype == torch.float32 else 100 * _SEEN):
         raise _refused(model, "sees the tokens that it is to predict")
-    wanted = -before[-1][ids]  # the loss of each as the last token, but for what they share
+    wanted = -before[-1][ids].float()  # the loss of each as the last token, but for what they share
     reason = ""
     for lean in dict.fromkeys((collator.lean, False)):
         tried = replace(collator, lean=lean)

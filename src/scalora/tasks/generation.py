@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..common.errors import ScaloraError
 from .padding import pad_left, reads_alike
 from .task import Progress, evaluating
 
@@ -25,6 +26,9 @@ def generate(
     """Greedy continuations of tokenised prompts, as texts, in their order.
 
     A model that reads a prompt otherwise beside longer ones gets one prompt at a time.
+
+    Raises:
+        ScaloraError: the model cannot generate.
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
@@ -34,11 +38,17 @@ def generate(
         def write(rows: Sequence[Sequence[int]], pad: int, new_tokens: int, **options: Any) -> Any:
             ids, mask = pad_left(rows, pad, device)
             # Penalties of a model's own generation config would count the padding, and so depend on the batch.
-            return model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
-                repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
-                **options,
-            )  # fmt: skip
+            try:
+                return model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
+                    repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=ends, **options,
+                )  # fmt: skip
+            except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+                raise ScaloraError(
+                    f"task.answer: this model cannot write by itself ({' '.join(str(error).split())[:200]}); leave it "
+                    "out, or choose another model"
+                ) from error
 
         def first_logits(rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
             return write(rows, pad, 1, return_dict_in_generate=True, output_logits=True).logits[0]

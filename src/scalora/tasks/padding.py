@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..common.errors import ScaloraError
+
 _SHORT, _PADDED = 8, 16  # tokens of the row that is probed, and of padding before it
 _SAME = 1e-4  # what padding holds must not count at all, in any dtype
 
@@ -65,7 +67,7 @@ def reads_alike(
     alone = read([short], pad)[0]
     try:
         beside, filled = (read([short, long], token)[0] for token in (pad, other))
-    except (RuntimeError, ValueError, TypeError, LookupError, NotImplementedError):
+    except (ScaloraError, RuntimeError, ValueError, TypeError, LookupError, NotImplementedError):
         return False  # alone it could be read
     rounding = 2e-3 if dtype == torch.float32 else 5e-2
     return distance(beside, filled) < _SAME and distance(alone, beside) < rounding
