@@ -48,8 +48,10 @@ def load_inputs(recipe: Recipe) -> Loaded:
     task, arguments = build_task(recipe.task), _arguments(recipe)
     if task.splits.validation is None and _evaluates(arguments):
         asked = "eval_on_start" if arguments.eval_strategy == "no" else "eval_strategy"
+        value = recipe.training[asked]
+        value = getattr(value, "value", value)
         raise ScaloraError(
-            f"training.{asked} is {str(getattr(arguments, asked))!r}, but there is no validation data: name a source "
+            f"training.{asked} is {value!r}, but there is no validation data: name a source "
             "in task.data.validation or set task.data.validation_size"
         )
     set_seed(arguments.seed)  # a classification head starts at random
