@@ -94,3 +94,12 @@ def test_classes_are_evaluated_too(tmp_path):
     result = train(load_recipe(workspace.lay(tmp_path), options))
     best = max(_evaluations(result), key=lambda entry: entry["eval_accuracy"])
     assert result.metrics["validation"]["accuracy"] == best["eval_accuracy"]
+
+
+def test_a_tracker_that_cannot_be_reached_is_no_full_disk(tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise ConnectionError("no route to the tracker")
+
+    monkeypatch.setattr(training.StepTimer, "on_step_begin", fail)
+    with pytest.raises(ScaloraError, match=r"the network failed \(no route to the tracker\).*report_to: none"):
+        train(load_recipe(workspace.lay(tmp_path)), baseline=False, ranks=False)
