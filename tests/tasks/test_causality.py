@@ -21,7 +21,7 @@ from transformers import (
 
 from helpers import tokenized, workspace
 from scalora import ScaloraError
-from scalora.runs.loading import load_inputs, on_device
+from scalora.runs.loading import load_inputs, made_ready
 from scalora.runs.recipe import load_recipe
 from scalora.tasks.causality import check_causal
 from scalora.tasks.task import Collator, TokenDataset
@@ -117,4 +117,4 @@ def test_a_recipe_is_refused_before_anything_is_trained(tmp_path):
     TrOCRForCausalLM(TrOCRConfig(**DECODER)).save_pretrained(tmp_path / "trocr")
     tokenized.tokenizer().save_pretrained(tmp_path / "trocr")
     with pytest.raises(ScaloraError, match="TrOCRForCausalLM does not shift"):
-        on_device(load_inputs(load_recipe(path, [f"model={tmp_path / 'trocr'}"])), None)
+        made_ready(load_inputs(load_recipe(path, [f"model={tmp_path / 'trocr'}"])), None)

@@ -78,7 +78,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
     return Loaded(task, arguments, model, tokenizer, heads, dataset, collator, validation)
 
 
-def on_device(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
+def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     """With the model on the run's device, where it is seen to be what its task needs.
 
     Args:
@@ -98,10 +98,10 @@ def check(recipe: Recipe) -> None:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
 
     Raises:
-        ScaloraError: as :func:`load_inputs` and :func:`on_device`, or no module is targeted.
+        ScaloraError: as :func:`load_inputs` and :func:`made_ready`, or no module is targeted.
     """
     loaded = load_inputs(recipe)
-    on_device(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
+    made_ready(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
     find_targets(loaded.model, recipe.method, loaded.task.head)
 
 

@@ -25,7 +25,7 @@ from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
-from .loading import Loaded, load_inputs, on_device, setting_up
+from .loading import Loaded, load_inputs, made_ready, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
@@ -118,7 +118,7 @@ def _train(
     watcher.phase("loading data and model")
     loaded = load_inputs(recipe)
     base = backbone_fingerprint(loaded.model)
-    loaded = on_device(loaded, AUTOCAST[choice.precision])
+    loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
 
     def score(split: Split) -> Score:
