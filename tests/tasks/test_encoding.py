@@ -9,6 +9,7 @@ from helpers import tokenized
 from scalora.common.errors import ScaloraError
 from scalora.tasks import build_task
 from scalora.tasks.completion import CompletionSpec
+from scalora.tasks.data.rows import PlacedRow
 from scalora.tasks.encoding import encode, encode_prompts
 from scalora.tasks.multiple_choice import MultipleChoiceSpec
 
@@ -97,8 +98,9 @@ def test_what_a_tokenizer_changes_is_refused(name, following):
     ],
 )
 def test_what_is_not_kept_is_named(name, following):
-    with pytest.raises(ScaloraError, match=r"task: the text ' .*' after the prompt 'the' is not kept by the tokenizer"):
-        encode(TOKENIZERS[name], [("the", following)])
+    message = r"task: the text ' .*' after the prompt 'the' in rows\.csv, line 3 is not kept by the tokenizer"
+    with pytest.raises(ScaloraError, match=message):
+        encode(TOKENIZERS[name], [("the", following)], [PlacedRow({}, "rows.csv, line 3")])
 
 
 @pytest.mark.parametrize("following", ["3 apples", "3", "3\n", " 3"])
@@ -112,24 +114,25 @@ def test_a_token_that_spans_the_joint_is_the_following_text_s(following):
 
 def test_the_choices_of_a_row_are_cut_at_one_place():
     tokenizer, choices = TOKENIZERS["bytes"], ["3", "7"]  # "123" is a token, "127" is none
-    pairs = encode(tokenizer, [("Question: 12", choice) for choice in choices], [0, 0])
+    row = PlacedRow({}, "row 1")
+    pairs = encode(tokenizer, [("Question: 12", choice) for choice in choices], [row, row])
     assert [_read(tokenizer, before) for before, _ in pairs] == ["Question:"] * 2
     assert [_read(tokenizer, after) for _, after in pairs] == [" 123", " 127"]
-    apart = encode(tokenizer, [("Question: 12", choice) for choice in choices], [0, 1])
+    apart = encode(tokenizer, [("Question: 12", choice) for choice in choices])
     assert [_read(tokenizer, after) for _, after in apart] == [" 123", "7"]
 
 
 def test_prompts_that_differ_by_their_choice_must_end_before_the_text(tmp_path):
     path = tokenized.write_jsonl(tmp_path / "rows.jsonl", [{"choices": ["12", "no"], "answer": 0}] * 2)
     spec = MultipleChoiceSpec(data={"train": path, "test": path}, prompt="Question: {choice}", continuation="3 apples")
-    with pytest.raises(ScaloraError, match=r"runs into the last word of 'Question: 12'.*begin it with a space"):
+    with pytest.raises(ScaloraError, match=r"runs into the last word of 'Question: 12' in .*begin it with a space"):
         build_task(spec).train_dataset(TOKENIZERS["bytes"])
 
 
 def test_choices_that_become_the_same_are_refused(tmp_path):
     path = tokenized.write_jsonl(tmp_path / "rows.jsonl", [{"choices": [" a b", " a  b"], "answer": 0}] * 2)
     spec = MultipleChoiceSpec(data={"train": path, "test": path}, prompt="the")
-    with pytest.raises(ScaloraError, match="' a  b' after the prompt 'the' is not kept"):
+    with pytest.raises(ScaloraError, match=r"' a  b' after the prompt 'the' in .* is not kept"):
         build_task(spec).train_dataset(TOKENIZERS["words"])
     path = tokenized.write_jsonl(tmp_path / "rows.jsonl", [{"choices": [" é", " e\u0301"], "answer": 0}] * 2)
     spec = MultipleChoiceSpec(data={"train": path, "test": path}, prompt="the")

@@ -98,9 +98,10 @@ class CompletionTask(Task):
     def _pairs(self, tokenizer: Any, split: Split) -> tuple[list[Pair], int]:
         if tokenizer.eos_token_id is None:
             raise ScaloraError("task.kind is 'completion', but the tokenizer has no eos token to end a completion with")
-        texts = [(self.prompt(row), self.completion(row)) for row in self.rows(split)]
-        ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in encode(tokenizer, texts)]
-        return truncate_prompts(ended, self.spec.max_length)
+        rows = self.rows(split)
+        pairs = encode(tokenizer, [(self.prompt(row), self.completion(row)) for row in rows], rows)
+        ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in pairs]
+        return truncate_prompts(ended, self.spec.max_length, rows)
 
     def _prompts(self, tokenizer: Any, split: Split, pairs: list[Pair]) -> list[list[int]]:
         """What is written on: whole prompts, cut where a row is too long with the end that it has in training."""

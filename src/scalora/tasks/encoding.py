@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..common.errors import ScaloraError
+from .data.rows import PlacedRow
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt (never empty) and of what follows it (never empty)."""
@@ -17,7 +18,7 @@ Pair = tuple[list[int], list[int]]
 _MARGIN = 4  # tokens decoded before a text, where a decoder may drop a space or begin inside a character
 
 
-def encode(tokenizer: Any, texts: Sequence[tuple[str, str]], rows: Sequence[int] | None = None) -> list[Pair]:
+def encode(tokenizer: Any, texts: Sequence[tuple[str, str]], rows: Sequence[PlacedRow] | None = None) -> list[Pair]:
     """Token ids of (prompt, following text) pairs. The two ids together are those of the two texts as one.
 
     A pair is cut after the tokens that the prompt has when it is read alone. So a token that spans the joint belongs to
@@ -29,20 +30,20 @@ def encode(tokenizer: Any, texts: Sequence[tuple[str, str]], rows: Sequence[int]
     Args:
         tokenizer: transformers' tokenizer, slow or fast.
         texts: the pairs.
-        rows: the number of the row that each pair belongs to; None is a row for each.
+        rows: the row that each pair belongs to, which messages name; None is a row for each.
 
     Raises:
         ScaloraError: a following text adds no token, or some of its characters are lost in tokens.
     """
     if not texts:
         return []
-    rows = range(len(texts)) if rows is None else rows
+    rows = [PlacedRow({}, "") for _ in texts] if rows is None else rows
     wholes = _ids(tokenizer, [prompt + following for prompt, following in texts])
     distinct = list(dict.fromkeys(end for prompt, _ in texts for end in (prompt.rstrip(), prompt)))
     alone = dict(zip(distinct, _ids(tokenizer, distinct), strict=True))
     prompts: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (row, (prompt, _)) in enumerate(zip(rows, texts, strict=True)):
-        prompts[row][prompt].append(index)
+        prompts[id(row)][prompt].append(index)
     joints: dict[int, int] = {}
     for members in prompts.values():
         for prompt, indices in members.items():
@@ -50,15 +51,15 @@ def encode(tokenizer: Any, texts: Sequence[tuple[str, str]], rows: Sequence[int]
             if len(members) > 1 and not clean:
                 text = texts[indices[0]][1]
                 raise ScaloraError(
-                    f"task: the text {text!r} runs into the last word of {prompt[-60:]!r}, which differs "
-                    "from choice to choice: begin it with a space"
+                    f"task: the text {text!r} runs into the last word of {prompt[-60:]!r}{_place(rows[indices[0]])}, "
+                    "which differs from choice to choice: begin it with a space"
                 )
             joints |= dict.fromkeys(indices, joint)
     added = _added_before(tokenizer, texts[0][0] + texts[0][1], wholes[0])
     pairs = []
     for index, whole in enumerate(wholes):
         prompt, following = whole[: joints[index]], whole[joints[index] :]
-        _check_kept(tokenizer, whole, len(following), texts[index])
+        _check_kept(tokenizer, whole, len(following), texts[index], rows[index])
         # The first token needs something before it to be predicted from.
         pairs.append(([*_in_front(added, whole), *prompt] or [_start(tokenizer)], following))
     return pairs
@@ -76,23 +77,30 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return [[*_in_front(added, ids), *ids] or [_start(tokenizer)] for ids in plain]
 
 
-def truncate_prompts(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
+def truncate_prompts(
+    pairs: Sequence[Pair], max_length: int, rows: Sequence[PlacedRow] | None = None
+) -> tuple[list[Pair], int]:
     """Prompts cut on the left, so that pairs are at most `max_length` tokens long; and how many were cut.
 
     Raises:
         ScaloraError: a following text leaves no room for even one token of its prompt.
     """
     fitting, truncated = [], 0
-    for prompt, following in pairs:
+    for index, (prompt, following) in enumerate(pairs):
         room = max_length - len(following)
         if room < 1:
+            where = _place(rows[index]) if rows else ""
             raise ScaloraError(
-                f"task.max_length is {max_length}, but an answer has {len(following)} tokens; "
+                f"task.max_length is {max_length}, but an answer{where} has {len(following)} tokens; "
                 f"set it to {len(following) + 1} or more"
             )
         truncated += len(prompt) > room
         fitting.append((prompt[-room:], following))
     return fitting, truncated
+
+
+def _place(row: PlacedRow) -> str:
+    return f" in {row.place}" if row.place else ""
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -140,9 +148,9 @@ def _start(tokenizer: Any) -> int:
     return start
 
 
-def _check_kept(tokenizer: Any, whole: list[int], following: int, texts: tuple[str, str]) -> None:
+def _check_kept(tokenizer: Any, whole: list[int], following: int, texts: tuple[str, str], row: PlacedRow) -> None:
     prompt, text = texts
-    where = f"task: the text {text[:60]!r} after the prompt {prompt[-60:]!r}"
+    where = f"task: the text {text[:60]!r} after the prompt {prompt[-60:]!r}{_place(row)}"
     if not following:
         reason = "the tokenizer drops all of it" if text.strip() else "it may not be empty"
         raise ScaloraError(f"{where} adds no token; {reason}")

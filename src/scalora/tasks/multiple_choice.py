@@ -80,9 +80,9 @@ class MultipleChoiceTask(Task):
         rows = self.rows(split)
         choices = [self._choices(row) for row in rows]
         answers = [self._answer(row, own) for row, own in zip(rows, choices, strict=True)]
-        read = self._encode(tokenizer, [self._texts(row, own) for row, own in zip(rows, choices, strict=True)])
+        read = self._encode(tokenizer, [self._texts(row, own) for row, own in zip(rows, choices, strict=True)], rows)
         right = [pairs[answer] for pairs, answer in zip(read, answers, strict=True)]
-        return examples(*truncate_prompts(right, self.spec.max_length))
+        return examples(*truncate_prompts(right, self.spec.max_length, rows))
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.
@@ -103,8 +103,9 @@ class MultipleChoiceTask(Task):
                 autocast=autocast,
             )  # fmt: skip
             return self._of_harness(score, rows, choices, answers if name == GIVEN_ROWS else [])
-        pairs = list(chain.from_iterable(self._encode(tokenizer, texts)))
-        pairs, truncated = truncate_prompts(pairs, self.spec.max_length)
+        pairs = list(chain.from_iterable(self._encode(tokenizer, texts, rows)))
+        owners = [row for row, own in zip(rows, choices, strict=True) for _ in own]
+        pairs, truncated = truncate_prompts(pairs, self.spec.max_length, owners)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []
@@ -154,17 +155,19 @@ class MultipleChoiceTask(Task):
         following = self.continuation(row)
         return [(self.prompt({**row, "choice": choice}), following) for choice in choices]
 
-    def _encode(self, tokenizer: Any, texts: Sequence[Sequence[tuple[str, str]]]) -> list[list[Pair]]:
+    def _encode(
+        self, tokenizer: Any, texts: Sequence[Sequence[tuple[str, str]]], rows: Sequence[PlacedRow]
+    ) -> list[list[Pair]]:
         """Token ids of each row's choices; raises ScaloraError where a tokenizer cannot tell two of them apart."""
-        rows = [number for number, own in enumerate(texts) for _ in own]
-        pairs = iter(encode(tokenizer, list(chain.from_iterable(texts)), rows))
+        owners = [row for row, own in zip(rows, texts, strict=True) for _ in own]
+        pairs = iter(encode(tokenizer, list(chain.from_iterable(texts)), owners))
         read = [[next(pairs) for _ in own] for own in texts]
-        for own, given in zip(read, texts, strict=True):
+        for own, given, row in zip(read, texts, rows, strict=True):
             for pair, text in zip(own, given, strict=True):
                 if (other := given[own.index(pair)]) != text:
                     raise ScaloraError(
                         f"task: the tokenizer makes the same of the choices {''.join(other)[-60:]!r} and "
-                        f"{''.join(text)[-60:]!r}: give different ones"
+                        f"{''.join(text)[-60:]!r} in {row.place}: give different ones"
                     )
         return read
 
