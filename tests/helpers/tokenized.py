@@ -70,3 +70,25 @@ def bert(num_labels=2):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def byte_level(**normalizer):
+    """Tokens of bytes and words, spaces kept, as most language models have them; `ending` adds <bos> and <eos>."""
+    from tokenizers import decoders, normalizers, processors, trainers
+
+    ending = normalizer.pop("ending", False)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if normalizer:
+        (name,) = normalizer
+        inner.normalizer = getattr(normalizers, name)()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    inner.train_from_iterator(["Question: 123 apples Answer:\n\n negative hello world yes no 12 23 123"] * 8, trainer)
+    if ending:
+        ends = [("<bos>", 1), ("<eos>", 2)]
+        inner.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")

@@ -145,3 +145,37 @@ def test_real_gguf_trains_and_saves(tmp_path):
     assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        ("GatedRepoError", "who accepted its terms: do so on its page, log in"),
+        ("RepositoryNotFoundError", "the hub has no model of that name, or a private one"),
+        ("HfHubHTTPError", "the hub could not be asked"),
+        ("LocalEntryNotFoundError", "the hub could not be asked"),
+        ("OfflineModeIsEnabled", "the hub could not be asked"),
+    ],
+)
+def test_what_the_hub_does_is_the_hubs(monkeypatch, failure, words):
+    """Such errors arrive wrapped in an OSError, as if the disk were full."""
+    import huggingface_hub.errors
+    from transformers import AutoConfig
+
+    def fail(*_args, **_options):
+        cause = getattr(huggingface_hub.errors, failure)
+        raise OSError("some words of transformers") from cause.__new__(cause)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ScaloraError, match=f"cannot load 'somebody/something'.*{words}"):
+        load_model("somebody/something", head="causal-lm")
+
+
+def test_what_a_folder_does_is_not_the_hubs(saved):
+    from pathlib import Path
+
+    folder = saved(tokenized.llama())
+    (Path(folder) / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ScaloraError, match="its files are damaged") as caught:
+        load_model(folder, head="causal-lm")
+    assert "network" not in str(caught.value)

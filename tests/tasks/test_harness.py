@@ -51,3 +51,19 @@ def test_the_harness_scores_as_we_do(tmp_path, normalize, extra):
 def test_what_cannot_be_is_refused(tmp_path, fields, words):
     with pytest.raises(ScaloraError, match=words):
         task(tmp_path, **fields).score(tokenized.llama(), tokenized.tokenizer())
+
+
+def test_what_it_would_lose_is_refused(tmp_path):
+    rows = [{"question": "12", "choices": ["3 apples", "7"], "answer": 0}] * 2
+    path = tokenized.write_jsonl(tmp_path / "rows.jsonl", rows)
+    tokenizer = tokenized.byte_level()
+    spec = MultipleChoiceSpec(data={"train": path, "test": path}, prompt="Question: {question}", harness="rows")
+    with pytest.raises(ScaloraError, match="lm-evaluation-harness loses a part of '3 apples' after 'Question: 12'"):
+        build_task(spec).score(models_of(tokenizer), tokenizer)
+
+
+def models_of(tokenizer):
+    """A tiny model of a tokenizer's size."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64))

@@ -76,7 +76,8 @@ def test_choices_of_one_token_need_one_sequence(tmp_path):
     model.register_forward_hook(lambda _m, _a, output: shapes.append(tuple(output.logits.shape)))
     seen = []
     fast = fixed.score(model, tokenizer, batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert shapes == [(2, 1, tokenized.SIZE), (1, 1, tokenized.SIZE)]
+    assert shapes[-2:] == [(2, 1, tokenized.SIZE), (1, 1, tokenized.SIZE)]
+    assert all(rows <= 2 for rows, *_ in shapes[:-2])  # a few short rows tell whether any may share a batch
     assert seen == [(2, 3), (3, 3)]
     # The same rows by way of a longer choice, which every short one is scored beside.
     slow = task(tmp_path, [{**r, "choices": [" yes", " no", " why", " a b"]} for r in rows]).score(model, tokenizer)
@@ -132,7 +133,7 @@ def test_long_prompts_lose_their_start(tmp_path):
     assert all(len(example["input_ids"]) <= 5 and example["labels"][-1] != -100 for example in dataset)
     # Each sequence counts: all 13 but the second row's "red", whose four tokens fit.
     assert short.score(tokenized.llama(), tokenizer).truncated == 12
-    with pytest.raises(ScaloraError, match=r"task\.max_length is 3, but an answer has 3 tokens; set it to 4"):
+    with pytest.raises(ScaloraError, match=r"task\.max_length is 3, but an answer in .* has 3 tokens; set it to 4"):
         task(tmp_path, max_length=3).train_dataset(tokenizer, "test")
 
 
@@ -143,7 +144,8 @@ def test_trailing_space_belongs_to_the_choice(tmp_path):
     assert (
         task(tmp_path, rows, prompt="what {question} is").train_dataset(tokenizer, "test").examples == spaced.examples
     )
-    with pytest.raises(ScaloraError, match="adds no token; it runs into the prompt's last word: begin it with a space"):
+    message = r"the text '.*' after the prompt 'what .* is' in .* is not kept by the tokenizer, which makes .*<unk>"
+    with pytest.raises(ScaloraError, match=message):
         task(tmp_path, prompt="what {question} is").train_dataset(tokenizer)
 
 

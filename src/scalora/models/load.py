@@ -142,10 +142,29 @@ def _packaged() -> str:
 
 def _cannot_load(source: str, error: Exception) -> ScaloraError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ScaloraError(
-        f"model: cannot load {source!r} ({reason}); check its spelling and the network, or give a local folder, "
-        f"a .gguf file or a packaged model ({_packaged()})"
-    )
+    return ScaloraError(f"model: cannot load {source!r} ({reason}); {_way_out(source, error)}")
+
+
+def _way_out(source: str, error: Exception) -> str:
+    """What may help, by what failed: the files at hand, the hub, or the way to it."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    elsewhere = f"give a local folder, a .gguf file or a packaged model ({_packaged()})"
+    if source in (*packaged.ASSETS, _DIGITS) or Path(source).expanduser().exists():
+        return f"its files are damaged, or do not go with one another or the recipe: mend them, or {elsewhere}"
+    causes: list[BaseException | None] = [error]
+    while (cause := causes[-1]) is not None and len(causes) < 20:
+        causes.append(cause.__cause__ or cause.__context__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"the hub gives it to those alone who accepted its terms: do so on its page, log in, or {elsewhere}"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"the hub has no model of that name, or a private one: check its spelling, log in, or {elsewhere}"
+    if any(isinstance(cause, (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError)) for cause in causes):
+        return (
+            f"the hub could not be asked, and its cache here has no such model: check its spelling and the network, or "
+            f"{elsewhere}"
+        )
+    return f"check its spelling and the network, or {elsewhere}"
 
 
 def _check_kind(source: str, config: Any, head: Head) -> None:

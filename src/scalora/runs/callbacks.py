@@ -135,7 +135,7 @@ class SealCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
             seal(folder / f"checkpoint-{state.global_step}")
-            rotate_checkpoints(str(folder), self.keep)
+            rotate_checkpoints(str(folder), self.keep, state.best_model_checkpoint)
 
 
 class StopOnSignal(TrainerCallback):

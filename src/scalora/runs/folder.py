@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ class RunFolder:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a disk that is full, or takes no writing, into one message.
+    """Turn a disk that is full, or takes no writing, into one message; and a network that fails into another.
 
     Raises:
         ScaloraError: something could not be written.
@@ -81,6 +82,10 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_CANNOT_WRITE):
             raise
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or _of_the_hub(error):
+            raise ScaloraError(
+                f"the network failed ({' '.join(str(error).split())[:200]}): check it, or set training.report_to: none"
+            ) from error
         for checkpoint in _checkpoints(folder):
             if not is_sealed(checkpoint):  # the one that did not fit
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -90,6 +95,12 @@ def writing(folder: Path) -> Iterator[None]:
             f"output is {str(folder)!r}, which could not be written ({' '.join(str(error).split())[:200]}): make room "
             f"there, {way_on}"
         ) from error
+
+
+def _of_the_hub(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    return isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from ..methods.support.targets import find_targets
 from ..models.heads import find_heads
 from ..models.load import load_model
 from ..tasks import Task, build_task
+from ..tasks.causality import check_causal
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
-from .precision import decide
+from .precision import AUTOCAST, decide
 from .recipe import Recipe
+from .training_section import lower_is_better
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Loaded:
     heads: list[str]  # names of modules that start at random
     dataset: TokenDataset
     collator: Collator
+    validation: TokenDataset | None  # where the recipe evaluates while it trains
 
 
 def load_inputs(recipe: Recipe) -> Loaded:
@@ -43,7 +46,14 @@ def load_inputs(recipe: Recipe) -> Loaded:
         ScaloraError: something is missing, cannot be read, or does not go with the rest; the message names it.
     """
     task, arguments = build_task(recipe.task), _arguments(recipe)
-    _ = task.splits
+    if task.splits.validation is None and _evaluates(arguments):
+        asked = "eval_on_start" if arguments.eval_strategy == "no" else "eval_strategy"
+        value = recipe.training[asked]
+        value = getattr(value, "value", value)
+        raise ScaloraError(
+            f"training.{asked} is {value!r}, but there is no validation data: name a source "
+            "in task.data.validation or set task.data.validation_size"
+        )
     set_seed(arguments.seed)  # a classification head starts at random
     model, tokenizer = load_model(
         recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
@@ -64,16 +74,34 @@ def load_inputs(recipe: Recipe) -> Loaded:
             "starts at random: leave it out"
         )
     dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
-    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator)
+    validation = task.train_dataset(tokenizer, "validation") if _evaluates(arguments) else None
+    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator, validation)
+
+
+def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
+    """With the model on the run's device, where it is seen to be what its task needs.
+
+    Args:
+        loaded: what is to be trained.
+        autocast: dtype to compute in, if not the model's.
+
+    Raises:
+        ScaloraError: as :func:`~scalora.tasks.causality.check_causal`.
+    """
+    loaded.model.to(loaded.arguments.device)
+    if loaded.task.head != "causal-lm":
+        return loaded
+    return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
 
 
 def check(recipe: Recipe) -> None:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
 
     Raises:
-        ScaloraError: as :func:`load_inputs`, or no module is targeted.
+        ScaloraError: as :func:`load_inputs` and :func:`made_ready`, or no module is targeted.
     """
     loaded = load_inputs(recipe)
+    made_ready(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
     find_targets(loaded.model, recipe.method, loaded.task.head)
 
 
@@ -90,11 +118,31 @@ def setting_up(timer: StepTimer | None = None) -> Iterator[None]:
         raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # some arguments are names of files
+        raise ScaloraError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _evaluates(arguments: TrainingArguments) -> bool:
+    return arguments.eval_strategy != "no" or arguments.eval_on_start
+
+
 def _arguments(recipe: Recipe) -> TrainingArguments:
     output = Path(recipe.output).expanduser() / CHECKPOINTS
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
-    ours = {"disable_tqdm": True, "remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
+    ours: dict[str, Any] = {
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    ours["label_names"] = ["labels"]  # Trainer would look for them in a signature that wrappers hide
     precision = decide(recipe.precision, recipe.training).precision
     ours |= {"bf16": precision == "bfloat16", "fp16": precision == "float16"}
-    with setting_up():
-        return TrainingArguments(output_dir=str(output), **{**ours, **recipe.training})
+    if (metric := recipe.training.get("metric_for_best_model")) and recipe.training.get("greater_is_better") is None:
+        ours["greater_is_better"] = not lower_is_better(metric)
+    ours |= {name: value for name, value in recipe.training.items() if value is not None or name not in ours}
+    with setting_up(), _reading():
+        return TrainingArguments(output_dir=str(output), **ours)

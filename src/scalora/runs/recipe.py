@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..common.errors import ScaloraError
 from ..methods import MethodSpec
 from ..tasks import TaskSpec, all_tasks
 from .precision import Precision
+from .training_section import read_training
 from .yaml_words import load_yaml
 
-# What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
-_TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "per_device_train_batch_size": 8,
-    "lr_scheduler_type": "linear",
-    "logging_steps": 5,
-    "report_to": "none",
-    "save_total_limit": 2,
-    "dataloader_pin_memory": False,
-}
 _FLAGS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}  # of TrainingArguments
-_OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "overwrite_output_dir")
 
 
 class Recipe(BaseModel):
@@ -66,25 +54,7 @@ class Recipe(BaseModel):
     @field_validator("training")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
-        known = {f.name for f in dataclasses.fields(TrainingArguments)} - set(_OURS)
-        types = get_type_hints(TrainingArguments)
-        for name, given in value.items():
-            if name in _OURS:
-                raise ValueError(f"{name} is decided by scalora itself (output, --resume): leave it out")
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                raise ValueError(
-                    f"TrainingArguments has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-            try:
-                value[name] = TypeAdapter(types[name]).validate_python(given)
-            except ValidationError as error:
-                raise ValueError(f"{name} is {given!r}: {error.errors()[0]['msg']}") from error
-            if isinstance(given, float) and not math.isfinite(given):
-                raise ValueError(f"{name} is {given!r}: it must be a finite number")
-        return {**_TRAINING_DEFAULTS, **value}
+        return read_training(value)
 
     @model_validator(mode="after")
     def _one_precision(self) -> Recipe:

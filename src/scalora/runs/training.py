@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
+from .evaluation import RecipeTrainer, check_metric
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
-from .loading import load_inputs, setting_up
+from .loading import Loaded, load_inputs, made_ready, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
@@ -116,9 +117,9 @@ def _train(
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
     loaded = load_inputs(recipe)
+    base = backbone_fingerprint(loaded.model)
+    loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
-    base = backbone_fingerprint(model)
-    model.to(arguments.device)
 
     def score(split: Split) -> Score:
         return task.score(
@@ -132,6 +133,7 @@ def _train(
     if baseline:
         watcher.phase("scoring before training")
         before = score(split)
+        check_metric((arguments.metric_for_best_model or "loss").removeprefix("eval_"), before.metrics)
 
     watcher.phase(f"training from {run_folder.checkpoint.name}" if run_folder.checkpoint else "training")
     if ranks and adapted.remember:
@@ -145,7 +147,7 @@ def _train(
     started = time.perf_counter()
     try:
         with writing(folder), setting_up(timer):
-            trainer = _trainer(adapted, arguments, dataset, loaded.collator, watching)
+            trainer = _trainer(adapted, arguments, loaded, watching, lambda: score("validation").metrics)
             if recipe.head_learning_rate is not None:
                 set_head_rate(trainer.create_optimizer(), adapted.model, loaded.heads, recipe.head_learning_rate)
             trainer.train(resume_from_checkpoint=str(run_folder.checkpoint) if run_folder.checkpoint else None)
@@ -154,6 +156,8 @@ def _train(
     if stop.received is not None:
         raise KeyboardInterrupt
     seconds = time.perf_counter() - started
+    if arguments.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+        watcher.say(f"best: {Path(best).name}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")
 
     watcher.phase("scoring after training")
     after = score(split)
@@ -199,14 +203,20 @@ def _leave(folder: Path, metrics: dict[str, Any], r: int) -> None:
 
 
 def _trainer(
-    adapted: Adapted, arguments: TrainingArguments, dataset: Any, collator: Any, callbacks: list[TrainerCallback]
+    adapted: Adapted,
+    arguments: TrainingArguments,
+    loaded: Loaded,
+    callbacks: list[TrainerCallback],
+    metrics: Callable[[], dict[str, float]],
 ) -> Trainer:
-    trainer = Trainer(
-        adapted.model,  # pyright: ignore[reportArgumentType]
+    trainer = RecipeTrainer(
+        adapted.model,
         arguments,
-        train_dataset=adapted.split_train(dataset) if adapted.split_train else dataset,
-        data_collator=collator,
+        train_dataset=adapted.split_train(loaded.dataset) if adapted.split_train else loaded.dataset,
+        eval_dataset=loaded.validation,
+        data_collator=loaded.collator,
         callbacks=[*adapted.callbacks, *callbacks],
+        metrics=metrics,
     )
     trainer.remove_callback(PrinterCallback)  # the watcher tells what is logged
     # First of all, so that trackers (report_to) see its figures too.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,12 +14,11 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
+from .encoding import Pair, encode, encode_prompts, truncate_prompts
 from .generation import extract, generate
+from .padding import last_logits, reads_alike
 from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, TokenDataset, batches, evaluating
 from .template import Template
-
-Pair = tuple[list[int], list[int]]
-"""Token ids of a prompt (never empty) and of what follows it (never empty)."""
 
 
 class CompletionSpec(BaseTaskSpec, frozen=True):
@@ -77,7 +76,7 @@ class CompletionTask(Task):
         if self.answer is None:
             return Score(metrics, "nll", predictions, truncated)
         written = generate(
-            model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=self.spec.max_new_tokens,
+            model, tokenizer, self._prompts(tokenizer, split, pairs), max_new_tokens=self.spec.max_new_tokens,
             batch_size=batch_size, autocast=autocast, progress=progress,
         )  # fmt: skip
         wanted = [self._reference(p.expected) for p in predictions]
@@ -99,61 +98,16 @@ class CompletionTask(Task):
     def _pairs(self, tokenizer: Any, split: Split) -> tuple[list[Pair], int]:
         if tokenizer.eos_token_id is None:
             raise ScaloraError("task.kind is 'completion', but the tokenizer has no eos token to end a completion with")
-        texts = [(self.prompt(row), self.completion(row)) for row in self.rows(split)]
-        ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in encode(tokenizer, texts)]
-        return truncate_prompts(ended, self.spec.max_length)
+        rows = self.rows(split)
+        pairs = encode(tokenizer, [(self.prompt(row), self.completion(row)) for row in rows], rows)
+        ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in pairs]
+        return truncate_prompts(ended, self.spec.max_length, rows)
 
-
-def encode(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Token ids of (prompt, following text) pairs, cut where lm-evaluation-harness cuts them.
-
-    Both are tokenised together and the prompt alone; what the whole has more is the following text's. Spaces at the
-    prompt's end go to the following text, since most tokenizers join a space to the word after it.
-
-    Raises:
-        ScaloraError: a following text adds no token to its prompt.
-    """
-    prompts = [prompt.rstrip() for prompt, _ in texts]
-    wholes = tokenizer([prompt + following for prompt, following in texts])["input_ids"]
-    distinct = list(dict.fromkeys(prompts))
-    ids = dict(zip(distinct, tokenizer(distinct)["input_ids"], strict=True)) if distinct else {}
-    pairs = []
-    for prompt, whole, (_, text) in zip(prompts, wholes, texts, strict=True):
-        following = list(whole[len(ids[prompt]) :])
-        if not following:
-            reason = "runs into the prompt's last word: begin it with a space" if text.strip() else "may not be empty"
-            raise ScaloraError(f"task: the text {text!r} after the prompt {prompt[-60:]!r} adds no token; it {reason}")
-        # The first token needs something before it to be predicted from.
-        pairs.append((list(ids[prompt]) or [_start(tokenizer)], following))
-    return pairs
-
-
-def _start(tokenizer: Any) -> int:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ScaloraError(
-            "task.prompt is empty and the tokenizer has no bos or eos token to start from; give a prompt"
-        )
-    return start
-
-
-def truncate_prompts(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
-    """Prompts cut on the left, so that pairs are at most `max_length` tokens long; and how many were cut.
-
-    Raises:
-        ScaloraError: a following text leaves no room for even one token of its prompt.
-    """
-    fitting, truncated = [], 0
-    for prompt, following in pairs:
-        room = max_length - len(following)
-        if room < 1:
-            raise ScaloraError(
-                f"task.max_length is {max_length}, but an answer has {len(following)} tokens; "
-                f"set it to {len(following) + 1} or more"
-            )
-        truncated += len(prompt) > room
-        fitting.append((prompt[-room:], following))
-    return fitting, truncated
+    def _prompts(self, tokenizer: Any, split: Split, pairs: list[Pair]) -> list[list[int]]:
+        """What is written on: whole prompts, cut where a row is too long with the end that it has in training."""
+        prompts = encode_prompts(tokenizer, [self.prompt(row) for row in self.rows(split)])
+        whole = [(prompt, following) for prompt, (_, following) in zip(prompts, pairs, strict=True)]
+        return [prompt for prompt, _ in truncate_prompts(whole, self.spec.max_length)[0]]
 
 
 def examples(pairs: Sequence[Pair], truncated: int) -> TokenDataset:
@@ -174,7 +128,8 @@ def token_logprobs(
     """The log-probability of each following token: a float32 tensor `[tokens]` on the CPU for every pair.
 
     Pairs that make the model read the same tokens share one sequence: choices of one token each, after one prompt,
-    differ only in what is looked up in the last logits.
+    differ only in what is looked up in the last logits. A model that reads a row otherwise beside longer ones gets
+    one row at a time.
     """
     readers: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, following) in enumerate(pairs):
@@ -183,10 +138,14 @@ def token_logprobs(
     kept = [max(len(pairs[i][1]) for i in readers[ids]) for ids in inputs]
     found: dict[int, torch.Tensor] = {}
     done = 0
+    pad = tokenizer.pad_token_id
     with evaluating(model, autocast) as device:
+        probe = partial(_short_logits, model, device)
+        if batch_size > 1 and not reads_alike(probe, inputs, pad, autocast or model.dtype):
+            batch_size = 1
         for batch in batches([len(ids) for ids in inputs], kept, batch_size):
             keep = max(kept[b] for b in batch)
-            logits = _last_logits(model, [inputs[b] for b in batch], keep, tokenizer.pad_token_id, device)
+            logits = last_logits(model, [inputs[b] for b in batch], keep, pad, device)
             for b, row in zip(batch, logits, strict=True):
                 scores = row[keep - kept[b] :].float()
                 scores = scores - scores.logsumexp(-1, keepdim=True)
@@ -201,23 +160,9 @@ def token_logprobs(
     return list(ordered.split([len(following) for _, following in pairs]))
 
 
-def _last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, pad: int, device: torch.device) -> torch.Tensor:
-    """Logits `[rows, keep, vocabulary]` at the last positions.
-
-    Padding is on the left, so that the last positions are the same in every row and no others need logits; positions
-    are then counted from each row's first real token, as if there was no padding.
-    """
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = (torch.arange(length, device=device) >= length - lengths[:, None]).long()
-    options = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": keep, "use_cache": False}
-    # A PEFT model hands its arguments on to the model inside. Not every model knows every option: BLOOM, say, finds
-    # positions from the mask by itself.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
-    known_options = {name: value for name, value in options.items() if name in known}
-    return model(input_ids=ids, attention_mask=mask, **known_options).logits[:, -keep:]
+def _short_logits(model: Any, device: torch.device, rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """Logits `[rows, shortest, vocabulary]` at as many positions as the shortest row has."""
+    return last_logits(model, rows, min(len(row) for row in rows), pad, device)
 
 
 TASKS = (CompletionTask,)

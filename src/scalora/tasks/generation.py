@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..common.errors import ScaloraError
+from .padding import pad_left, reads_alike
 from .task import Progress, evaluating
 
 
@@ -21,25 +23,53 @@ def generate(
     autocast: torch.dtype | None,
     progress: Progress | None,
 ) -> list[str]:
-    """Greedy continuations of tokenised prompts, as texts, in their order."""
+    """Greedy continuations of tokenised prompts, as texts, in their order.
+
+    A model that reads a prompt otherwise beside longer ones gets one prompt at a time.
+
+    Raises:
+        ScaloraError: the model cannot generate.
+    """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
+    pad, ends = tokenizer.pad_token_id, _ends(model, tokenizer)
     with evaluating(model, autocast) as device:
+
+        def write(rows: Sequence[Sequence[int]], pad: int, new_tokens: int, **options: Any) -> Any:
+            ids, mask = pad_left(rows, pad, device)
+            # Penalties of a model's own generation config would count the padding, and so depend on the batch.
+            try:
+                return model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
+                    repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=ends, **options,
+                )  # fmt: skip
+            except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+                raise ScaloraError(
+                    f"task.answer: this model cannot write by itself ({' '.join(str(error).split())[:200]}); leave it "
+                    "out, or choose another model"
+                ) from error
+
+        def first_logits(rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+            return write(rows, pad, 1, return_dict_in_generate=True, output_logits=True).logits[0]
+
+        if prompts and batch_size > 1 and not reads_alike(first_logits, prompts, pad, autocast or model.dtype):
+            batch_size = 1
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            length = max(len(prompts[i]) for i in batch)
-            pad = tokenizer.pad_token_id
-            ids = torch.tensor([[pad] * (length - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
-            lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
-            mask = (torch.arange(length, device=device) >= length - lengths[:, None]).long()
-            found = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-            )
-            for i, text in zip(batch, tokenizer.batch_decode(found[:, length:], skip_special_tokens=True), strict=True):
+            rows = [prompts[i] for i in batch]
+            found = write(rows, pad, max_new_tokens)[:, max(map(len, rows)) :]
+            for i, text in zip(batch, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
                 texts[i] = text
             if progress:
                 progress(min(start + batch_size, len(order)), len(order))
     return texts
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens after which nothing is written: the one that completions are trained to end with, and the model's."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:

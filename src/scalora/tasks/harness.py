@@ -58,7 +58,8 @@ def evaluate(
         autocast: dtype to compute in, if not the model's.
 
     Raises:
-        ScaloraError: lm-eval is not installed, or it has no such task, or the task cannot be loaded.
+        ScaloraError: lm-eval is not installed, or it has no such task, or the task cannot be loaded, or
+            it would not read all of a text.
     """
     try:
         from lm_eval.api.task import ConfigurableTask
@@ -70,8 +71,22 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = next(model.parameters()).device
     was_training = model.training
-    wrap: Any = HFLM  # its base class hides its arguments from type checkers
-    wrapped = wrap(
+
+    base: Any = HFLM  # whose own base class hides arguments and methods from type checkers
+
+    class Whole(base):
+        """Refuses texts of which the harness would drop something where their tokens meet."""
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            before, after = super()._encode_pair(context, continuation)
+            if before + after != self.tok_encode(context + continuation):
+                raise ScaloraError(
+                    f"task.harness: lm-evaluation-harness loses a part of {continuation[:60]!r} after "
+                    f"{context[-60:]!r}, whose tokens run into one another; begin it with a space, or leave harness out"
+                )
+            return before, after
+
+    wrapped = Whole(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device)
     )
     try:
@@ -83,6 +98,8 @@ def evaluate(
         )
         with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
             found: Any = judge(lm=wrapped, task_dict=tasks, bootstrap_iters=0, verbosity="ERROR")
+    except ScaloraError:
+        raise
     except Exception as error:  # the harness, its task files and the hub fail in too many ways to list
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScaloraError(f"task.harness: {task!r} could not be evaluated ({reason})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -9,9 +10,10 @@ import torch
 from pydantic import Field
 
 from ..common.errors import ScaloraError
-from .completion import encode, examples, token_logprobs, truncate_prompts
+from .completion import examples, token_logprobs
 from .data.rows import PlacedRow
 from .data.values import flaw, label_key, number, shown
+from .encoding import Pair, encode, truncate_prompts
 from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
 from .template import Template
@@ -75,11 +77,12 @@ class MultipleChoiceTask(Task):
         self._answer(row, self._choices(row))
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        texts = []
-        for row in self.rows(split):
-            choices = self._choices(row)
-            texts.append(self._texts(row, choices)[self._answer(row, choices)])
-        return examples(*truncate_prompts(encode(tokenizer, texts), self.spec.max_length))
+        rows = self.rows(split)
+        choices = [self._choices(row) for row in rows]
+        answers = [self._answer(row, own) for row, own in zip(rows, choices, strict=True)]
+        read = self._encode(tokenizer, [self._texts(row, own) for row, own in zip(rows, choices, strict=True)], rows)
+        right = [pairs[answer] for pairs, answer in zip(read, answers, strict=True)]
+        return examples(*truncate_prompts(right, self.spec.max_length, rows))
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.
@@ -100,7 +103,9 @@ class MultipleChoiceTask(Task):
                 autocast=autocast,
             )  # fmt: skip
             return self._of_harness(score, rows, choices, answers if name == GIVEN_ROWS else [])
-        pairs, truncated = truncate_prompts(encode(tokenizer, list(chain.from_iterable(texts))), self.spec.max_length)
+        pairs = list(chain.from_iterable(self._encode(tokenizer, texts, rows)))
+        owners = [row for row, own in zip(rows, choices, strict=True) for _ in own]
+        pairs, truncated = truncate_prompts(pairs, self.spec.max_length, owners)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []
@@ -149,6 +154,22 @@ class MultipleChoiceTask(Task):
             return [(prompt, choice) for choice in choices]
         following = self.continuation(row)
         return [(self.prompt({**row, "choice": choice}), following) for choice in choices]
+
+    def _encode(
+        self, tokenizer: Any, texts: Sequence[Sequence[tuple[str, str]]], rows: Sequence[PlacedRow]
+    ) -> list[list[Pair]]:
+        """Token ids of each row's choices; raises ScaloraError where a tokenizer cannot tell two of them apart."""
+        owners = [row for row, own in zip(rows, texts, strict=True) for _ in own]
+        pairs = iter(encode(tokenizer, list(chain.from_iterable(texts)), owners))
+        read = [[next(pairs) for _ in own] for own in texts]
+        for own, given, row in zip(read, texts, rows, strict=True):
+            for pair, text in zip(own, given, strict=True):
+                if (other := given[own.index(pair)]) != text:
+                    raise ScaloraError(
+                        f"task: the tokenizer makes the same of the choices {''.join(other)[-60:]!r} and "
+                        f"{''.join(text)[-60:]!r} in {row.place}: give different ones"
+                    )
+        return read
 
     def _compared(self, text: str, logprobs: torch.Tensor) -> torch.Tensor:
         divisor = {"none": 1, "length": len(text), "choice-tokens": len(logprobs)}[self.spec.normalize]
