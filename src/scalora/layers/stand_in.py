@@ -50,6 +50,13 @@ class StandIn(LoraForward):
         assert isinstance(held, Accumulated)
         return held if torch.compiler.is_compiling() or held.used else None
 
+    def widen(self, adapter: str, room: int) -> None:
+        """Make room for so many accumulated columns of an adapter that has some room."""
+        self.refuse_averages()
+        self.accumulated[adapter].widen(room)  # pyright: ignore
+        if self.watched is not None:
+            self._watch()  # its tensors are others
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, with what has been accumulated."""
         self.called = True

@@ -7,7 +7,7 @@ trained matrices past the layer, calls that take the base for the original one, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class WholeFolders(PeftModel):
     """A PeftModel that writes all columns, and whatever else belongs to them, and reads all or nothing."""
 
     beside: tuple[Beside, Beside] | None = None  # to write and to read what else belongs into a folder
-    loaded_from: Path | None = None  # the folder of the latest load_adapter
+    loaded_from: Mapping[str, Path] = {}  # noqa: RUF012  (the folder of each adapter's latest load_adapter)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's.
@@ -115,21 +115,34 @@ class WholeFolders(PeftModel):
         else:
             refuse_written(self, f"an adapter loaded from {folder}")
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        self.loaded_from = folder if folder.is_dir() else None
-        if self.beside is not None and self.loaded_from is not None:
+        others = {name: path for name, path in self.loaded_from.items() if name != adapter_name}
+        self.loaded_from = {**others, adapter_name: folder} if folder.is_dir() else others
+        if self.beside is not None and folder.is_dir():
             self.beside[1](self, folder)
         return result
 
 
 def carry(model: nn.Module, layers: Sequence[AdapterLayer], room: Sequence[int] | None) -> None:
-    """Let these layers, and PEFT's models around them, carry ``room`` accumulated columns per layer; None: not any."""
+    """Let these layers, and PEFT's models around them, carry ``room`` accumulated columns per layer; None: not any.
+
+    Raises:
+        ScaloraError: they hold what the other store has moved: a checkpoint of both would be neither's.
+    """
+    for module in (layer.module for layer in layers):
+        if isinstance(module, StandIn) and room is not None:
+            module.refuse_written("accumulate='adapter'")
+        if isinstance(module, StandIn) and room is None and any(map(module.held, module.accumulated)):
+            raise ScaloraError(
+                "accumulate='base' would write to the base of an adapter that holds accumulated columns: go on with "
+                "accumulate='adapter', or start anew from model.merge_and_unload()"
+            )
     for index, layer in enumerate(layers):
         module = stand_in(layer.module)
         if room is None:
             continue
         if layer.adapter not in module.accumulated:
             module.accumulated[layer.adapter] = room_for(module, layer.adapter, room[index])
-        module.accumulated[layer.adapter].widen(room[index])  # pyright: ignore
+        module.widen(layer.adapter, room[index])
     tuners = [module for module in model.modules() if isinstance(module, BaseTuner)]
     for module in tuners:
         if isinstance(module, LoraModel):

@@ -1,0 +1,91 @@
+"""Random lives of a folder: written by one of many ways, loaded by one of many ways, trained on, exported, resumed.
+
+After each the function is what it was, or a message says no before anything was changed.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from helpers.folders import NATIVE, READERS, WHOLE, WRITERS
+from helpers.lives import TARGETS, Life, output, write_base
+from scalora import ScaloraError
+
+LIVES, BLOCKS = 220, 10
+DONE: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("lives") / "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_the_function_outlives_every_folder(block, base, tmp_path):
+    for seed in range(block, LIVES, BLOCKS):
+        life = Life(seed, base, tmp_path / str(seed))
+        try:
+            live(life)
+        except Exception as error:
+            raise AssertionError(f"life {seed}: {'; '.join(life.diary)}") from error
+        life.end()
+
+
+def live(life):
+    for _ in range(life.rng.randint(2, 4)):
+        life.train()
+        ways = [name for name in WRITERS if (not life.native or name in NATIVE) and possible(life, name)]
+        way = life.rng.choice(ways)
+        kind, write = WRITERS[way]
+        life.diary.append(f"written by {way}")
+        before = output(life.model)
+        if life.written and way not in WHOLE:
+            files = set(life.folder.rglob("adapter_model*"))
+            with pytest.raises(ScaloraError, match="accumulate='base'"):
+                write(life)
+            same(output(life.model), before)
+            assert set(life.folder.rglob("adapter_model*")) == files
+            continue
+        written = write(life)
+        if kind != "checkpoint":  # which trains
+            same(output(life.model), before)
+        read(life, kind, written)
+        if life.written and kind == "state":
+            return  # a state dict does not say that it holds another base
+        if not isinstance(life.model, PeftModel) and not hasattr(life.model, "peft_config"):  # a whole model
+            life.native = False
+            life.begin(LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
+
+
+def possible(life, way):
+    """Whether PEFT and transformers themselves could read again what would be written."""
+    if way == "export":
+        return not life.config.trainable_token_indices
+    return WRITERS[way][0] != "state" or len(life.model.peft_config) == 1
+
+
+def read(life, kind, written):
+    ways = set(READERS[kind])
+    if kind == "adapter" and (written / "adapter_model.bin").is_file():
+        ways -= {"transformers' load_adapter", "scalora.load"}  # which want safetensors
+    if kind == "adapter" and life.config.trainable_token_indices:
+        ways -= {"load_adapter beside another"}  # which PEFT could not save any more
+    way = life.rng.choice(sorted(ways))
+    life.diary.append(f"loaded by {way}")
+    expected = output(life.model)
+    if life.written and way == "PeftModel.from_pretrained of a checkpoint":
+        with pytest.raises(KeyError, match="LORA, of which a part"):
+            READERS[kind][way](life, written)
+        return
+    loaded = READERS[kind][way](life, written)
+    model, name = loaded if isinstance(loaded, tuple) else (loaded, life.name)
+    same(output(model), expected)
+    life.took(model, name)
+    DONE[way] += 1
+
+
+def same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
