@@ -46,6 +46,7 @@ def base_fingerprint(model: nn.Module, written: Iterable[Tensor] = ()) -> str:
         if id(weight) not in skipped
         and not weight.requires_grad
         and ".lora_" not in name
+        and ".accumulated." not in name
         # What stands in for a trained copy (modules_to_save): a classification head may have started at random.
         and ".original_module." not in name
     )
