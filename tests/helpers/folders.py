@@ -62,7 +62,7 @@ def _by_hand(life: Life) -> Path:
 def _trainer(life: Life, model: Any, folder: Path, steps: int, *callbacks: TrainerCallback) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, use_cpu=True, seed=1,
-        report_to="none", disable_tqdm=True, learning_rate=1e-2, logging_strategy="no", lr_scheduler_type="constant",
+        report_to="none", disable_tqdm=True, learning_rate=3e-3, logging_strategy="no", lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
@@ -188,7 +188,7 @@ def _into_attached(life: Life, folder: Path) -> Any:
     """Into a model in mid-run, beside its adapter or in place of it."""
     config = _of_trained_rank(life, folder)
     model = life.fresh(config, life.name)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
     for _ in range(3):
         model(input_ids=IDS, labels=IDS).loss.backward()

@@ -119,7 +119,7 @@ class Life:
         elif how == "base" and not self.may_write:
             how = "scalora"
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        self.optimizer = torch.optim.AdamW(parameters, lr=3e-3)
         if how != "plain":
             capacity = self.rng.choice([None, max(rank, 4)])
             config = {

@@ -32,7 +32,7 @@ class StandIn(LoraForward):
     accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
     base_written = False  # by accumulate='base'
     called = False  # since the last event
-    watched: dict[str, tuple[int, ...]] | None = None  # versions of a copy's tensors, until it is trained or loaded
+    watched: dict[str, Tensor | None] | None = None  # a sample of a copy's values, until it is trained or loaded
 
     @property
     def other_param_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -63,8 +63,7 @@ class StandIn(LoraForward):
         if self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
-        if self.watched is not None and isinstance(result, Tensor) and result.requires_grad:
-            result.register_hook(self._trained)
+        self._until_trained(result[0] if isinstance(result, tuple) else result)  # attention gives its weights too
         return result
 
     def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,6 +104,7 @@ class StandIn(LoraForward):
         self.called = True  # attention layers compute with the merged weight
         self.refuse_averages()
         delta = super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        self._until_trained(delta)
         if (held := self.held(adapter)) is None:
             return delta
         P, Qt = held.columns()
@@ -179,33 +179,52 @@ class StandIn(LoraForward):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.called = False
-        self._watch()  # from now on whoever writes to the copy's matrices is noticed, as those do who average models
+        if self.watched is None:
+            self._watch()  # from now on whoever writes to the copy's matrices is noticed: averages of models
 
     def _watch(self) -> None:
-        self.watched = {name: self._versions(name) for name in self.accumulated}
+        self.watched = {name: self._sample(name) for name in self.accumulated}
 
     def refuse_averages(self) -> None:
         """Refuse to compute with matrices of a copy that someone has written to.
 
         The mean of factors before and after an event is not the factors of any mean.
         """
+        if torch.compiler.is_compiling():
+            return
         if self.watched == {}:
             self._watch()
-        for adapter, versions in (self.watched or {}).items():
-            if adapter in self.accumulated and self._versions(adapter) != versions:
+        for adapter, former in (self.watched or {}).items():
+            now = self._sample(adapter) if adapter in self.accumulated else None
+            if now is not None and former is not None and not torch.equal(now, former):
                 raise ScaloraError(
                     f"the matrices of adapter {adapter!r} in a copy of this model were written to, as averages of "
                     "weights do: events change the columns of A and B, so that means of them have no meaning; "
                     "average the merged weights, or load an adapter into the copy with load_state_dict"
                 )
 
-    def _versions(self, adapter: str) -> tuple[int, ...]:
+    def _sample(self, adapter: str) -> Tensor | None:
+        """Some values of each matrix, for averages write to ``.data``, whose version nobody counts; None: no values."""
         held = self.accumulated[adapter]
-        tensors = (*self.matrices(adapter), held.P, held.Qt)
-        return tuple(0 if t.is_inference() else t._version for t in tensors)  # pyright: ignore
+        tensors: list[Any] = [t.detach() for t in (*self.matrices(adapter), held.P, held.Qt)]  # pyright: ignore
+        if tensors[0].shape[0] != self.r[adapter] or any(t.is_meta or is_sharded(t) for t in tensors):
+            return None
+        return torch.cat([t.flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]).cpu()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> StandIn:
+        """As torch's: to another device or dtype."""
+        self.refuse_averages()
+        super()._apply(*args, **kwargs)
+        if self.watched is not None:
+            self._watch()
+        return self
+
+    def _until_trained(self, result: Tensor) -> None:
+        """A copy whose result a gradient reaches is being trained, as plain LoRA: it is watched no more."""
+        if self.watched is not None and result.requires_grad:
+            result.register_hook(self._trained)
 
     def _trained(self, gradient: Tensor) -> None:
-        """A gradient has reached the copy: it is being trained, as plain LoRA."""
         self.watched = None
 
 
