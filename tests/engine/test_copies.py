@@ -114,8 +114,12 @@ AVERAGES = {
 # A copy of before attach is not ours: what is averaged into it by name, its own names only, nobody sees.
 @pytest.mark.parametrize(
     ("when", "way"),
-    [(w, a) for w in ("before attach", "after attach", "after events") for a in AVERAGES
-     if (w, a) != ("before attach", "by name")],
+    [
+        (w, a)
+        for w in ("before attach", "after attach", "after events")
+        for a in AVERAGES
+        if (w, a) != ("before attach", "by name")
+    ],
 )
 @pytest.mark.parametrize("kind", ["llama", "names alike"])
 def test_an_average_over_events_is_refused(kind, way, when):

@@ -45,7 +45,9 @@ def save_pretrained(life: Life, **options: Any) -> Path:
 
 def _trained_only(life: Life) -> Path:
     """As LLaVA's scripts: what is trained, by its names, whatever PEFT would have asked for."""
-    return save_pretrained(life, state_dict={n: p.detach() for n, p in life.model.named_parameters() if p.requires_grad})
+    return save_pretrained(
+        life, state_dict={n: p.detach() for n, p in life.model.named_parameters() if p.requires_grad}
+    )
 
 
 def _by_hand(life: Life) -> Path:

@@ -111,8 +111,7 @@ class Life:
     def train(self) -> None:
         """A few steps of one method."""
         how = self.rng.choice(["plain", "scalora", "scalora", "scalora", "refresh", "base"])
-        rank = max(layer.r[self.name] for layer in self.layers())
-        if how == "refresh" and rank > 5:
+        if how == "refresh" and self.rank > 5:
             how = "scalora"  # a refresh needs twice as many directions
         if how != "plain" and self.written:
             how = "base"
@@ -121,7 +120,7 @@ class Life:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=3e-3)
         if how != "plain":
-            capacity = self.rng.choice([None, max(rank, 4)])
+            capacity = self.rng.choice([None, max(self.rank, 4)])
             config = {
                 "scalora": ScaLoraConfig(interval=1, capacity=capacity),
                 "refresh": ScaLoraConfig(interval=self.rng.choice([None, 1]), refresh=2, capacity=capacity),
@@ -132,7 +131,9 @@ class Life:
         steps = self.rng.randint(2, 6)
         self.model.train()
         for _ in range(steps):
-            ids = torch.randint(0, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(self.rng.randint(0, 999)))
+            ids = torch.randint(
+                0, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(self.rng.randint(0, 999))
+            )
             self.model(input_ids=ids, labels=ids).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -141,6 +142,10 @@ class Life:
             self.handle.detach()
             self.handle = None
         self.diary.append(f"trained {how} {steps} steps{', detached' if left else ''}")
+
+    @property
+    def rank(self) -> int:
+        return max(layer.r[self.name] for layer in self.layers())
 
     @property
     def may_write(self) -> bool:

@@ -171,6 +171,10 @@ class StandIn(LoraForward):
             self.refuse_written("switching the adapters off")
         super().enable_adapters(enabled)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.refuse_written("deleting its adapter")
+        super().delete_adapter(adapter_name)
+
     def refuse_written(self, what: str) -> None:
         """Refuse what would take the base for the original one where it is not."""
         if self.base_written:
