@@ -225,7 +225,7 @@ def test_a_kernel_that_passes_the_layer_by_is_refused_at_the_first_event(accumul
     scalora.attach(model, optimizer, ScaLoraConfig(interval=1, accumulate=accumulate))
     model(x).square().mean().backward()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ScaloraError, match="q_proj: .* without its own forward pass"):
+    with pytest.raises(ScaloraError, match=r"q_proj: .* without its own forward pass"):
         optimizer.step()
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -1,4 +1,4 @@
-"""To PEFT there is one adapter: its folders, merges, switches and sums hold the whole function, in models of all kinds."""
+"""To PEFT there is one adapter: its folders, merges, switches and sums hold the whole function."""
 
 import copy
 

@@ -68,7 +68,7 @@ class Life:
     handle: scalora.ScaLora | None = None
 
     def __init__(self, seed: int, base: Path, folder: Path) -> None:
-        self.rng, self.base, self.folder = random.Random(seed), base, folder
+        self.seed, self.rng, self.base, self.folder = seed, random.Random(seed), base, folder
         self.diary: list[str] = []  # what was done, for whoever reads a failure
         self.places = 0
         self.written = False
