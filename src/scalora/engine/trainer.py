@@ -57,16 +57,20 @@ class ScaLoraCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.detach()  # of a training that an exception has ended
         self.handle, self.saved = attach(model, kwargs["optimizer"], self.config), None
-        loaded = loaded_from(model)
+        adapter = self.handle.layers[0].adapter
+        loaded = loaded_from(model, adapter)
+        # PEFT puts an adapter that is not called "default" into a folder of its own.
+        whole = loaded.parent if loaded is not None and adapter != "default" and loaded.name == adapter else loaded
         if state.global_step > 0:
-            folder = Path(self.resume_from or loaded or _checkpoint(args, state))
+            folder = Path(self.resume_from or whole or _checkpoint(args, state))
             refuse_incomplete(folder, args)
-            state_then = read_state(folder)  # what is no checkpoint of ours is refused before anything changes
+            ours = folder / adapter if loaded != whole else folder
+            state_then = read_state(ours)  # what is no checkpoint of ours is refused before anything changes
             if self.config.accumulate == "base":
-                load_base(self.handle.layers, model, folder)
+                load_base(self.handle.layers, model, ours)
             self.handle.load_state_dict(state_then)
-        elif loaded is not None and (loaded / "optimizer.pt").is_file() and not (loaded / TRAINER_STATE_NAME).is_file():
-            raise ScaloraError(f"checkpoint {loaded} lacks {TRAINER_STATE_NAME}: resume from a whole one")
+        elif whole is not None and (whole / "optimizer.pt").is_file() and not (whole / TRAINER_STATE_NAME).is_file():
+            raise ScaloraError(f"checkpoint {whole} lacks {TRAINER_STATE_NAME}: resume from a whole one")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if control.should_save:  # our part first: once Trainer's is there it deletes older checkpoints
@@ -113,9 +117,9 @@ def log_figures(handle: ScaLora) -> dict[str, float]:
     }
 
 
-def loaded_from(model: nn.Module) -> Path | None:
+def loaded_from(model: nn.Module, adapter: str) -> Path | None:
     """The folder that the model's adapter was loaded from, if the model has seen it."""
-    found = (module.loaded_from for module in model.modules() if isinstance(module, WholeFolders))
+    found = (module.loaded_from.get(adapter) for module in model.modules() if isinstance(module, WholeFolders))
     return next(found, None)
 
 

@@ -113,5 +113,6 @@ def _hooked(module: nn.Module) -> bool:
     return (
         type(module) is not nn.Linear
         or module.bias is not None
+        or "forward" in vars(module)  # accelerate's hooks, which bring a weight from where it lies
         or bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
     )

@@ -6,7 +6,7 @@ of more columns, and splits such matrices when it loads them. Merging, mixed bat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,13 +26,24 @@ _WRITTEN = (
 )
 
 
+class Watched(NamedTuple):
+    """What a copy's matrices of one adapter were like."""
+
+    versions: tuple[int, ...]  # as torch counts what is written in place
+    sample: Tensor  # some values, or none
+
+    def equals(self, other: Watched) -> bool:
+        return self.versions == other.versions and torch.equal(self.sample, other.sample)
+
+
 class StandIn(LoraForward):
     """A LoRA layer of any of PEFT's classes that carries accumulated columns for its adapters."""
 
     accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
     base_written = False  # by accumulate='base'
     called = False  # with gradients to come, since the last optimizer step
-    watched: dict[str, tuple[int, ...]] | None = None  # versions of a copy's tensors, until it is trained or loaded
+    first = False  # of the model's layers
+    watched: dict[str, Watched | None] | None = None  # a copy's tensors as they were, until it is trained or loaded
 
     @property
     def other_param_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -50,6 +61,13 @@ class StandIn(LoraForward):
         assert isinstance(held, Accumulated)
         return held if torch.compiler.is_compiling() or held.used else None
 
+    def widen(self, adapter: str, room: int) -> None:
+        """Make room for so many accumulated columns of an adapter that has some room."""
+        self.refuse_averages()
+        self.accumulated[adapter].widen(room)  # pyright: ignore
+        if self.watched is not None:
+            self._watch()  # its tensors are others
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
@@ -57,8 +75,7 @@ class StandIn(LoraForward):
         if self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
-        if self.watched is not None and isinstance(result, Tensor) and result.requires_grad:
-            result.register_hook(self._trained)
+        self._until_trained(result[0] if isinstance(result, tuple) else result)  # attention gives its weights too
         return result
 
     def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,6 +116,7 @@ class StandIn(LoraForward):
         self.called = True  # attention layers compute with the merged weight
         self.refuse_averages()
         delta = super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        self._until_trained(delta)
         if (held := self.held(adapter)) is None:
             return delta
         P, Qt = held.columns()
@@ -165,6 +183,10 @@ class StandIn(LoraForward):
             self.refuse_written("switching the adapters off")
         super().enable_adapters(enabled)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.refuse_written("deleting its adapter")
+        super().delete_adapter(adapter_name)
+
     def refuse_written(self, what: str) -> None:
         """Refuse what would take the base for the original one where it is not."""
         if self.base_written:
@@ -173,33 +195,56 @@ class StandIn(LoraForward):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.called = False
-        self._watch()  # from now on whoever writes to the copy's matrices is noticed, as those do who average models
+        if self.watched is None:
+            self._watch()  # from now on whoever writes to the copy's matrices is noticed: averages of models
 
     def _watch(self) -> None:
-        self.watched = {name: self._versions(name) for name in self.accumulated}
+        self.watched = {name: self._now(name) for name in self.accumulated}
 
     def refuse_averages(self) -> None:
         """Refuse to compute with matrices of a copy that someone has written to.
 
         The mean of factors before and after an event is not the factors of any mean.
         """
+        if torch.compiler.is_compiling():
+            return
         if self.watched == {}:
             self._watch()
-        for adapter, versions in (self.watched or {}).items():
-            if adapter in self.accumulated and self._versions(adapter) != versions:
+        for adapter, former in (self.watched or {}).items():
+            now = self._now(adapter) if adapter in self.accumulated else None
+            if now is not None and former is not None and not now.equals(former):
                 raise ScaloraError(
                     f"the matrices of adapter {adapter!r} in a copy of this model were written to, as averages of "
                     "weights do: events change the columns of A and B, so that means of them have no meaning; "
                     "average the merged weights, or load an adapter into the copy with load_state_dict"
                 )
 
-    def _versions(self, adapter: str) -> tuple[int, ...]:
+    def _now(self, adapter: str) -> Watched | None:
         held = self.accumulated[adapter]
-        tensors = (*self.matrices(adapter), held.P, held.Qt)
-        return tuple(0 if t.is_inference() else t._version for t in tensors)  # pyright: ignore
+        tensors: list[Any] = [t.detach() for t in (*self.matrices(adapter), held.P, held.Qt)]  # pyright: ignore
+        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+        usual = tensors[0].shape[0] == self.r[adapter] and not any(t.is_meta or is_sharded(t) for t in tensors)
+        if not usual:
+            return None
+        # Nobody counts what is written to .data. Reading values waits for the device: one layer does so for all.
+        read = tensors if self.first else []
+        sample = [t.flatten()[:: max(1, t.numel() // 16)].double().cpu() for t in read]
+        return Watched(versions, torch.cat(sample) if sample else torch.empty(0))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> StandIn:
+        """As torch's: to another device or dtype."""
+        self.refuse_averages()
+        super()._apply(*args, **kwargs)
+        if self.watched is not None:
+            self._watch()
+        return self
+
+    def _until_trained(self, result: Tensor) -> None:
+        """A copy whose result a gradient reaches is being trained, as plain LoRA: it is watched no more."""
+        if self.watched is not None and result.requires_grad:
+            result.register_hook(self._trained)
 
     def _trained(self, gradient: Tensor) -> None:
-        """A gradient has reached the copy: it is being trained, as plain LoRA."""
         self.watched = None
 
 

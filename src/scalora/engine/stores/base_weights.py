@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import ScaloraError
+from ...layers.fingerprint import fingerprint
 from ...layers.peft_lora import AdapterLayer, is_dense, tied_weights
-from ...layers.sharding import copy_into, gather_full, local_shard, shard_range
+from ...layers.sharding import copy_into, gather_full, is_sharded, local_shard, shard_range
 from .peft_model import carry
 from .store import Move, Store, only_where
 
@@ -75,9 +76,20 @@ class BaseStore(Store):
                 weight.addmm_(P.to(weight.dtype), Q.to(weight.dtype).T)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lost": dict(zip(self.lost, [t.clone() for t in gather_full(list(self.lost.values()))], strict=True))}
+        lost = dict(zip(self.lost, [t.clone() for t in gather_full(list(self.lost.values()))], strict=True))
+        return {"lost": lost, "weights": self._weights()}
+
+    def _weights(self) -> str:
+        """What tells the written weights from those of another time; empty where they lie on many machines."""
+        weights = {layer.name: layer.base_weight for layer in self.layers}
+        return "" if any(map(is_sharded, weights.values())) else fingerprint(weights.items())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (now := self._weights()) and now != state.get("weights", now) != "":
+            raise ScaloraError(
+                "the base weights are not those of the saved run, to which accumulate='base' has added: load the "
+                "model's own state of that time first (its checkpoint, or model.load_state_dict)"
+            )
         copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
         mark_written(self.layers)
 

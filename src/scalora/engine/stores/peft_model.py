@@ -7,7 +7,7 @@ trained matrices past the layer, calls that take the base for the original one, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,23 @@ class Relinked(nn.Module):
                 link_config(self.peft_config, name, wrapped(self))  # pyright: ignore
 
 
-class OneAdapter(Relinked, LoraModel):
+class KnowsItsBase(Relinked, BaseTuner):
+    """A tuner of PEFT's that does not take the base for the original one where accumulate='base' has written to it."""
+
+    def disable_adapter_layers(self) -> None:
+        refuse_written(self, "disable_adapter()")
+        super().disable_adapter_layers()
+
+    def unload(self) -> nn.Module:
+        refuse_written(self, "unload()")
+        return super().unload()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        refuse_written(self, "delete_adapter()")
+        super().delete_adapter(adapter_name)
+
+
+class OneAdapter(KnowsItsBase, LoraModel):
     """PEFT's LoraModel with layers that stand in for its own."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -61,24 +77,12 @@ class OneAdapter(Relinked, LoraModel):
         with all_columns_as_one(self, adapters):
             super().add_weighted_adapter(adapters, *args, **kwargs)
 
-    def disable_adapter_layers(self) -> None:
-        refuse_written(self, "disable_adapter()")
-        super().disable_adapter_layers()
-
-    def unload(self) -> nn.Module:
-        refuse_written(self, "unload()")
-        return super().unload()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        refuse_written(self, "delete_adapter()")
-        super().delete_adapter(adapter_name)
-
 
 class WholeFolders(PeftModel):
     """A PeftModel that writes all columns, and whatever else belongs to them, and reads all or nothing."""
 
     beside: tuple[Beside, Beside] | None = None  # to write and to read what else belongs into a folder
-    loaded_from: Path | None = None  # the folder of the latest load_adapter
+    loaded_from: Mapping[str, Path] = {}
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's.
@@ -86,6 +90,9 @@ class WholeFolders(PeftModel):
         Raises:
             ScaloraError: no folder can hold this model as an adapter, or ``state_dict`` holds a part of it only.
         """
+        for name in self.peft_config:  # get_peft_model on the base of another model replaces the configurations of both
+            if any(name in layer.accumulated or layer.base_written for layer in _stand_ins(self)):
+                link_config(self.peft_config, name, wrapped(self.base_model))
         # Trainer's checkpoints are read by us; everything else by anybody.
         ours = self.beside is not None and _CHECKPOINT.fullmatch(Path(save_directory).name) is not None
         with _checkpointing(self.peft_config.values(), ours):
@@ -115,25 +122,38 @@ class WholeFolders(PeftModel):
         else:
             refuse_written(self, f"an adapter loaded from {folder}")
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        self.loaded_from = folder if folder.is_dir() else None
-        if self.beside is not None and self.loaded_from is not None:
+        others = {name: path for name, path in self.loaded_from.items() if name != adapter_name}
+        self.loaded_from = {**others, adapter_name: folder} if folder.is_dir() else others
+        if self.beside is not None and folder.is_dir():
             self.beside[1](self, folder)
         return result
 
 
 def carry(model: nn.Module, layers: Sequence[AdapterLayer], room: Sequence[int] | None) -> None:
-    """Let these layers, and PEFT's models around them, carry ``room`` accumulated columns per layer; None: not any."""
+    """Let these layers, and PEFT's models around them, carry ``room`` accumulated columns per layer; None: not any.
+
+    Raises:
+        ScaloraError: they hold what the other store has moved: a checkpoint of both would be neither's.
+    """
+    for module in (layer.module for layer in layers):
+        if isinstance(module, StandIn) and room is not None:
+            module.refuse_written("accumulate='adapter'")
+        if isinstance(module, StandIn) and room is None and any(map(module.held, module.accumulated)):
+            raise ScaloraError(
+                "accumulate='base' would write to the base of an adapter that holds accumulated columns: go on with "
+                "accumulate='adapter', or start anew from model.merge_and_unload()"
+            )
     for index, layer in enumerate(layers):
         module = stand_in(layer.module)
+        module.first = index == 0
         if room is None:
             continue
         if layer.adapter not in module.accumulated:
             module.accumulated[layer.adapter] = room_for(module, layer.adapter, room[index])
-        module.accumulated[layer.adapter].widen(room[index])  # pyright: ignore
+        module.widen(layer.adapter, room[index])
     tuners = [module for module in model.modules() if isinstance(module, BaseTuner)]
     for module in tuners:
-        if isinstance(module, LoraModel):
-            adopt(module, OneAdapter)
+        adopt(module, OneAdapter if isinstance(module, LoraModel) else KnowsItsBase)
     for module in list(model.modules()):
         if isinstance(module, PeftModel):
             adopt(module, WholeFolders)

@@ -244,8 +244,9 @@ def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactor
             Bt = tensors.get(f"{key.removesuffix('.lora_B.weight')}.lora_A.weight")
             if Bt is None or Bt.shape[0] != A.shape[1]:
                 raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
-            # What PEFT cannot read keeps the ranks that are trained in its configuration.
-            columns = ranks.get(name, A.shape[1]) if artefact.only_ours else A.shape[1]
+            columns = A.shape[1]
+            if artefact.only_ours:  # its last column is a mark, its configuration has the ranks that are trained
+                A, Bt, columns = A[:, :-1], Bt[:-1], ranks.get(name, columns - 1)
             found[name] = LayerFactors(A * scale(config, name, columns), Bt.mT)
     return found
 
