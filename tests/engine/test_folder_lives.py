@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from helpers.folders import NATIVE, READERS, WHOLE, WRITERS
+from helpers.folders import NATIVE, WHOLE, WRITERS
 from helpers.lives import TARGETS, Life, output, write_base
+from helpers.reading import READERS
 from scalora import ScaloraError
 
-LIVES, BLOCKS = 220, 10
+LIVES, BLOCKS = 200, 10
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import scalora
 from helpers.zoo import KINDS, adamw, same
-from scalora import ScaLoraConfig
+from scalora import ScaLoraConfig, ScaloraError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -224,3 +224,20 @@ def test_a_folder_takes_the_place_of_what_an_attached_model_holds(kind, lived, t
     same(KINDS[kind].output(other), expected)
     KINDS[kind].step(other, optimizer)  # and it is trained on
     assert not torch.equal(KINDS[kind].output(other), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "vit", "patterns", "resized"])
+def test_a_folder_that_does_not_fit_changes_nothing(kind, tmp_path):
+    """Some layers of it would fit, and heads."""
+    kind = KINDS[kind]
+    smaller = kind.adapted(r=1, init_lora_weights=False)
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter += 0.1 if parameter.requires_grad else 0.0
+    smaller.save_pretrained(tmp_path)
+    model, optimizer, _ = kind.trained()
+    expected = kind.output(model)
+    with pytest.raises((ScaloraError, RuntimeError), match="size mismatch"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    same(kind.output(model), expected, 0)
+    kind.step(model, optimizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config
 from ...layers.lora_config import UNREADABLE
 from ...layers.peft_lora import AdapterLayer
+from ...layers.sharding import is_sharded
 from ...layers.stand_in import StandIn, stand_in
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # as Trainer names them
@@ -133,7 +134,13 @@ class WholeFolders(PeftModel):
                 )
         else:
             refuse_written(self, f"an adapter loaded from {folder}")
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        former = _copied(self, adapter_name) if adapter_name in self.peft_config else {}
+        try:
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        except RuntimeError:  # torch has put in what fits
+            if former:
+                set_peft_model_state_dict(self, former, adapter_name)
+            raise
         others = {name: path for name, path in self.loaded_from.items() if name != adapter_name}
         self.loaded_from = {**others, adapter_name: folder} if folder.is_dir() else others
         if self.beside is not None and folder.is_dir():
@@ -280,6 +287,14 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
                     )
                 whole[key] = torch.cat([given.to(more.dtype), more.to(given.device)], dim)  # pyright: ignore
     return whole
+
+
+def _copied(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """An adapter as it is now; nothing of a sharded model."""
+    if any(is_sharded(p) for p in model.parameters()):
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _with_one_more_column(state: dict[str, Any]) -> dict[str, Any]:
