@@ -54,6 +54,11 @@ class ScaLoraCallback(TrainerCallback):
             raise ScaloraError(
                 f"refresh is {every}, but training has {state.max_steps} steps, so that none would take place: lower it"
             )
+        if getattr(args, "teacher_model_kind", None) == "ema":  # TRL's self-distillation
+            raise ScaloraError(
+                "teacher_model_kind is 'ema', which averages the factors of adapters: events change their columns, so "
+                "that means of them have no meaning; choose 'base' or 'live'"
+            )
         if self.handle is not None:
             self.handle.detach()  # of a training that an exception has ended
         self.handle, self.saved = attach(model, kwargs["optimizer"], self.config), None

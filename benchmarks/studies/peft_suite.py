@@ -1,0 +1,76 @@
+"""PEFT's own tests of LoRA, on models that ScaLoRA has trained: what fails there that does not fail without it?
+
+    python -m benchmarks.studies.peft_suite ../peft --accumulate adapter,base
+
+Takes a checkout of PEFT near the version that is installed, with what its tests import (diffusers, parameterized).
+Runs tests/test_custom_models.py as it is, then with the plugin beside this file. Writes
+benchmarks/results/peft_suite.json: how many pass, what fails with ScaLoRA only, by message, and what was refused.
+docs/compatibility.md says why of each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from .. import record
+from .peft_plugin import PLAIN
+
+SHOWN = 3  # tests named per message
+
+
+def main() -> None:
+    """Run the tests without and with ScaLoRA; print and store what differs."""
+    parser = record.parser(__doc__, "peft_suite.json")
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--accumulate", default="adapter", help="stores, comma-separated")
+    parser.add_argument("--only", default="", help="pytest's -k")
+    given = parser.parse_args()
+    tests = given.checkout.resolve() / "tests" / "test_custom_models.py"
+    plain = run(tests, PLAIN, given.only)
+    result = {"plain": dict(Counter(map(outcome, plain["outcomes"].values())))}
+    for store in given.accumulate.split(","):
+        result[store] = compare(plain, run(tests, store, given.only))
+        print(store, json.dumps(result[store], indent=1, ensure_ascii=False))
+    record.write(given.output, result, peft=peft.__version__)
+
+
+def run(tests: Path, accumulate: str, only: str) -> dict[str, Any]:
+    """Outcomes by test, attachments and refusals of one run of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [
+            sys.executable, "-m", "pytest", "-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider",
+            "-p", f"{__package__}.peft_plugin", "--accumulate", accumulate, "--report", str(report), str(tests),
+        ]  # fmt: skip
+        subprocess.run([*command, *(["-k", only] if only else [])], check=False)
+        return json.loads(report.read_text(encoding="utf-8"))
+
+
+def compare(plain: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Counts, and what ended otherwise than without ScaLoRA, by message."""
+    differ: dict[str, list[str]] = {}
+    for test, what in found["outcomes"].items():
+        if what != plain["outcomes"].get(test):
+            differ.setdefault(what, []).append(test)
+    return {
+        "outcomes": dict(Counter(map(outcome, found["outcomes"].values()))),
+        "attached": found["attached"],
+        "refused": found["refused"],
+        "only_with_scalora": {what: {"tests": len(of), "such as": of[:SHOWN]} for what, of in differ.items()},
+    }
+
+
+def outcome(what: str) -> str:
+    return what if what in ("passed", "skipped") else "failed"
+
+
+if __name__ == "__main__":
+    main()
