@@ -11,7 +11,6 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +26,7 @@ from scalora.engine.stores import whole_update
 from scalora.layers.peft_lora import AdapterLayer
 
 SIZE = 0.05  # standard deviation of a lora_B that was zero
+LONGEST = 240  # characters of a message
 PLAIN = "none"  # in place of a store's name: the tests as they are
 
 
@@ -117,10 +117,12 @@ class Suite:
         items[:] = lora
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        """Remember how a test ended."""
         report = yield
         if report.when == "call" or not report.passed:
-            what = report.outcome if call.excinfo is None or report.skipped else kind(call.excinfo.exconly())
+            raised = None if report.skipped else call.excinfo
+            what = report.outcome if raised is None else kind(f"{raised.type.__name__}: {raised.value}")
             self.outcomes[item.nodeid.partition("::")[2]] = what
         return report
 
@@ -143,7 +145,13 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def kind(message: str) -> str:
-    """The first line of a message, without what differs between models: names, numbers and classes."""
-    first = message.strip().split("\n")[0].strip()
-    first = re.sub(r"\blayer [\w.]+", "layer …", first)
-    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?%?", "#", re.sub(r"'[^']*'", "'…'", first))[:200]
+    """The first line of a message, without what differs between models: names, numbers and lists."""
+    text = message.strip().split("\n")[0].strip()
+    for pattern, less in (
+        (r"\blayer [\w.]+", "layer …"),
+        (r"\b\w{2,}(\.\w+)+", "…"),
+        (r"'[^']*'(, '[^']*')*", "'…'"),
+        (r"-?\d+(\.\d+)?(e-?\d+)?%?", "#"),
+    ):
+        text = re.sub(pattern, less, text)
+    return text[:LONGEST]

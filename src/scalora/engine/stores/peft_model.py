@@ -73,9 +73,19 @@ class OneAdapter(KnowsItsBase, LoraModel):
                     twin.used = held.used  # pyright: ignore
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, of all columns of each adapter."""
+        """As PEFT's, of all columns of each adapter.
+
+        Raises:
+            ScaloraError: they are more than a layer has singular values, which PEFT would take.
+        """
         with all_columns_as_one(self, adapters):
             super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> tuple[str, int, Any]:
+        combination, rank, targets = super()._check_add_weighted_adapter(adapters, *args, **kwargs)
+        if combination.endswith("svd"):
+            _refuse_narrow_layers(self, adapters, rank)
+        return combination, rank, targets
 
 
 class WholeFolders(PeftModel):
@@ -207,6 +217,16 @@ def all_columns_as_one(tuner: LoraModel, adapters: Sequence[str]) -> Iterator[No
     finally:
         for undo in reversed(saved):
             undo()
+
+
+def _refuse_narrow_layers(tuner: LoraModel, adapters: Sequence[str], rank: int) -> None:
+    held = [layer.accumulated[each] for layer in _stand_ins(tuner) for each in adapters if each in layer.accumulated]
+    least = min((min(h.P.shape[0], h.Qt.shape[1]) for h in held if h.used), default=rank)  # pyright: ignore
+    if rank > least:
+        raise ScaloraError(
+            f"adapters of {rank} columns, the accumulated ones included, have more than the {least} singular values of "
+            f"the narrowest layer: give svd_rank={least} or less"
+        )
 
 
 def _put_in_all_columns(tuner: LoraModel, adapter: str) -> Iterator[Callable[[], None]]:
