@@ -43,6 +43,26 @@ def in_this_process(command, **_):
                 runpy.run_module(command[2], run_name="__main__", alter_sys=True)
 
 
+PEFT_TEST = """
+import copy, pytest, torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+from helpers import tokenized
+
+@pytest.mark.parametrize("config_cls", [LoraConfig, IA3Config])
+def test_birth_and_training(config_cls, tmp_path):
+    model = get_peft_model(tokenized.llama(), config_cls(target_modules=["q_proj"]))
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(ids).logits, tokenized.llama()(ids).logits, rtol=0, atol=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids).logits.sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tokenized.llama(), tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+"""
+
+
 # Each makes its module small in the working directory, and gives the arguments and where the result is to be found.
 
 
@@ -92,6 +112,13 @@ def demo_comparison(patch, module):
 def gradient_directions(patch, module):
     small(patch, module, SETS=(1, 1, 1))
     return ["recipes/demo.yaml", "--steps", "0,1"], "gradient_directions.json"
+
+
+def peft_suite(patch, module):
+    Path("peft/tests").mkdir(parents=True)
+    Path("peft/tests/test_custom_models.py").write_text(PEFT_TEST)
+    small(patch, module, subprocess=SimpleNamespace(run=lambda command, **_: pytest.main(command[3:])))
+    return ["peft", "--accumulate", "adapter,base"], "peft_suite.json"
 
 
 def refresh_figure(patch, module):
