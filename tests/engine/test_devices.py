@@ -175,6 +175,8 @@ def _refused(rank):
     flat = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ScaloraError, match="was flattened after attach"):
         two_processes.train(flat, optimizer, "llama", rank, steps=1)
+    with pytest.raises(ScaloraError, match=r"wrapped by FSDP1.*save it before"):
+        flat.state_dict()
 
     flat = FullyShardedDataParallel(two_processes.model("llama"), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ScaloraError, match=r"FSDP1.*use FSDP2"):

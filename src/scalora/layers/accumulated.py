@@ -89,6 +89,11 @@ class Accumulated(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing, for the layer writes these columns as the adapter's own; but for those that lie on many machines."""
+        if getattr(self.P, "_fsdp_flattened", False):
+            raise ScaloraError(
+                "the model is wrapped by FSDP1 (FullyShardedDataParallel), whose state dict takes no accumulated columns: "
+                "save it before it is wrapped, or use FSDP2 (fully_shard) or DDP"
+            )
         if is_sharded(self.P):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
