@@ -91,7 +91,7 @@ class Accumulated(nn.Module):
         """Nothing, for the layer writes these columns as the adapter's own; but for those that lie on many machines."""
         if getattr(self.P, "_fsdp_flattened", False):
             raise ScaloraError(
-                "model is wrapped by FSDP1 (FullyShardedDataParallel), whose state dict cannot hold accumulated columns: "
+                "model is wrapped by FSDP1 (FullyShardedDataParallel), whose state dict takes no accumulated columns: "
                 "save it before it is wrapped, or use FSDP2 (fully_shard) or DDP"
             )
         if is_sharded(self.P):
