@@ -117,8 +117,13 @@ def gradient_directions(patch, module):
 def peft_suite(patch, module):
     Path("peft/tests").mkdir(parents=True)
     Path("peft/tests/test_custom_models.py").write_text(PEFT_TEST)
-    small(patch, module, subprocess=SimpleNamespace(run=lambda command, **_: pytest.main(command[3:])))
-    return ["peft", "--accumulate", "adapter,base"], "peft_suite.json"
+
+    def run(command, **_):
+        sys.modules.pop("test_custom_models", None)  # of another folder
+        pytest.main(command[3:])
+
+    small(patch, module, subprocess=SimpleNamespace(run=run))
+    return ["peft", "--accumulate", "base"], "peft_suite.json"
 
 
 def refresh_figure(patch, module):
@@ -171,3 +176,17 @@ def test_overhead_compares_with_layers_of_peft(name, kind, tmp_path, monkeypatch
     overhead(monkeypatch, module)
     runner = module.Runner(name, module.MODELS["tiny"], "fp32", "cpu")
     assert {type(layer) for layer in runner.model.modules() if isinstance(layer, kind)} == {kind}
+
+
+def test_the_harness_of_pefts_tests_tells_what_fails_with_scalora_only(tmp_path, monkeypatch):
+    """Of what accumulate="base" has written to the base no adapter can be saved; the other store's passes."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("benchmarks.studies.peft_suite")
+    peft_suite(monkeypatch, module)
+    tests = Path("peft/tests/test_custom_models.py").resolve()
+    plain, adapter, base = (module.run(tests, store, "") for store in ("none", "adapter", "base"))
+    assert list(plain["outcomes"].values()) == list(adapter["outcomes"].values()) == ["passed"]
+    assert adapter["attached"] == {"birth": 1, "optimizer": 1}
+    ((message, tests),) = module.compare(plain, base)["only_with_scalora"].items()
+    assert "save the whole model" in message
+    assert tests == {"test_birth_and_training": 1}

@@ -1,6 +1,7 @@
 """docs/compatibility.md says what goes with what: each row is a test, and each test has its row."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "compatibility.md"
+SUITE = HERE.parent.parent / "benchmarks" / "results" / "peft_suite.json"
 
 
 def _tests(path):
@@ -24,3 +26,15 @@ def _tests(path):
 def test_each_row_is_a_test_and_each_test_has_a_row(path):
     rows = re.findall(rf"`({path.name}::[^`]+)`", DOCUMENT.read_text(encoding="utf-8"))
     assert sorted(rows) == sorted(_tests(path))
+
+
+@pytest.mark.parametrize("store", ["adapter", "base"])
+def test_each_of_pefts_tests_that_fails_with_scalora_only_is_listed(store):
+    """Refusals of the base store are listed as one: they meet whatever saves, adds or switches off adapters."""
+    found = json.loads(SUITE.read_text(encoding="utf-8"))[store]["only_with_scalora"]
+    page = DOCUMENT.read_text(encoding="utf-8")
+    own = {message: tests for message, tests in found.items() if store == "adapter" or "ScaloraError" not in message}
+    assert own
+    for message, tests in own.items():
+        for test in tests:
+            assert re.search(rf"^\| {store} \|.*`{test.partition('::')[2]}`", page, re.M), message
