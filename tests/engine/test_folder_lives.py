@@ -53,8 +53,6 @@ def live(life):
         if kind != "checkpoint":  # which trains
             same(output(life.model), before)
         read(life, stage, kind, written)
-        if life.written and kind == "state":
-            return  # a state dict does not say that it holds another base
         if not isinstance(life.model, PeftModel) and not hasattr(life.model, "peft_config"):  # a whole model
             life.native = False
             life.begin(LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
@@ -83,6 +81,10 @@ def read(life, stage, kind, written):
     expected = output(life.model)
     if life.written and way == "PeftModel.from_pretrained of a checkpoint":
         with pytest.raises(KeyError, match="LORA, of which a part"):
+            READERS[kind][way](life, written)
+        return
+    if life.written and way == "load_state_dict, plain":  # to PEFT it is one column too many
+        with pytest.raises(RuntimeError, match="size mismatch"):
             READERS[kind][way](life, written)
         return
     loaded = READERS[kind][way](life, written)

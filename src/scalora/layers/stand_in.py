@@ -125,8 +125,14 @@ class StandIn(LoraForward):
         return (delta.to(wide) + transpose(more, getattr(self, "fan_in_fan_out", False))).to(delta.dtype)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated."""
+        """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated.
+
+        On a written base a column of zeros follows: without these base weights PEFT shall not take it for the whole.
+        """
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in (f"{prefix}lora_{part}.{adapter}.weight" for adapter in self.lora_A for part in "AB"):
+            if self.base_written and not is_sharded(state[key]):
+                state[key] = nn.functional.pad(state[key].detach(), (0, 0, 0, 1) if "lora_A" in key else (0, 1))
         for adapter in self.accumulated:
             if (held := self.held(adapter)) is None:
                 continue
@@ -163,6 +169,8 @@ class StandIn(LoraForward):
             held.put(B[:, r:], A[r:])
         elif A[r:].any() and B[:, r:].any():
             return  # columns that have no place here
+        elif A.shape[0] > r:
+            self.base_written = True  # it comes from such a state dict
         for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):
             if is_sharded(parameter):  # torch would not copy a whole tensor into it
                 copy_into([parameter], [value])

@@ -18,7 +18,6 @@ from ...common.disk_layout import BASE_FILE, FORMER_PAIR
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config
-from ...layers.lora_config import UNREADABLE
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
 from ...layers.stand_in import StandIn, stand_in
@@ -48,11 +47,9 @@ class WholeFolders(PeftModel):
         with _checkpointing(self.peft_config.values(), ours):
             for layer in stand_ins(self):  # refusals come before anything is written
                 layer.refuse_averages()
-            written = [config.to_dict() for config in self.peft_config.values()]
-            state = kwargs.get("state_dict")
-            if any(config["peft_type"] == UNREADABLE for config in written):
-                kwargs["state_dict"] = _with_one_more_column(self.state_dict() if state is None else state)
-            elif state is not None:
+            for config in self.peft_config.values():
+                config.to_dict()
+            if (state := kwargs.get("state_dict")) is not None:
                 kwargs["state_dict"] = _whole_state(self, state)
             super().save_pretrained(save_directory, *args, **kwargs)
         if self.beside is not None and kwargs.get("is_main_process", True):
@@ -167,13 +164,3 @@ def _copied(model: PeftModel, adapter: str) -> dict[str, Tensor]:
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _with_one_more_column(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict that PEFT alone cannot load into an adapter of these ranks: a column of zeros tells it apart."""
-    return {
-        name: nn.functional.pad(value, (0, 0, 0, 1) if ".lora_A." in name else (0, 1))
-        if ".lora_A." in name or ".lora_B." in name
-        else value
-        for name, value in state.items()
-    }

@@ -245,8 +245,10 @@ def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactor
             if Bt is None or Bt.shape[0] != A.shape[1]:
                 raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
             columns = A.shape[1]
-            if artefact.only_ours:  # its last column is a mark, its configuration has the ranks that are trained
-                A, Bt, columns = A[:, :-1], Bt[:-1], ranks.get(name, columns - 1)
+            if artefact.only_ours:  # its configuration has the ranks that are trained
+                columns = ranks.get(name, columns)
+            if artefact.moved:  # its last column is a mark
+                A, Bt = A[:, :columns], Bt[:columns]
             found[name] = LayerFactors(A * scale(config, name, columns), Bt.mT)
     return found
 
