@@ -119,3 +119,23 @@ def test_a_copy_may_be_trained_as_plain_lora():
 def test_what_is_accumulated_is_no_part_of_the_base():
     model, _, _ = _trained()
     assert base_fingerprint(model) == base_fingerprint(models.lora("llama"))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_averages_put_into_the_model_itself_are_noticed_and_may_be_taken_back(detached):
+    """As EMA libraries do for an evaluation: store, copy_to, restore, by .data, whose version nobody counts."""
+    model, optimizer, handle = _trained()
+    shadow = [p.detach().clone() for p in models.trainable(model)]
+    models.train(model, optimizer, "llama", 3)
+    then, stored = models.logits(model, "llama"), [p.detach().clone() for p in models.trainable(model)]
+    if detached:
+        handle.detach()
+    for p, average in zip(models.trainable(model), shadow, strict=True):
+        p.data.copy_(average)
+    with pytest.raises(ScaloraError, match="written to, in a copy or past the optimizer"):
+        models.logits(model, "llama")
+    for p, own in zip(models.trainable(model), stored, strict=True):
+        p.data.copy_(own)
+    assert torch.equal(models.logits(model, "llama"), then)
+    models.train(model, optimizer, "llama", 2)
+    models.logits(model, "llama")

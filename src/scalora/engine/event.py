@@ -82,7 +82,9 @@ class ScaLora:
             former.supersede()
         for layer in self.layers:
             _ATTACHED[layer.module] = weakref.ref(self)
+            layer.module.attached, layer.module.watched = True, None  # pyright: ignore[reportAttributeAccessIssue]
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        self._after = self.optimizer.register_step_post_hook(lambda *_: self._watch())
         # A copy of an optimizer has no hooks: it would go on as plain LoRA's.
         self.optimizer.__reduce_ex__ = _refuse_copy  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -100,6 +102,12 @@ class ScaLora:
         """Stop rescaling. The model keeps its function, the store its content."""
         self.attached = False
         self._hook.remove()
+        self._after.remove()
+        for layer in self.layers:
+            module: Any = layer.module
+            module.attached = False
+            if layer.A.grad is None and layer.Bt.grad is None:  # no step is to come
+                module.watch()
         self.own_passes.stop()
         vars(self.optimizer).pop("__reduce_ex__", None)
         if self.refresh:
@@ -236,6 +244,12 @@ class ScaLora:
         torch._foreach_mul_([local_shard(p) for p in params], factors)
         carry_state(self.optimizer, params, gradient_factors)
         self.history.append(self.step, record, self.store.discarded_share(self.constants[0]))
+        self._watch()
+
+    def _watch(self) -> None:
+        """From now until the next step nobody else shall write to the matrices; one layer looks for all."""
+        for layer in self.layers[:1] if self.attached else self.layers:
+            layer.module.watch()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _factors(self, group: Group, stack: Stacked, finite: Tensor, record: Collector) -> tuple[Tensor, Tensor]:
         """α and β (L, r), float64, of layers of one shape; 1 where there is no usable gradient."""

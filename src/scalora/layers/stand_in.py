@@ -6,7 +6,7 @@ of more columns, and splits such matrices when it loads them. Merging, mixed bat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,21 +19,12 @@ from .accumulated import Accumulated
 from .adopt import adopt
 from .lora_forward import LoraForward
 from .sharding import copy_into, gather_full, is_sharded
+from .watched import Watched, watch
 
 _WRITTEN = (
     "its base weights hold what accumulate='base' has moved there, so that {} would not give the untouched base: "
     "load the base model anew, or choose accumulate='adapter'"
 )
-
-
-class Watched(NamedTuple):
-    """What a copy's matrices of one adapter were like."""
-
-    versions: tuple[int, ...]  # as torch counts what is written in place
-    sample: Tensor  # some values, or none
-
-    def equals(self, other: Watched) -> bool:
-        return self.versions == other.versions and torch.equal(self.sample, other.sample)
 
 
 class StandIn(LoraForward):
@@ -43,7 +34,8 @@ class StandIn(LoraForward):
     base_written = False  # by accumulate='base'
     called = False  # with gradients to come, since the last optimizer step
     first = False  # of the model's layers
-    watched: dict[str, Watched | None] | None = None  # a copy's tensors as they were, until it is trained or loaded
+    attached = False  # to an optimizer, which writes to the matrices
+    watched: dict[str, Watched | None] | None = None  # matrices as they were, until they are trained or loaded
 
     @property
     def other_param_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -66,13 +58,13 @@ class StandIn(LoraForward):
         self.refuse_averages()
         self.accumulated[adapter].widen(room)  # pyright: ignore
         if self.watched is not None:
-            self._watch()  # its tensors are others
+            self.watch()  # its tensors are others
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
             self.called = True
-        if self.watched is not None:
+        if not (self.attached and torch.is_grad_enabled()) and self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
         self._until_trained(result[0] if isinstance(result, tuple) else result)  # attention gives its weights too
@@ -203,53 +195,50 @@ class StandIn(LoraForward):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.called = False
-        if self.watched is None:
-            self._watch()  # from now on whoever writes to the copy's matrices is noticed: averages of models
+        self.attached = False
+        former = self.watched or {}
+        self.watch()  # from now on whoever writes to the copy's matrices is noticed
+        for adapter, was in former.items():  # and whoever has written to the original's
+            if self.watched and was is not None and (now := self.watched.get(adapter)) is not None:
+                self.watched[adapter] = now._replace(sample=was.sample.to(now.sample.device))
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """From now on notice who writes to the matrices, until they are trained or loaded."""
         self.watched = {name: self._now(name) for name in self.accumulated}
 
     def refuse_averages(self) -> None:
-        """Refuse to compute with matrices of a copy that someone has written to.
-
-        The mean of factors before and after an event is not the factors of any mean.
-        """
+        """Refuse to compute with matrices that someone has written to: in a copy, or past the optimizer."""
         if torch.compiler.is_compiling():
             return
         if self.watched == {}:
-            self._watch()
+            self.watch()
         for adapter, former in (self.watched or {}).items():
             now = self._now(adapter) if adapter in self.accumulated else None
             if now is not None and former is not None and not now.equals(former):
                 raise ScaloraError(
-                    f"the matrices of adapter {adapter!r} in a copy of this model were written to, as averages of "
-                    "weights do: events change the columns of A and B, so that means of them have no meaning; "
-                    "average the merged weights, or load an adapter into the copy with load_state_dict"
+                    f"the matrices of adapter {adapter!r} were written to, in a copy or past the optimizer, as "
+                    "averages of weights and hotswap do: events change the columns of A and B, so that means of them "
+                    "have no meaning; average the merged weights, or load an adapter with load_state_dict"
                 )
 
     def _now(self, adapter: str) -> Watched | None:
         held = self.accumulated[adapter]
-        tensors: list[Any] = [t.detach() for t in (*self.matrices(adapter), held.P, held.Qt)]  # pyright: ignore
-        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
-        usual = tensors[0].shape[0] == self.r[adapter] and not any(t.is_meta or is_sharded(t) for t in tensors)
-        if not usual:
+        matrices: list[Any] = [*self.matrices(adapter), held.P, held.Qt]
+        if matrices[0].shape[0] != self.r[adapter] or any(t.is_meta or is_sharded(t) for t in matrices):
             return None
-        # Nobody counts what is written to .data. Reading values waits for the device: one layer does so for all.
-        read = tensors if self.first else []
-        sample = [t.flatten()[:: max(1, t.numel() // 16)].double().cpu() for t in read]
-        return Watched(versions, torch.cat(sample) if sample else torch.empty(0))
+        return watch(matrices, values=self.first)  # comparing values waits for the device: one layer does so for all
 
     def _apply(self, *args: Any, **kwargs: Any) -> StandIn:
         """As torch's: to another device or dtype."""
         self.refuse_averages()
         super()._apply(*args, **kwargs)
         if self.watched is not None:
-            self._watch()
+            self.watch()
         return self
 
     def _until_trained(self, result: Tensor) -> None:
         """A copy whose result a gradient reaches is being trained, as plain LoRA: it is watched no more."""
-        if self.watched is not None and result.requires_grad:
+        if not self.attached and self.watched is not None and result.requires_grad:
             result.register_hook(self._trained)
 
     def _trained(self, gradient: Tensor) -> None:

@@ -1,0 +1,33 @@
+"""Whether someone has written to an adapter's matrices who should not have: averages of weights do so.
+
+The mean of factors before and after an event is not the factors of any mean. torch counts what is written in place,
+but not what is written to ``.data``: for that a sample of values is kept too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE = 16  # values of each matrix
+
+
+class Watched(NamedTuple):
+    """What some matrices were like."""
+
+    versions: dict[int, int]  # as torch counts them, by the tensor's id: another tensor counts anew
+    sample: Tensor  # on their device, so that nothing waits before it is compared; empty where none is kept
+
+    def equals(self, other: Watched) -> bool:
+        same = all(self.versions.get(tensor, version) == version for tensor, version in other.versions.items())
+        return same and torch.equal(self.sample, other.sample)
+
+
+def watch(matrices: Sequence[Tensor], *, values: bool) -> Watched:
+    """What these matrices are like now; ``values``: a sample of them too."""
+    versions = {id(t): 0 if t.is_inference() else t._version for t in matrices}
+    read = [t.detach().flatten()[:: max(1, t.numel() // SAMPLE)].float() for t in matrices if values]
+    return Watched(versions, torch.cat(read) if read else torch.empty(0))
