@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAMPLE = 16  # values of each matrix
+_SAMPLE = 16  # values of each matrix
 
 
 class Watched(NamedTuple):
@@ -29,5 +29,5 @@ class Watched(NamedTuple):
 def watch(matrices: Sequence[Tensor], *, values: bool) -> Watched:
     """What these matrices are like now; ``values``: a sample of them too."""
     versions = {id(t): 0 if t.is_inference() else t._version for t in matrices}
-    read = [t.detach().flatten()[:: max(1, t.numel() // SAMPLE)].float() for t in matrices if values]
+    read = [t.detach().flatten()[:: max(1, t.numel() // _SAMPLE)].float() for t in matrices if values]
     return Watched(versions, torch.cat(read) if read else torch.empty(0))
