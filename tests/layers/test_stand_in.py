@@ -132,10 +132,26 @@ def test_averages_put_into_the_model_itself_are_noticed_and_may_be_taken_back(de
         handle.detach()
     for p, average in zip(models.trainable(model), shadow, strict=True):
         p.data.copy_(average)
-    with pytest.raises(ScaloraError, match="written to, in a copy or past the optimizer"):
+    with pytest.raises(ScaloraError, match="written to, in a copy or past the attached optimizer"):
         models.logits(model, "llama")
     for p, own in zip(models.trainable(model), stored, strict=True):
         p.data.copy_(own)
     assert torch.equal(models.logits(model, "llama"), then)
     models.train(model, optimizer, "llama", 2)
     models.logits(model, "llama")
+
+
+def test_a_snapshot_of_what_is_trained_is_refused_and_one_of_everything_is_right():
+    model, optimizer, _ = _trained()
+    snapshot = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    whole, then = copy.deepcopy(model.state_dict()), models.logits(model, "llama")
+    with pytest.raises(ScaloraError, match="trained columns only, but what was moved out of them"):
+        model.load_state_dict(snapshot, strict=False)
+    assert torch.equal(models.logits(model, "llama"), then)
+    models.train(model, optimizer, "llama", 3)
+    now = models.logits(model, "llama")
+    with pytest.raises(ScaloraError, match="trained columns only"):
+        model.load_state_dict(snapshot, strict=False)
+    assert torch.equal(models.logits(model, "llama"), now)
+    model.load_state_dict(whole)
+    assert torch.equal(models.logits(model, "llama"), then)

@@ -159,6 +159,7 @@ class ScaLora:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "layers": {layer.name: layer.rank for layer in self.layers},
+            "scales": {layer.name: layer.scale for layer in self.layers},
             "base": self._base(),
             "constants": self.constants.clone(),
             "history": self.history.state(),
@@ -188,6 +189,12 @@ class ScaLora:
         for name, rank in state["layers"].items():
             if rank != ranks[name]:
                 raise ScaloraError(f"layer {name} has rank {ranks[name]}, but had {rank}: resume with the same rank")
+        for layer in self.layers:
+            if state["scales"][layer.name] != layer.scale:
+                raise ScaloraError(
+                    f"layer {layer.name} has scale {layer.scale} (lora_alpha, use_rslora), but had "
+                    f"{state['scales'][layer.name]}: resume with the same LoraConfig"
+                )
         if state["base"] != (base := self._base()):
             raise ScaloraError(
                 f"the base model is another than the saved run's (fingerprint {base}, there {state['base']}): resume "

@@ -110,6 +110,8 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
         ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation, or accumulate="base", has
             changed the base weights; or something else than an adapter lies at ``path``.
     """
+    if not callable(factors):
+        raise ScaloraError(f"factors is {factors!r}: leave it out, or give e.g. Truncation(rank=8)")
     if not isinstance(path, str | Path) or not str(path):
         raise ScaloraError(f"path is {path!r}: give the name of a folder")
     state, config = plain_lora(model, factors)

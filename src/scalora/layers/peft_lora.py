@@ -85,6 +85,8 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
             own two matrices (embeddings, convolutions, DoRA and other variants, biases, shared or merged weights), or
             parameters that FSDP1 or DeepSpeed keeps in flat buffers.
     """
+    if not isinstance(model, nn.Module):
+        raise ScaloraError(f"model is {model!r}: give a PEFT model, as peft.get_peft_model makes it")
     refuse_flattened(model)
     layers: list[AdapterLayer] = []
     foreign: set[str] = set()

@@ -6,6 +6,7 @@ of more columns, and splits such matrices when it loads them. Merging, mixed bat
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .lora_forward import LoraForward
 from .sharding import copy_into, gather_full, is_sharded
 from .watched import Watched, watch
 
+WHOLE_ADAPTER = ContextVar("WHOLE_ADAPTER", default=False)  # while an adapter is loaded from its own folder
 _WRITTEN = (
     "its base weights hold what accumulate='base' has moved there, so that {} would not give the untouched base: "
     "load the base model anew, or choose accumulate='adapter'"
@@ -64,6 +66,8 @@ class StandIn(LoraForward):
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
             self.called = True
+        if self.base_written and "__base__" in (kwargs.get("adapter_names") or ()):
+            self.refuse_written("'__base__' in adapter_names")
         if not (self.attached and torch.is_grad_enabled()) and self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
@@ -155,6 +159,18 @@ class StandIn(LoraForward):
         mine = self.matrices(adapter)
         if (A.shape[1], B.shape[0]) != (mine[0].shape[1], mine[1].shape[0]):
             return
+        part = f"{key_A.rpartition('lora_A')[0]}base_layer.weight" not in state_dict  # of a model's state
+        if (
+            part
+            and A.shape[0] == r
+            and (self.held(adapter) is not None or self.base_written)
+            and not WHOLE_ADAPTER.get()
+        ):
+            raise ScaloraError(
+                f"{key_A} has the {r} trained columns only, but what was moved out of them is in the model: if they "
+                "are a snapshot of it, keep and load the whole model.state_dict(); if they are another adapter, load "
+                "its folder with load_adapter, or delete this one first"
+            )
         A, B = (gather_full([t])[0] for t in (A, B))
         held = dict(self.accumulated.items()).get(adapter)
         if isinstance(held, Accumulated):
@@ -187,6 +203,11 @@ class StandIn(LoraForward):
         self.refuse_written("deleting its adapter")
         super().delete_adapter(adapter_name)
 
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        if not adapter_names:
+            self.refuse_written("set_adapter([])")
+        super().set_adapter(adapter_names, *args, **kwargs)
+
     def refuse_written(self, what: str) -> None:
         """Refuse what would take the base for the original one where it is not."""
         if self.base_written:
@@ -216,9 +237,10 @@ class StandIn(LoraForward):
             now = self._now(adapter) if adapter in self.accumulated else None
             if now is not None and former is not None and not now.equals(former):
                 raise ScaloraError(
-                    f"the matrices of adapter {adapter!r} were written to, in a copy or past the optimizer, as "
-                    "averages of weights and hotswap do: events change the columns of A and B, so that means of them "
-                    "have no meaning; average the merged weights, or load an adapter with load_state_dict"
+                    f"the matrices of adapter {adapter!r} were written to, in a copy or past the attached optimizer, "
+                    "as averages of weights, hotswap and other optimizers do: events change the columns of A and B, so "
+                    "that means and snapshots of them have no meaning; average the merged weights, keep and load "
+                    "whole state dicts, and detach() before another optimizer trains on"
                 )
 
     def _now(self, adapter: str) -> Watched | None:

@@ -20,7 +20,7 @@ from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
-from ...layers.stand_in import StandIn, stand_in
+from ...layers.stand_in import WHOLE_ADAPTER, StandIn, stand_in
 from .peft_tuners import KnowsItsBase, OneAdapter, Relinked, refuse_written, room_for, stand_ins, wrapped
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # as Trainer names them
@@ -71,12 +71,15 @@ class WholeFolders(PeftModel):
         else:
             refuse_written(self, f"an adapter loaded from {folder}")
         former = _copied(self, adapter_name) if adapter_name in self.peft_config else {}
+        token = WHOLE_ADAPTER.set(True)
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except RuntimeError:  # torch has put in what fits
             if former:
                 set_peft_model_state_dict(self, former, adapter_name)
             raise
+        finally:
+            WHOLE_ADAPTER.reset(token)
         others = {name: path for name, path in self.loaded_from.items() if name != adapter_name}
         self.loaded_from = {**others, adapter_name: folder} if folder.is_dir() else others
         if self.beside is not None and folder.is_dir():
@@ -147,8 +150,13 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
                 now = getattr(layer, part)[adapter].weight.detach()
                 key = f"{name}.{part}.{adapter}.weight"
                 given = whole.get(key)
-                if given is None or given.shape[dim] != now.shape[dim]:
+                if given is None or given.shape[dim] == now.shape[dim] + held.used:
                     continue  # nothing of it, or all columns
+                if given.shape[dim] != now.shape[dim]:
+                    raise ScaloraError(
+                        f"state_dict: {key} holds {given.shape[dim]} columns, the model {now.shape[dim] + held.used}: "
+                        "it is of another time; leave state_dict out, or pass model.state_dict()"
+                    )
                 if not gathered and not torch.equal(given.to(now), now):
                     raise ScaloraError(
                         f"state_dict: {key} holds trained columns of another time, to which the accumulated ones of "

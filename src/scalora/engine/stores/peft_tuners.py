@@ -42,6 +42,11 @@ class KnowsItsBase(Relinked, BaseTuner):
         refuse_written(self, "unload()")
         return super().unload()
 
+    def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
+        if adapter_names is not None and not adapter_names:
+            refuse_written(self, "merge_and_unload(adapter_names=[])")
+        return super().merge_and_unload(*args, adapter_names=adapter_names, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         refuse_written(self, "delete_adapter()")
         super().delete_adapter(adapter_name)

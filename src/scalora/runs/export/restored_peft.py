@@ -17,7 +17,9 @@ from ...common.errors import ScaloraError
 from ...engine.attach import prepare
 from ...engine.config import ScaLoraConfig
 from ...engine.plain_lora import joined_factors
+from ...layers.fingerprint import base_fingerprint
 from ...layers.peft_lora import AdapterLayer, changes_base, find_layers, is_dense
+from ...layers.stand_in import StandIn
 from ...methods.peft_any import merged_update
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
 from .artefact import Artefact, read_factors, read_tensors
@@ -111,6 +113,9 @@ class _Peft(Restored):
             # A new parameter: one that was shared keeps its old value elsewhere.
             layer.weight = nn.Parameter(weight, requires_grad=False)
             parted = parted or f"{name}.weight" in self.shared
+        for module in self.model.modules():
+            if isinstance(module, StandIn):
+                module.base_written = False  # its weight is the trained model's own now
         model = self.model.base_model.unload()
         if parted:
             model.config.tie_word_embeddings = False
@@ -125,6 +130,10 @@ class _Lora(_Peft):
             read_factors(artefact)  # do its parts belong together?
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
+        if artefact.state is not None:
+            written = [layer.base.weight for layer in find_layers(self.model)] if artefact.only_ours else []
+            if base_fingerprint(self.model, written) != artefact.state["base"]:  # pyright: ignore
+                raise does_not_fit(artefact, base, "its weights are others than those of the training")
         if artefact.moved:
             self._put_back(artefact)
         self.model.eval()
