@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import scalora
 from helpers import tokenized
 from scalora import ScaLoraConfig
+from scalora.engine.event import attached_to
 
 VOCABULARY, TARGETS = tokenized.SIZE, ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(0, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(1))
@@ -119,8 +120,8 @@ class Life:
             how = "scalora"
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-        if how == "plain" and self.handle is not None:
-            self.handle.detach()  # another optimizer than the attached one would be noticed
+        if how == "plain" and (handle := attached_to(self.model)) is not None:
+            handle.detach()  # another optimizer than the attached one would be noticed
         if how != "plain":
             capacity = self.rng.choice([None, max(self.rank, 4)])
             config = {
