@@ -165,6 +165,7 @@ class StandIn(LoraForward):
             and A.shape[0] == r
             and (self.held(adapter) is not None or self.base_written)
             and not WHOLE_ADAPTER.get()
+            and not is_sharded(mine[0])  # FSDP2 loads what is trained and what is not one after the other
         ):
             raise ScaloraError(
                 f"{key_A} has the {r} trained columns only, but what was moved out of them is in the model: if they "
