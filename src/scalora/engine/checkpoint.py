@@ -37,7 +37,6 @@ def save_state(handle: ScaLora, folder: Path, write: bool = True) -> None:
         if weights:
             _save(weights, folder / BASE_FILE, {"format": "pt"})
         _save(tensors, folder / STATE_FILE, {"state": json.dumps(plain)})
-    handle.saved = folder
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +30,7 @@ from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
 from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
+from .same_run import refuse_other_run
 from .stores import AdapterStore, BaseStore, Move, Store
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, weakref.ref[ScaLora]] = weakref.WeakKeyDictionary()  # by LoRA layer
@@ -60,7 +60,6 @@ class ScaLora:
         self.layers = find_layers(model)
         self.attached = True
         self.superseded = False
-        self.saved: Path | None = None  # where its state was written last
         reshard(model)
         self.guards = Guards(model, self.optimizer, self.layers, config.accumulate)
         self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
@@ -157,10 +156,7 @@ class ScaLora:
         """
         return {
             "step": self.step,
-            "config": dataclasses.asdict(self.config),
-            "layers": {layer.name: layer.rank for layer in self.layers},
-            "scales": {layer.name: layer.scale for layer in self.layers},
-            "base": self._base(),
+            **self._run(),
             "constants": self.constants.clone(),
             "history": self.history.state(),
             "store": self.store.state_dict(),
@@ -173,39 +169,22 @@ class ScaLora:
         Raises:
             ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
-        if not isinstance(state, dict):
-            raise ScaloraError(f"state is a {type(state).__name__}: give what handle.state_dict() returned")
-        if missing := sorted(self.state_dict().keys() - state.keys()):
-            raise ScaloraError(f"state lacks {', '.join(missing)}: give what handle.state_dict() returned, all of it")
-        for name, value in dataclasses.asdict(self.config).items():
-            if state["config"].get(name) != value:
-                saved = state["config"].get(name)
-                raise ScaloraError(
-                    f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
-                )
-        ranks = {layer.name: layer.rank for layer in self.layers}
-        if state["layers"].keys() != ranks.keys():
-            raise ScaloraError("the saved run adapted other layers: resume with the same model and target_modules")
-        for name, rank in state["layers"].items():
-            if rank != ranks[name]:
-                raise ScaloraError(f"layer {name} has rank {ranks[name]}, but had {rank}: resume with the same rank")
-        for layer in self.layers:
-            if state["scales"][layer.name] != layer.scale:
-                raise ScaloraError(
-                    f"layer {layer.name} has scale {layer.scale} (lora_alpha, use_rslora), but had "
-                    f"{state['scales'][layer.name]}: resume with the same LoraConfig"
-                )
-        if state["base"] != (base := self._base()):
-            raise ScaloraError(
-                f"the base model is another than the saved run's (fingerprint {base}, there {state['base']}): resume "
-                "with the model that it was trained on"
-            )
+        refuse_other_run(state, self._run())
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
         self.history.load(state["history"])
         self.store.load_state_dict(state["store"])
         if self.refresh:
             self.refresh.load_state_dict(state["refresh"])
+
+    def _run(self) -> dict[str, Any]:
+        """What a state must have in common with this run."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "layers": {layer.name: layer.rank for layer in self.layers},
+            "scales": {layer.name: layer.scale for layer in self.layers},
+            "base": self._base(),
+        }
 
     def _base(self) -> str:
         """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""

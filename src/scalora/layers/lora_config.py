@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
+
+from ..common.disk_layout import FORMER_PAIR
+from ..common.errors import ScaloraError
 
 # Fields of LoraConfig that, when set, make it more than s·A Bᵀ on linear layers.
 VARIANTS = (
@@ -12,6 +16,19 @@ VARIANTS = (
     "arrow_config", "layer_replication", "use_bdlora", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 UNREADABLE = "LORA, of which a part lies beside it: load this folder with scalora.load"  # a peft_type, where so
+
+
+def refuse_former_pair(folder: Path) -> None:
+    """Refuse a folder in which PEFT would find half of an update.
+
+    Raises:
+        ScaloraError: the other half lies in a folder of its own.
+    """
+    if (folder / FORMER_PAIR).is_dir():
+        raise ScaloraError(
+            f"{folder} holds half of an update, the other in {FORMER_PAIR}/, as scalora once wrote it: load it with "
+            "the version that wrote it, and save it with scalora.save_plain_lora"
+        )
 
 
 def scale(config: dict[str, Any], name: str, rank: int) -> float:

@@ -14,10 +14,11 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...common.disk_layout import BASE_FILE, FORMER_PAIR
+from ...common.disk_layout import BASE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config
+from ...layers.lora_config import refuse_former_pair
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
 from ...layers.stand_in import WHOLE_ADAPTER, StandIn, stand_in
@@ -58,11 +59,7 @@ class WholeFolders(PeftModel):
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's."""
         folder = Path(str(model_id))
-        if (folder / FORMER_PAIR).is_dir():
-            raise ScaloraError(
-                f"{folder} holds half of an update, the other in {FORMER_PAIR}/, as scalora once wrote it: load it "
-                "with the version that wrote it, and save it with scalora.save_plain_lora"
-            )
+        refuse_former_pair(folder)
         if (folder / BASE_FILE).is_file():
             if any(len(layer.accumulated) for layer in stand_ins(self)):
                 raise ScaloraError(

@@ -19,7 +19,6 @@ from ...common.disk_layout import (
     CHECKPOINTS,
     DELTA,
     EXPORT,
-    FORMER_PAIR,
     METRICS,
     PREFIX,
     RECIPE,
@@ -28,7 +27,7 @@ from ...common.disk_layout import (
 )
 from ...common.errors import ScaloraError
 from ...common.files import damage, is_sealed
-from ...layers.lora_config import UNREADABLE, VARIANTS, scale
+from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
@@ -222,11 +221,7 @@ def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Arte
 
 def _check_complete(artefact: Artefact) -> None:
     """A part that is missing would change the function without a word."""
-    if (artefact.folder / FORMER_PAIR).is_dir():
-        raise ScaloraError(
-            f"{artefact.folder} holds half of an update, the other in {FORMER_PAIR}/, as scalora once wrote it: load "
-            "it with the version that wrote it, and save it with scalora.save_plain_lora"
-        )
+    refuse_former_pair(artefact.folder)
     if artefact.state is None:
         return
     if artefact.state["config"]["accumulate"] == "base" and not artefact.moved:
