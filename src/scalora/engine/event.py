@@ -205,7 +205,9 @@ class ScaLora:
         self.own_passes.check()
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
-            if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
+            if refreshed:
+                self._watch()
+            elif self.config.interval is not None and self.step % self.config.interval == 0:
                 self.rescale()
         self.step += 1
 

@@ -37,6 +37,7 @@ class StandIn(LoraForward):
     called = False  # with gradients to come, since the last optimizer step
     first = False  # of the model's layers
     attached = False  # to an optimizer, which writes to the matrices
+    copied = False  # from a layer that may move columns while this one does not
     watched: dict[str, Watched | None] | None = None  # matrices as they were, until they are trained or loaded
 
     @property
@@ -217,7 +218,7 @@ class StandIn(LoraForward):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.called = False
-        self.attached = False
+        self.attached, self.copied = False, True
         former = self.watched or {}
         self.watch()  # from now on whoever writes to the copy's matrices is noticed
         for adapter, was in former.items():  # and whoever has written to the original's
@@ -225,8 +226,9 @@ class StandIn(LoraForward):
                 self.watched[adapter] = now._replace(sample=was.sample.to(now.sample.device))
 
     def watch(self) -> None:
-        """From now on notice who writes to the matrices, until they are trained or loaded."""
-        self.watched = {name: self._now(name) for name in self.accumulated}
+        """From now on notice who writes to the matrices, until they are trained or loaded; a fresh original is free."""
+        moved = {name for name, held in self.accumulated.items() if held.used or self.base_written or self.copied}
+        self.watched = {name: self._now(name) for name in moved}
 
     def refuse_averages(self) -> None:
         """Refuse to compute with matrices that someone has written to: in a copy, or past the optimizer."""
