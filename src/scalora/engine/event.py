@@ -203,11 +203,10 @@ class ScaLora:
             )
         self.guards.check()
         self.own_passes.check()
+        self.layers[0].module.watched = None  # pyright: ignore[reportAttributeAccessIssue]  # what is written now is ours
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
-            if refreshed:
-                self._watch()
-            elif self.config.interval is not None and self.step % self.config.interval == 0:
+            if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
                 self.rescale()
         self.step += 1
 
