@@ -8,9 +8,11 @@ scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=2e-4)   PEFT's own
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers understand it, without the time that importing typing takes
 if TYPE_CHECKING:
+    from typing import Any
+
     from .common.errors import ScaloraError
     from .engine.attach import attach, create_scalora_optimizer, prepare
     from .engine.config import ScaLoraConfig

@@ -88,7 +88,7 @@ def measure(
     }  # fmt: skip
     settled = {name: settle_precision(each, setting.folder / name) for name, each in comparisons.items()}
     for name, (comparison, _) in settled.items():  # the last set's data must not be found wanting after hours
-        check_comparison(comparison, setting.folder / name, retry=setting.retry)
+        check_comparison(comparison, setting.folder / name, retry=setting.retry, log=setting.log)
     found = {}
     for name, (comparison, choice) in settled.items():
         setting.log(f"{name}: {comparison.recipe.model}; precision: {choice}")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,6 +91,27 @@ def test_sources_that_are_not_there(source, message):
         load_model(source, head="causal-lm")
 
 
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+@pytest.mark.parametrize("made", [tokenized.llama, tokenized.bert])
+def test_a_folder_without_a_tokenizer(saved, made, kept):
+    """transformers makes a BERT tokenizer of five special tokens of no file at all."""
+    folder = Path(saved(made()))
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors", *kept):
+            file.unlink()
+    options = {"head": "causal-lm"} if made is tokenized.llama else {"head": "sequence-classification", "num_labels": 2}
+    with pytest.raises(ScaloraError, match=r"has no tokenizer: none of tokenizer\.json, vocab\.json, .* is there"):
+        load_model(str(folder), **options)
+    assert load_model(str(folder), **options, need_tokenizer=False)[1] is None
+
+
+def test_a_damaged_tokenizer_is_not_called_absent(saved):
+    folder = Path(saved(tokenized.llama()))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ScaloraError, match="its files are damaged"):
+        load_model(str(folder), head="causal-lm")
+
+
 def test_folders_and_files_of_the_wrong_kind(tmp_path):
     with pytest.raises(ScaloraError, match=r"no config\.json"):
         load_model(str(tmp_path), head="causal-lm")
@@ -172,8 +195,6 @@ def test_what_the_hub_does_is_the_hubs(monkeypatch, failure, words):
 
 
 def test_what_a_folder_does_is_not_the_hubs(saved):
-    from pathlib import Path
-
     folder = saved(tokenized.llama())
     (Path(folder) / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ScaloraError, match="its files are damaged") as caught:

@@ -12,6 +12,7 @@ import yaml
 from helpers import workspace
 from scalora import ScaloraError
 from scalora.runs import precision
+from scalora.runs.folder import saved_precision
 from scalora.runs.precision import Device, PrecisionChoice, choose, decide, find_device
 from scalora.runs.recipe import load_recipe, with_precision
 from scalora.runs.training import Watcher, train
@@ -139,6 +140,39 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path, monkeypatch):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(saved))
     monkeypatch.setattr(precision, "choose", lambda device: OTHER)
     assert train(load_recipe(path), resume=True).metrics["precision"]["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("overrides", [[], ["precision=auto"], ["precision=float32"], ["precision=bfloat16"]])
+def test_a_run_whose_recipe_lost_its_precision_is_not_guessed_at(begun, overrides):
+    """It was bfloat16; what is left reads like a recipe of the version before, which computed in float32."""
+    path, folder = begun
+    with pytest.raises(ScaloraError, match=r"recipe\.yaml has no precision, .*put the line back"):
+        train(load_recipe(path, overrides), resume=True)
+    assert "precision" not in (folder / "recipe.yaml").read_text()
+
+
+def test_a_run_whose_recipe_has_a_key_twice_is_not_resumed(begun):
+    _, folder = begun
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "twice").mkdir()
+    (folder / "twice" / "recipe.yaml").write_text(f"precision: bfloat16\n{text}precision: float32\n")
+    with pytest.raises(ScaloraError, match="is not the recipe that the run wrote"):
+        saved_precision(folder / "twice")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run in bfloat16 that stopped, and lost a line of its recipe."""
+    place = tmp_path_factory.mktemp("begun")
+    path, folder = _auto(place), place / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "choose", lambda device: BF16)
+        train(load_recipe(path))
+    (folder / "metrics.json").unlink()
+    saved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert saved.pop("precision") == "bfloat16"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    return path, folder
 
 
 def _auto(folder):

@@ -63,3 +63,37 @@ def test_a_recipe_that_nests_too_deep(tmp_path):
         path.write_text(text)
         with pytest.raises(ScaloraError, match=r"r\.yaml is not valid YAML: its parts lie too deep"):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: a\nmethod: lora\nmodel: b\n", "the key 'model' of line 1 is there again in line 3"),
+        ("method:\n  rank: 8\n  name: lora\n  rank: 4\n", "the key 'rank' of line 2 is there again in line 4"),
+        ("task:\n  data: {train: a, 'train': b}\n", "the key 'train' of line 2 is there again in line 2"),
+        ("x: [{a: 1}, [{b: 1,\n b: 2}]]\n", "the key 'b' of line 1 is there again in line 2"),
+        ("x: &x {a: 1, a: 2}\ny: {<<: *x}\n", "the key 'a' of line 1"),
+        ("task: {values: {yes: [a], yes: [b]}}\n", "the key 'yes' of line 1"),
+        ("x: {<<: {a: 1}, b: 1, b: 2}\n", "the key 'b' of line 1"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path, text, words):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ScaloraError) as error:
+        load_recipe(path)
+    assert "r.yaml" in str(error.value)
+    assert words in str(error.value)
+
+
+def test_keys_that_are_merged_may_be_overridden():
+    text = "a: &a {x: 1, y: [1]}\nb: &b {x: 2}\ntask: {<<: *a, x: 3}\nc: {<<: [*a, *b], z: *b}\nd: {y: 5, <<: *a}\n"
+    assert load_yaml(text) == yaml.safe_load(text)
+    assert load_yaml(text)["task"] == {"x": 3, "y": [1]}
+
+
+def test_an_override_that_has_a_key_twice(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE % "yes, no")
+    with pytest.raises(ScaloraError, match=r"--set 'config=.*the key 'a' of line 1 is there again"):
+        load_recipe(path, ["config={a: 1, a: 2}"])

@@ -143,6 +143,11 @@ def test_label_order(tmp_path):
         ({"regression": True, "labels": [0, 1]}, "regression has no labels"),
         ({"regression": True}, r"'no' in .*train\.jsonl, line 1, row 1 is not a finite number"),
         ({"labels": ["yes", "maybe"]}, r"'no' in .*train\.jsonl, line 1, row 1 is not one of the labels"),
+        ({"labels": ["Yes", "No"]}, "that task.labels lists; it differs only in case from 'No'; .* or list it too"),
+        (
+            {"test": [{**ROWS[0], "label": "YES"}]},
+            "of the training rows, from which .*; it differs only in case from 'yes'; .* or list all",
+        ),
         ({"labels": ["yes"]}, "needs two or more different labels"),
         (
             {"label": "s", "text": "t", "test": [{**ROWS[0], "s": "unseen"}]},

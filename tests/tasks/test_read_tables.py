@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from contextlib import suppress
 
@@ -109,6 +110,45 @@ def test_a_quote_inside_of_a_cell_is_a_character(tmp_path):
         assert read_table(path).rows == [{"text": 'a 5" pipe', "label": "pos"}]
 
 
+@MANY
+@given(TABLES, st.sampled_from([",", ";", "\t"]), st.lists(st.sampled_from(["", " ", "  ", "\xa0"]), min_size=1))
+def test_white_space_around_a_cell_in_quotes_is_no_part_of_it(tmp_path, rows, delimiter, spaces):
+    turn = itertools.cycle(spaces)
+    cells = [["text", "label"], *rows]
+    quoted = [[f'{next(turn)}"{cell.replace(chr(34), chr(34) * 2)}"{next(turn)}' for cell in row] for row in cells]
+    path = write(tmp_path / ("x.tsv" if delimiter == "\t" else "x.csv"), "\n".join(map(delimiter.join, quoted)))
+    assert read_table(path).rows == plain(rows)
+
+
+def test_white_space_around_other_cells_is_kept(tmp_path):
+    path = write(tmp_path / "x.csv", 'text,label\n a , "b, c" \n"d, ""e""" ,5" pipe\n"x, "" y, z",\t"1"\n')
+    rows = [(" a ", "b, c"), ('d, "e"', '5" pipe'), ('x, " y, z', "1")]
+    assert read_table(path).rows == plain(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "hint"),
+    [
+        ("x.csv", "text\tlabel\na, b\t1\n", {}, "by tabs: name it .tsv"),
+        ("x.csv", "text\tlabel\na\t1\n", {}, "by tabs: name it .tsv"),
+        ("x.csv", "text|label\na|1\n", {}, "by |: separate its cells by commas"),
+        ("x.tsv", "text,label\na,1\n", {}, "by commas or semicolons: name it .csv"),
+        ("x.tsv", "text;label\na;1\n", {}, "by commas or semicolons: name it .csv"),
+        ("x.tsv", "a,1\nb,2\n", {"text": "0", "label": "1"}, "by commas or semicolons: name it .csv"),
+    ],
+)
+def test_another_separator_than_the_name_says(tmp_path, name, content, columns, hint):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ScaloraError) as error:
+        load_splits(DataSpec(train=str(path), test=str(path), columns=columns), ("text", "label"))
+    assert f"the file seems to be separated {hint}" in str(error.value)
+
+
+def test_a_single_column_may_hold_any_character(tmp_path):
+    path = write(tmp_path / "x.tsv", "text\na, b; c|d\n")
+    assert read_table(path).rows == [{"text": "a, b; c|d"}]
+
+
 @pytest.mark.parametrize("name", ["X.CSV", "X.TSV", "X.JSONL", "X.JSON", "X.PARQUET"])
 def test_endings_in_upper_case(tmp_path, name):
     frame = pandas.DataFrame({"text": ["a", "b"], "label": ["1", "0"]})
@@ -158,7 +198,21 @@ DEEP = "[" * 100_000
         ("x.tsv", "text\tlabel\na\t1\t2\n", "line 2: 3 fields, but the first line has 2"),
         ("x.csv", "text,label,text\na,b,c\n", "line 1: columns need distinct names, but 'text' is there twice"),
         ("x.csv", b"text,label\na,1\n\xff,1\n", "line 3: not UTF-8 text"),
-        ("x.csv", "text,label\na,1\n".encode("utf-16"), "line 1: not UTF-8 text"),
+        ("x.csv", "text,label\na,1\n".encode("utf-16"), "UTF-16, as Windows programs write it; save it as UTF-8"),
+        ("x.tsv", "\ufefftext\na\n".encode("utf-16-be"), "not UTF-8 text but UTF-16, as"),
+        ("x.jsonl", '{"text": "é"}\n'.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 x.jsonl > new.jsonl"),
+        ("x.json", '[{"text": "a"}]'.encode("utf-16-be"), "iconv -f UTF-16BE"),
+        ("x.csv", "text\na\n".encode("utf-32"), "not UTF-8 text but UTF-32"),
+        ("x.csv", "text\né\n".encode("latin-1"), "line 2: not UTF-8 text"),
+        ("x.csv", b"PK\3\4\xff\xfe", "not text but a zip or xlsx file"),
+        ("x.csv", 'text,label\na, "never\nb,1\n', "line 2: a quote is never closed"),
+        ("x.tsv", 'text\tlabel\na\t "never\nb\t1\n"c"\t2\n', "line 2: '\\t' expected after '\"'"),
+        ("x.csv", 'text,label\na,1\n "b" c,0\n', "line 3: ',' expected after '\"'"),
+        ("x.csv", 'text\tlabel\n"a, b"\t1\n', "the file seems to be separated by tabs: name it .tsv"),
+        ("x.csv", "text|label\na, b|1\n", "separated by |: separate its cells by commas"),
+        ("x.tsv", "text;label\na\t;1\n", "separated by commas or semicolons: name it .csv"),
+        ("x.jsonl", '[{"a": 1},\n{"a": 2}]', "line 1: not valid JSON"),
+        ("x.jsonl", '[{"a": 1}]', "line 1: expected an object with named columns, got list; rename it to .json"),
         ("x.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: columns need distinct names, but 'a' is there twice"),
         ("x.json", '[{"a": 1},\n{"a": 1, "a": 2}]', "line 2, row 2: columns need distinct names, but 'a'"),
         ("x.jsonl", f'{{"a": 1}}\n{{"a": {DEEP}\n', "line 2: lists or objects lie too deep"),

@@ -48,6 +48,30 @@ def test_repeated_rows_do_not_leak(tmp_path):
         load(train=path, test_size=6)
 
 
+def told(**fields):
+    lines = []
+    load_splits(DataSpec(**fields), ("text", "label"), say=lines.append)
+    return lines
+
+
+def test_what_becomes_of_repeated_rows_is_said(tmp_path, numbers):
+    assert told(train=numbers, test_size=2) == []
+    path = tokenized.write_jsonl(tmp_path / "r.jsonl", [{"text": f"t{i % 6}", "label": 0} for i in range(30)])
+    lines = told(train=path, test_size=2)
+    assert len(lines) == 1
+    assert lines[0].startswith("task.data.train: 24 of 30 rows say the same as others")
+    with pytest.raises(ScaloraError, match=r"there are only 6 rows .*\(24 of 30 repeat others and are left out\)"):
+        load(train=path, test_size=6)
+    assert told(train=numbers, test=path) == ["task.data.test: 15 of 30 rows are among those that are trained on"]
+    assert [len(rows) for rows in load(train=path, test=path)[::2]] == [30, 30]  # nothing is split off
+
+
+def test_what_is_left_out_for_its_length_is_said(tmp_path):
+    path = tokenized.write_jsonl(tmp_path / "l.jsonl", [{"text": "x" * i, "label": 1} for i in range(1, 9)])
+    lines = told(train=path, test_size=1, max_characters=6)
+    assert lines == ["task.data.train: 3 of 8 rows have more than 6 characters (max_characters) and are left out"]
+
+
 def test_own_sources_are_kept_in_order(numbers):
     splits = load(train=numbers, test=numbers, validation=numbers, validation_size=4)
     assert texts(splits.test) == [f"t{i}" for i in range(50)]

@@ -66,8 +66,10 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
         log(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
 
 
-def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False) -> None:
+def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False, log: Log = print) -> None:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
+
+    `log` takes what is worth reading about the data.
 
     Raises:
         ScaloraError: every trial would fail alike, or the folder takes no writing; the message says why.
@@ -78,7 +80,8 @@ def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = Fals
         wanted = comparison.tuning() + _final(comparison, results)
         if all(t in results and not (retry and "error" in results[t]) for t in wanted):
             return  # a report can be drawn anew where there is neither data nor model
-    check_recipe(comparison.recipe)
+    for note in check_recipe(comparison.recipe):
+        log(note)
 
 
 def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str) -> ComparisonRecord:

@@ -65,11 +65,13 @@ def compare(
         command = shlex.join(["scalora", *sys.argv[1:]])
         comparison, choice = settle_precision(comparison, folder)
         console.print(f"precision: {choice}", highlight=False)
+
+        def log(line: str) -> None:
+            console.print(line, highlight=False)
+
         try:
-            check_comparison(comparison, folder, retry=retry)
-            record = run_comparison(
-                comparison, folder, command=command, retry=retry, log=lambda line: console.print(line, highlight=False)
-            )
+            check_comparison(comparison, folder, retry=retry, log=log)
+            record = run_comparison(comparison, folder, command=command, retry=retry, log=log)
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from ..common.errors import ScaloraError
+from ..common.stopping import listen, was_stopped
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
     """Run a verb; on bad input print one message and leave with code 2, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what tidies up after Ctrl-C does so then too
+    listen()
     try:
         yield
-    except ScaloraError as error:
-        leave(f"error: {error}", 2)
     except KeyboardInterrupt:
         leave("stopped", 130)
+    except Exception as error:
+        if was_stopped(error):
+            leave("stopped", 130)
+        if isinstance(error, ScaloraError):
+            leave(f"error: {error}", 2)
+        raise
 
 
 def leave(message: str, code: int) -> NoReturn:

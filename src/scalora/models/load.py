@@ -17,6 +17,8 @@ from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
+"""What tokenizers are read from: one of these files holds their vocabulary."""
 _DIGITS = "digits-mlp"  # made on the spot by scalora.models.digits
 
 
@@ -70,7 +72,7 @@ def load_model(
                 )
             setattr(configuration, name, value)
         # A network that reads vectors has no tokenizer.
-        tokenizer = None if configuration.model_type == "scalora-dense" else _tokenizer(path, need_tokenizer)
+        tokenizer = None if configuration.model_type == "scalora-dense" else _tokenizer(source, path, need_tokenizer)
         if HEADS[head].labelled:
             configuration.num_labels = num_labels
             model = auto_class(head).from_pretrained(
@@ -174,15 +176,30 @@ def _check_kind(source: str, config: Any, head: Head) -> None:
         raise ScaloraError(f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; {way_out}")
 
 
-def _tokenizer(path: str, required: bool) -> Any:
+def _tokenizer(source: str, path: str, required: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if not required:
+            return None
+        if Path(path).is_dir() and not any(each for pattern in _VOCABULARIES for each in Path(path).glob(pattern)):
+            raise _no_tokenizer(source) from error
+        raise
+    # Some classes (BERT's) make one of special tokens alone where there are no files.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         if required:
-            raise
+            raise _no_tokenizer(source)
         return None
+    return tokenizer
+
+
+def _no_tokenizer(source: str) -> ScaloraError:
+    return ScaloraError(
+        f"model: {source!r} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there; put the files of its "
+        "tokenizer beside its weights (tokenizer.save_pretrained writes them)"
+    )
 
 
 def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:

@@ -176,8 +176,9 @@ def _differing(mine: Any, theirs: Any) -> str:
 def saved_precision(folder: Path) -> Precision | None:
     """What the run in a folder computes in, to resume it alike; None where there is no run.
 
+
     Raises:
-        ScaloraError: its recipe was changed.
+        ScaloraError: its recipe was changed, or no longer says it.
     """
     if not (folder / RECIPE).exists():
         return None
@@ -186,13 +187,22 @@ def saved_precision(folder: Path) -> Precision | None:
 
 
 def _saved_recipe(folder: Path) -> dict[str, Any]:
-    from .recipe import parse_recipe, with_precision
+    from .recipe import parse_recipe, says_precision, with_precision
+    from .yaml_words import load_written
 
+    file = folder / RECIPE
     try:
-        saved = dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
-        return parse_recipe(with_precision(saved)).model_dump(mode="json")
-    except (yaml.YAMLError, TypeError, ValueError, ScaloraError) as error:
-        raise ScaloraError(f"{folder / RECIPE} is not the recipe that the run wrote: put it back to resume") from error
+        saved = dict(load_written(file.read_text(encoding="utf-8")))
+        known = says_precision(saved)
+        recipe = parse_recipe(with_precision(saved)).model_dump(mode="json")
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, ScaloraError) as error:
+        raise ScaloraError(f"{file} is not the recipe that the run wrote: put it back to resume") from error
+    if not known:  # it was settled when the run began, and may be any
+        raise ScaloraError(
+            f"{file} has no precision, and a run goes on in the one that it began with: put the line back; the run "
+            "named it first of all (one of the version before the field, without bf16 or fp16: float32)"
+        )
+    return recipe
 
 
 def _sound_checkpoint(folder: Path) -> Path:

@@ -109,12 +109,17 @@ def with_precision(content: dict[str, Any]) -> dict[str, Any]:
     return {"precision": flags[0] if flags else "float32"} | content
 
 
+def says_precision(content: dict[str, Any]) -> bool:
+    """Whether a stored recipe tells its precision, by the field or by a flag of its training section."""
+    return "precision" in content or not _FLAGS.keys().isdisjoint(content.get("training") or {})
+
+
 def read_value(text: str, within: Sequence[str] = ()) -> Any:
     """A value as a recipe would have it under the keys `within`; raises ScaloraError where it is not valid YAML."""
     try:
         return load_yaml(text, within)
     except yaml.YAMLError as error:
-        raise ScaloraError(f"the value {text!r} is not valid YAML") from error
+        raise ScaloraError(f"the value {text!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _set(content: dict[str, Any], override: str) -> None:

@@ -117,6 +117,8 @@ def _train(
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
     loaded = load_inputs(recipe)
+    for note in loaded.task.notes:
+        watcher.say(note)
     base = backbone_fingerprint(loaded.model)
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-_STR, _INT, _BOOL, _NULL = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "bool", "null"))
+_STR, _INT, _BOOL, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "bool", "null", "merge"))
 _LISTS = (("task", "labels"), ("task", "choices"), ("task", "data", "values"))
 """Where lists hold labels and other texts of the data."""
 
@@ -30,19 +30,48 @@ def load_yaml(text: str, within: Sequence[str] = ()) -> Any:
     was written, but for plain integers.
 
     Raises:
-        yaml.YAMLError: the text is not valid YAML.
+        yaml.YAMLError: the text is not valid YAML, or a mapping has a key twice.
     """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
+        _check_keys(node, set())
         _keep_words(loader, node, tuple(within))
         return loader.construct_document(node)
     except RecursionError as error:
         raise yaml.YAMLError("its parts lie too deep in each other") from error
     finally:
         loader.dispose()
+
+
+def load_written(text: str) -> Any:
+    """The content of a recipe as a run wrote it, in plain YAML; raises yaml.YAMLError as :func:`load_yaml`."""
+    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), set())
+    return yaml.safe_load(text)
+
+
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Refuse a key that a mapping has twice: YAML would drop the first. What is merged (<<) may be overridden."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, seen)
+        return
+    keys: dict[tuple[str, str], yaml.Node] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            first = keys.setdefault((key.tag, key.value), key)
+            if first is not key:
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} of line {first.start_mark.line + 1} is there again in line "
+                    f"{key.start_mark.line + 1}, and only one would count: remove the other"
+                )
+        _check_keys(key, seen)
+        _check_keys(value, seen)
 
 
 def _keep_words(loader: _Loader, node: yaml.Node, place: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
-from .data.values import flaw, is_missing, label_key, label_text, number, shown
+from .data.values import flaw, is_missing, label_key, label_text, number, other_case, shown
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
 from .template import Template
 
@@ -187,8 +187,13 @@ class ClassificationTask(Task):
         value = row[self.spec.label]
         target = number(value) if self.spec.regression else self._index.get(label_key(value))
         if target is None:
-            known = "a finite number" if self.spec.regression else f"one of the labels {shown(self.labels, 300)}"
-            raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; mend or drop the row")
+            known, way_out = "a finite number", "mend or drop the row"
+            if not self.spec.regression:
+                given = self.spec.labels is not None
+                origin = "that task.labels lists" if given else "of the training rows, from which the classes are taken"
+                known = f"one of the labels {shown(self.labels, 300)} {origin}{other_case(value, self.labels)}"
+                way_out += ", or " + ("list it too" if given else "list all labels in task.labels")
+            raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; {way_out}")
         return target
 
 

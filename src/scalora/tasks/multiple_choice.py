@@ -12,7 +12,7 @@ from pydantic import Field
 from ..common.errors import ScaloraError
 from .completion import examples, token_logprobs
 from .data.rows import PlacedRow
-from .data.values import flaw, label_key, number, shown
+from .data.values import flaw, label_key, number, other_case, shown
 from .encoding import Pair, encode, truncate_prompts
 from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
@@ -203,6 +203,7 @@ class MultipleChoiceTask(Task):
         raise ScaloraError(
             f"task.answer: {shown(value)} in column {self.spec.answer!r} is neither an index from 0 to "
             f"{len(choices) - 1} nor one of the choices {shown(choices, 300)} in {row.place}"
+            + other_case(value, choices)
         )
 
 

@@ -135,6 +135,8 @@ class Task(ABC):
     def __init__(self, spec: Any) -> None:
         self.spec = spec
         self.data = spec.data
+        self.notes: list[str] = []
+        """What was done to the rows that was not asked for by name, a line each; complete once `splits` is there."""
 
     @classmethod
     def kind(cls) -> str:
@@ -154,7 +156,7 @@ class Task(ABC):
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""
-        return load_splits(self.data, self.columns, self.check)
+        return load_splits(self.data, self.columns, self.check, self.notes.append)
 
     def check(self, row: PlacedRow) -> None:
         """Raise ScaloraError, with the row's place, where it holds what cannot be trained on or scored."""

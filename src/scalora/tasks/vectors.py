@@ -89,13 +89,13 @@ class VectorsTask(Task):
     def _example(self, row: PlacedRow) -> dict[str, Any]:
         label = number(row[self.spec.label])
         if label is None or label >= self.num_labels:
-            raise self._no_index(row)
+            raise self._no_index(row, f": the training rows have {self.num_labels} different ones")
         return {"inputs_embeds": row[self.spec.features], "labels": int(label)}
 
-    def _no_index(self, row: PlacedRow) -> ScaloraError:
+    def _no_index(self, row: PlacedRow, reason: str = "") -> ScaloraError:
         return ScaloraError(
             f"task.label: {shown(row[self.spec.label])} in column {self.spec.label!r} is no index of a label, counted "
-            f"from 0, in {row.place}"
+            f"from 0, in {row.place}{reason}"
         )
 
 

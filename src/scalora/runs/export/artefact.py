@@ -29,6 +29,7 @@ from ...common.errors import ScaloraError
 from ...common.files import damage, is_sealed
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
+from ..yaml_words import load_written
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
 _SETTINGS: dict[str, ArtefactKind] = {
@@ -272,7 +273,7 @@ def _names(path: Path) -> list[str]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_written(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict) or not {"model", "method", "task"} <= set(content):

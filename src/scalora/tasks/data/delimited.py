@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,13 +15,17 @@ from .source import SourceTable, check_distinct, read_lines, read_text
 
 Cells = tuple[int, list[str]]
 """A row, after the line that it starts on."""
+_SEPARATORS = {"\t": ("tabs", "name it .tsv"), "|": ("|", "separate its cells by commas")} | dict.fromkeys(
+    ",;", ("commas or semicolons", "name it .csv")
+)
 
 
 def read_csv(path: Path, positions: Collection[str] = ()) -> SourceTable:
     """Comma-separated text, or separated by semicolons as Excel writes it where numbers have a comma."""
     text = read_text(path)
     head = re.sub(r'"[^"]*"', "", next((line for _, line in read_lines(text)), ""))
-    return _table(path, _quoted(path, text, ";" if ";" in head and "," not in head else ","), positions)
+    delimiter = ";" if ";" in head and "," not in head else ","
+    return _table(path, _quoted(path, text, delimiter), positions)
 
 
 def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
@@ -31,11 +35,26 @@ def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
     """
     text = read_text(path)
     # Without the cells that are enclosed as they should be: between their quotes, tabs and line ends are text.
-    rest = re.sub(r'(?:^|(?<=[\t\r\n]))"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|$)', "", text)
-    never_closed = rest.count('"') == 1 and re.search(r'(?:^|[\t\r\n])"', rest)
+    opening = _opening(r"\t")
+    rest = re.sub(rf'{opening}"[^"]*(?:""[^"]*)*"[^\S\t\r\n]*(?=[\t\r\n]|$)', "", text)
+    never_closed = rest.count('"') == 1 and re.search(rf'{opening}"', rest)
     if '"' in rest and not never_closed:
         return _table(path, _plain(list(read_lines(text))), positions)
     return _table(path, _quoted(path, text, "\t"), positions)
+
+
+def seems_separated(cells: Sequence[str]) -> str:
+    """What to say where a first line of one cell holds other separators; nothing where it does not."""
+    counts = {each: cells[0].count(each) for each in _SEPARATORS} if len(cells) == 1 else {}
+    if not any(counts.values()):
+        return ""
+    separators, way_out = _SEPARATORS[max(counts, key=lambda each: counts[each])]
+    return f"; the file seems to be separated by {separators}: {way_out}"
+
+
+def _opening(delimiter: str) -> str:
+    """The beginning of a cell, as a pattern: white space before its quote is no part of it."""
+    return rf"(?:^|(?<=[{delimiter}\r\n]))[^\S{delimiter}\r\n]*"
 
 
 @contextmanager
@@ -48,7 +67,10 @@ def _cells_of_any_size() -> Iterator[None]:
 
 
 def _quoted(path: Path, text: str, delimiter: str) -> Iterator[Cells]:
+    # csv takes white space before a quote for a cell that none encloses, and refuses it behind one.
+    text = re.sub(rf'{_opening(delimiter)}("[^"]*(?:""[^"]*)*"?)[^\S{delimiter}\r\n]*', r"\1", text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    first: list[str] = []
     with _cells_of_any_size():
         while True:
             start = reader.line_num + 1
@@ -57,11 +79,12 @@ def _quoted(path: Path, text: str, delimiter: str) -> Iterator[Cells]:
             except StopIteration:
                 return
             except csv.Error as error:
-                reason = "a quote is never closed" if "end of data" in str(error) else str(error)
+                reason = "a quote is never closed" if "end of data" in str(error) else str(error).replace("\t", "\\t")
                 raise ScaloraError(
                     f"{path}, line {start}: {reason} in the row that starts here; a quote opens and closes a cell, "
-                    "and is written twice within one"
+                    f"and is written twice within one{seems_separated(first)}"
                 ) from error
+            first = first or cells
             if cells:
                 yield start, cells
 
@@ -81,9 +104,11 @@ def _plain(lines: list[tuple[int, str]]) -> Iterator[Cells]:
 def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> SourceTable:
     """Rows under the names of the first line, or under their positions where `positions` are asked for, not named."""
     names: list[str] = []
+    first: list[str] = []
     table = SourceTable([], [])
     for number, cells in lines:
         if not names:
+            first = cells
             headerless = bool(positions) and not set(positions) <= set(cells)
             names = [str(i) for i in range(len(cells))] if headerless else cells
             check_distinct(f"{path}, line {number}", [name for name in names if name.strip()])
@@ -92,6 +117,7 @@ def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> So
         if len(cells) != len(names):
             raise ScaloraError(
                 f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"
+                + seems_separated(first)
             )
         # A column without a name, as that of pandas' index, cannot be asked for.
         table.rows.append({name: cell for name, cell in zip(names, cells, strict=True) if name.strip()})

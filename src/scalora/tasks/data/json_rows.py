@@ -11,6 +11,8 @@ from ...common.errors import ScaloraError
 from .forms import Row
 from .source import SourceTable, check_distinct, read_lines, read_text
 
+_A_LIST = "; rename it to .json if it holds one list of objects"
+
 
 def read_jsonl(path: Path) -> SourceTable:
     """The objects of a file that has one a line; raises ScaloraError with the line that holds none."""
@@ -24,7 +26,10 @@ def read_jsonl(path: Path) -> SourceTable:
             if line[end:].strip():
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
-            raise ScaloraError(f"{where}: not valid JSON ({error.msg}); mend or remove it") from error
+            hint = _A_LIST if number == 1 and line.lstrip().startswith("[") else ""
+            raise ScaloraError(f"{where}: not valid JSON ({error.msg}); mend or remove it{hint}") from error
+        if isinstance(value, list) and number == 1:
+            raise ScaloraError(f"{where}: expected an object with named columns, got list{_A_LIST}")
         table.rows.append(_object(value, where))
         table.lines.append(number)
     return table

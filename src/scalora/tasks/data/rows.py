@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...common import packaged
 from ...common.errors import ScaloraError
+from .delimited import seems_separated
 from .forms import Row, adapt
 from .json_rows import read_jsonl
 from .source import SourceTable
 from .tables import ENDINGS, read_table
-from .values import flaw, label_key, shown
+from .values import flaw, label_key, other_case, shown
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
@@ -82,7 +84,9 @@ class Splits(NamedTuple):
     test: list[PlacedRow]
 
 
-def load_splits(spec: DataSpec, required: Sequence[str], check: Check | None = None) -> Splits:
+def load_splits(
+    spec: DataSpec, required: Sequence[str], check: Check | None = None, say: Callable[[str], None] = lambda line: None
+) -> Splits:
     """The rows of every split, cut down to the `required` columns, under our names.
 
     Rows split off from train come from one shuffle (by `spec.seed`) of its distinct rows: first test, then validation,
@@ -92,32 +96,57 @@ def load_splits(spec: DataSpec, required: Sequence[str], check: Check | None = N
         spec: where rows come from.
         required: columns, under our names.
         check: raises ScaloraError for a row whose values cannot be used.
+        say: takes a line, with numbers, for whatever is done to the rows that was not asked for by name.
 
     Raises:
         ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
     """
     if spec.test is None and spec.test_size is None:
         raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
-    train = _load(spec, "train", spec.train, required, check)
+    load = partial(_load, spec, required=required, check=check, say=say)
+    train = load("train", spec.train)
+    read = len(train)
     if spec.test is None or (spec.validation is None and spec.validation_size):
         # A row that occurs twice could otherwise be trained on and tested on.
-        train = list({json.dumps(row, sort_keys=True, default=str): row for row in train}.values())
+        train = list({_key(row): row for row in train}.values())
+    if repeated := read - len(train):
+        say(
+            f"task.data.train: {repeated} of {read} rows say the same as others in all columns that are used, and are "
+            "left out, so that none is in two splits"
+        )
+    without = f" ({repeated} of {read} repeat others and are left out)" if repeated else ""
     train = _shuffled(train, spec.seed)
-    test, train = _held_out(spec, "test", required, check, train)
-    validation, train = _held_out(spec, "validation", required, check, train)
+    test, train = _held_out(spec, "test", load, train, without)
+    validation, train = _held_out(spec, "validation", load, train, without)
     if spec.train_size is not None:
-        train = _take("train", train, spec.train_size)
-    return Splits(train, validation or None, test)
+        train = _take("train", train, spec.train_size, without=without)
+    splits = Splits(train, validation or None, test)
+    _tell_shared(spec, splits, say)
+    return splits
+
+
+def _key(row: PlacedRow) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _tell_shared(spec: DataSpec, splits: Splits, say: Callable[[str], None]) -> None:
+    """Rows of a source of its own are kept as they are; it is said how many of them are trained on too."""
+    trained = None
+    for name, rows in (("validation", splits.validation), ("test", splits.test)):
+        if getattr(spec, name) is not None and rows:
+            trained = trained or set(map(_key, splits.train))
+            if shared := sum(_key(row) in trained for row in rows):
+                say(f"task.data.{name}: {shared} of {len(rows)} rows are among those that are trained on")
 
 
 def _held_out(
-    spec: DataSpec, name: str, required: Sequence[str], check: Check | None, train: list[PlacedRow]
+    spec: DataSpec, name: str, load: Callable[[str, str], list[PlacedRow]], train: list[PlacedRow], without: str
 ) -> tuple[list[PlacedRow], list[PlacedRow]]:
     """The rows of one split (none if it is not asked for), and what is left of train."""
-    source, size = getattr(spec, name), getattr(spec, f"{name}_size")
-    if source is None:
-        return (_take(name, train, size, spare=1), train[size:]) if size else ([], train)
-    rows = _load(spec, name, source, required, check)
+    own, size = getattr(spec, name), getattr(spec, f"{name}_size")
+    if own is None:
+        return (_take(name, train, size, spare=1, without=without), train[size:]) if size else ([], train)
+    rows = load(name, own)
     return (_take(name, _shuffled(rows, spec.seed), size) if size else rows), train
 
 
@@ -125,16 +154,18 @@ def _shuffled(rows: list[PlacedRow], seed: int) -> list[PlacedRow]:
     return random.Random(seed).sample(rows, len(rows))
 
 
-def _take(name: str, rows: list[PlacedRow], size: int, spare: int = 0) -> list[PlacedRow]:
+def _take(name: str, rows: list[PlacedRow], size: int, spare: int = 0, without: str = "") -> list[PlacedRow]:
     if size + spare > len(rows):
         raise ScaloraError(
             f"task.data.{name}_size is {size}, but there are only {len(rows)} rows for it"
-            f"{' and training' if spare else ''}; lower it"
+            f"{' and training' if spare else ''}{without}; lower it"
         )
     return rows[:size]
 
 
-def _load(spec: DataSpec, name: str, source: str, required: Sequence[str], check: Check | None) -> list[PlacedRow]:
+def _load(
+    spec: DataSpec, name: str, source: str, required: Sequence[str], check: Check | None, say: Callable[[str], None]
+) -> list[PlacedRow]:
     table = _read(name, source, spec)
     if not table.rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
@@ -154,7 +185,7 @@ def _load(spec: DataSpec, name: str, source: str, required: Sequence[str], check
                 hidden = " (the label is hidden: this split has no labels)" if value in ("", "-1", -1) else ""
                 raise ScaloraError(
                     f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
-                    f"use {list(map(str, spec.values[ours]))}"
+                    f"use {list(map(str, spec.values[ours]))}{other_case(value, spec.values[ours])}"
                 )
         kept.append(PlacedRow({ours: row[theirs] for ours, theirs in wanted.items()}, place))
         if check:
@@ -166,13 +197,22 @@ def _load(spec: DataSpec, name: str, source: str, required: Sequence[str], check
         raise ScaloraError(
             f"task.data.max_characters is {spec.max_characters}, but the shortest row of {source} has {min(lengths)}"
         )
-    return [row for row, length in zip(kept, lengths, strict=True) if length <= spec.max_characters]
+    short = [row for row, length in zip(kept, lengths, strict=True) if length <= spec.max_characters]
+    if long := len(kept) - len(short):
+        say(
+            f"task.data.{name}: {long} of {len(kept)} rows have more than {spec.max_characters} characters "
+            "(max_characters) and are left out"
+        )
+    return short
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
     near = get_close_matches(theirs, row, n=1)
     hint = f" — did you mean {near[0]!r}?" if near else f" (columns maps our names to theirs; we need {ours!r})"
-    if where.lower().endswith((".csv", ".tsv")) and not near:
+    cells = list(row.values() if all(map(str.isdecimal, row)) else row)
+    if where.lower().endswith((".csv", ".tsv")) and (other := seems_separated(cells)):
+        hint = other
+    elif where.lower().endswith((".csv", ".tsv")) and not near:
         hint += '; if the file has no header, give positions in task.data.columns, e.g. {text: "3", label: "1"}'
     return ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -23,14 +24,46 @@ class SourceTable(NamedTuple):
         return f"{source}{line}, row {number}"
 
 
+_STARTS = {
+    b"PAR1": "parquet", b"\x1f\x8b": "gz", b"PK\3\4": "zip or xlsx", b"BZh": "bz2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zst", b"\xd0\xcf\x11\xe0": "xls",
+}  # fmt: skip
+"""How files begin that are no text, and what they are."""
+
+
 def read_text(path: Path) -> str:
-    """A file's text as it stands, line ends included; raises ScaloraError with the line that is not UTF-8."""
+    """A file's text as it stands, line ends included; raises ScaloraError with what it is, if not UTF-8."""
     content = path.read_bytes()
+    if wide := _wide(content):
+        raise ScaloraError(
+            f"{path}, line 1: not UTF-8 text but {wide}, as Windows programs write it; save it as UTF-8, or convert it "
+            f"with iconv -f {wide} -t UTF-8 {path.name} > new{path.suffix}"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if kind := next((kind for start, kind in _STARTS.items() if content.startswith(start)), None):
+            raise ScaloraError(f"{path}: not text but a {kind} file; unpack, convert or rename it") from error
         line = content.count(b"\n", 0, error.start) + 1
-        raise ScaloraError(f"{path}, line {line}: not UTF-8 text ({error.reason}); convert the file") from error
+        raise ScaloraError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8, or convert it: from Western "
+            f"Windows programs with iconv -f WINDOWS-1252 -t UTF-8 {path.name} > new{path.suffix}"
+        ) from error
+
+
+def _wide(content: bytes) -> str | None:
+    """The encoding of text in 16 or 32 bits: by its mark, or since every second byte of Latin letters is zero."""
+    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")):
+        if content.startswith(mark):
+            return name
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    start = content[:1000]
+    for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        zeros = start[first::2]
+        if len(start) > 3 and zeros.count(0) > 0.8 * len(zeros) and not start[1 - first :: 2].count(0):
+            return name
+    return None
 
 
 def read_lines(text: str) -> Iterator[tuple[int, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any
@@ -87,3 +88,10 @@ def label_key(value: Any) -> str:
     """What labels that are the same have in common: their text, and for true and false (True, TRUE) not its case."""
     text = label_text(value)
     return text.lower() if text.lower() in ("true", "false") else text
+
+
+def other_case(value: Any, known: Iterable[Any]) -> str:
+    """What to say where a label differs only in case from one that is known; nothing where it does not."""
+    text = label_text(value).casefold()
+    near = next((each for each in map(label_text, known) if each.casefold() == text), None)
+    return "" if near is None else f"; it differs only in case from {near!r}"
