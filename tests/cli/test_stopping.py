@@ -9,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from helpers import workspace
+from scalora.cli.guard import guarded
+from scalora.common.errors import ScaloraError
 from scalora.runs.callbacks import StepTimer, StopOnSignal
 
 
@@ -140,3 +143,114 @@ def test_the_second_ctrl_c_stops_at_once():
     while len(answers) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert answers[1] == "stopping"
+
+
+IMPORTING = """
+import signal, sys
+
+module, number, seen = sys.argv[1], int(sys.argv[2]), []
+sys.argv[1:] = sys.argv[3:]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module and not seen:
+            seen.append(name)
+            RAISE
+
+sys.meta_path.insert(0, Finder())
+from scalora.__main__ import main
+main()
+"""
+PLAIN = "signal.raise_signal(number)"
+# What Python makes of it where a class is being made, before transformers makes its own of that.
+WRAPPED = """try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt as error:
+                raise RuntimeError("Error calling __set_name__") from error"""
+
+
+def _stopped_while_importing(module, number, what, *arguments):
+    code = IMPORTING.replace("RAISE", what)
+    command = [sys.executable, "-c", code, module, str(int(number)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 130, done.stderr
+    return done.stderr.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        ("scalora.common", signal.SIGINT),
+        ("scalora.common.stopping", signal.SIGINT),
+        ("scalora.cli", signal.SIGINT),
+        ("scalora.cli", signal.SIGTERM),
+        ("scalora.cli.guard", signal.SIGTERM),
+        ("rich.table", signal.SIGINT),
+    ],
+)
+@pytest.mark.parametrize("what", [PLAIN, WRAPPED])
+def test_a_signal_while_the_command_is_imported(module, number, what):
+    if "common" in module and what is WRAPPED:
+        pytest.skip("nothing is imported there but our own modules of a few lines")
+    assert _stopped_while_importing(module, number, what, "methods") == ["stopped"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_transformers_takes_for_a_missing_module(laid, number):
+    folder, recipe, _ = laid
+    module = "transformers.models.llama.configuration_llama"
+    said = _stopped_while_importing(module, number, WRAPPED, "train", recipe, "--set", f"output={folder / 'lazy'}")
+    assert said[-1].startswith("stopped")
+    assert not (folder / "lazy").exists()
+
+
+@pytest.fixture
+def _handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _wrapped(number):
+    try:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+    except RuntimeError as error:
+        raise ScaloraError("the files are damaged") from error
+
+
+def _swallowed(number):
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(number)
+    raise ScaloraError("the files are damaged")
+
+
+def _raised_by_another_handler(number):
+    signal.signal(number, signal.default_int_handler)
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:
+        raise LookupError("not there") from ValueError("another cause")
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.raise_signal, _wrapped, _swallowed, _raised_by_another_handler])
+def test_a_signal_is_no_bad_input(how, number, capsys):
+    with pytest.raises(SystemExit) as end, guarded():
+        how(number)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+    with pytest.raises(SystemExit) as end, guarded():  # nothing is left of it
+        raise ScaloraError("bad input")
+    assert end.value.code == 2
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_other_errors_are_as_they_were():
+    with pytest.raises(LookupError, match="not ours"), guarded():
+        raise LookupError("not ours")
