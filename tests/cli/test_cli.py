@@ -46,6 +46,21 @@ def test_train_ends_with_a_table_and_lines_that_load_the_result(laid, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 8
 
 
+def test_train_and_compare_say_what_becomes_of_repeated_rows(laid, tmp_path):
+    folder, recipe = laid
+    text = (folder / "data.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(text * 2)
+    common = [str(recipe), "--set", f"task.data.train={tmp_path / 'twice.jsonl'}", "--set", "training.max_steps=1"]
+    words = "task.data.train: 60 of 120 rows say the same as others"
+    result = _invoke("train", *common, "--set", f"output={tmp_path / 'run'}")
+    assert result.exit_code == 0, result.output
+    assert result.output.count(words) == 1
+    few = ["--set", "task.data.validation_size=10", "--seeds", "1", "--lr", "1e-3", "--no-curve", "--methods", "lora"]
+    result = _invoke("compare", *common, *few, "--output", str(tmp_path / "arena"))
+    assert result.exit_code == 0, result.output
+    assert result.output.count(words) == 1
+
+
 def test_methods_and_doctor():
     result = _invoke("methods")
     assert result.exit_code == 0
@@ -77,6 +92,8 @@ BAD = {
     "read-only output": (["RECIPE", "--set", "output=/proc/run"], "cannot be written"),
     "bad training value": (["RECIPE", "--set", "training.eval_strategy=sometimes"], "training"),
     "too few rows": (["RECIPE", "--set", "task.data.test_size=1000"], "test_size is 1000"),
+    "resume and overwrite": (["RECIPE", "--resume", "--overwrite"], "give one of the two"),
+    "a key twice": (["RECIPE", "--set", "config={a: 1, a: 2}"], "the key 'a' of line 1 is there again"),
     "nothing to resume": (["RECIPE", "--resume"], "no checkpoint"),
     "dtype": (["RECIPE", "--set", "dtype=float8"], "dtype"),
 }

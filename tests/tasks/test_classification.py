@@ -124,6 +124,12 @@ def test_truncation_is_counted(tmp_path):
     assert built.score(tokenized.bert(), tokenized.tokenizer()).truncated == 1
 
 
+def test_labels_that_look_alike_are_classes_where_they_are_listed(tmp_path):
+    rows = numbered("b", "B", "B", "b")
+    built = task(tmp_path, rows, labels=["B", "b"])
+    assert [each["labels"] for each in built.train_dataset(tokenized.tokenizer(), "test")] == [1, 0, 0, 1]
+
+
 def test_label_order(tmp_path):
     assert task(tmp_path, labels=["yes", "no"]).train_dataset(tokenized.tokenizer(), "test")[0]["labels"] == 1
     assert task(tmp_path, numbered(2, 10, 9, 2)).labels == ["2", "9", "10"]
@@ -148,6 +154,10 @@ def test_label_order(tmp_path):
             {"test": [{**ROWS[0], "label": "YES"}]},
             "of the training rows, from which .*; it differs only in case from 'yes'; .* or list all",
         ),
+        ({"rows": numbered("no", "yes", "Yes", "no")}, r"'yes' would be a class of its own .* only in case from 'Yes'"),
+        ({"rows": numbered("so", "a b", "a  b", "so")}, r"would be a class of its own .* only in white space"),
+        ({"rows": numbered("so", "a", "a\u200b", "so")}, r"would be a class of its own .* invisible characters"),
+        ({"rows": numbered("so", "caf\u00e9", "cafe\u0301", "so")}, r"would be a class .* how accents are encoded"),
         ({"labels": ["yes"]}, "needs two or more different labels"),
         (
             {"label": "s", "text": "t", "test": [{**ROWS[0], "s": "unseen"}]},

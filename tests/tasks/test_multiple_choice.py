@@ -157,6 +157,14 @@ def test_trailing_space_belongs_to_the_choice(tmp_path):
         ({"prompt": "{}"}, r"task\.prompt: \{\} is no column"),
         ({"prompt": "{question.x}"}, r"task\.prompt: \{question\.x\} is no column"),
         ({"answer": "ans"}, "no column 'ans'"),
+        (
+            {"choices": ["a", " a"], "rows": [{**ROWS[0], "answer": "a"}]},
+            "'a' in column 'answer' is more than one of the",
+        ),
+        (
+            {"choices": [" yes", " no"], "rows": [{**ROWS[0], "answer": "Yes"}]},
+            "nor one of the choices .* only in case from 'yes'",
+        ),
         ({"answer": "question"}, "is neither an index from 0 to 1 nor one of the choices"),
         ({"choices": ["one"]}, r"task\.choices is \['one'\]: give two or more"),
         ({"choices": [" a", " a"]}, "give two or more different"),

@@ -144,6 +144,11 @@ def test_another_separator_than_the_name_says(tmp_path, name, content, columns, 
     assert f"the file seems to be separated {hint}" in str(error.value)
 
 
+def test_a_first_line_that_is_a_row_may_be_there_again(tmp_path):
+    path = write(tmp_path / "x.csv", "a,1\na,1\n")
+    assert read_table(path, ["0", "1"]).rows == [{"0": "a", "1": "1"}] * 2
+
+
 def test_a_single_column_may_hold_any_character(tmp_path):
     path = write(tmp_path / "x.tsv", "text\na, b; c|d\n")
     assert read_table(path).rows == [{"text": "a, b; c|d"}]
@@ -211,6 +216,10 @@ DEEP = "[" * 100_000
         ("x.csv", 'text\tlabel\n"a, b"\t1\n', "the file seems to be separated by tabs: name it .tsv"),
         ("x.csv", "text|label\na, b|1\n", "separated by |: separate its cells by commas"),
         ("x.tsv", "text;label\na\t;1\n", "separated by commas or semicolons: name it .csv"),
+        ("x.csv", "text,label\na,1\ntext,label\nb,0\n", "line 3: the first line with the names is there again"),
+        ("x.tsv", "text\tlabel\na\t1\ntext\tlabel\n", "line 3: the first line with the names is there again"),
+        ("x.csv", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, and no data"),
+        ("x.jsonl", "<!DOCTYPE html>\n", "a web page, and no data"),
         ("x.jsonl", '[{"a": 1},\n{"a": 2}]', "line 1: not valid JSON"),
         ("x.jsonl", '[{"a": 1}]', "line 1: expected an object with named columns, got list; rename it to .json"),
         ("x.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: columns need distinct names, but 'a' is there twice"),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
+from ..common.errors import ScaloraError
 from ..common.quiet import quiet
 from .guard import guarded, leave
 
@@ -42,6 +43,8 @@ def train_verb(
     with guarded():
         from ..runs.recipe import load_recipe
 
+        if resume and overwrite:
+            raise ScaloraError("--resume continues the run that --overwrite would replace: give one of the two")
         recipe = load_recipe(recipe_path, set_ or [])
         quiet()
         from ..runs import training

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
-from .data.values import flaw, is_missing, label_key, label_text, number, other_case, shown
+from .data.values import flaw, is_missing, label_key, label_text, lookalike, number, shown
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
 from .template import Template
 
@@ -70,6 +70,12 @@ class ClassificationTask(Task):
             found = {label_text(row[self.spec.label]) for row in self.rows("train")}
             # Of True and true, which are the same, one is shown.
             labels = sorted({label_key(label): label for label in sorted(found, reverse=True)}.values())
+            for i, label in enumerate(labels):
+                if near := lookalike(label, labels[:i]):
+                    raise ScaloraError(
+                        f"task.label: {label!r} would be a class of its own in the training rows{near}; mend the rows, "
+                        "or list all labels in task.labels"
+                    )
             if all(number(label) is not None for label in labels):
                 labels.sort(key=float)
                 if not all(float(label).is_integer() for label in labels):
@@ -191,7 +197,7 @@ class ClassificationTask(Task):
             if not self.spec.regression:
                 given = self.spec.labels is not None
                 origin = "that task.labels lists" if given else "of the training rows, from which the classes are taken"
-                known = f"one of the labels {shown(self.labels, 300)} {origin}{other_case(value, self.labels)}"
+                known = f"one of the labels {shown(self.labels, 300)} {origin}{lookalike(value, self.labels)}"
                 way_out += ", or " + ("list it too" if given else "list all labels in task.labels")
             raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; {way_out}")
         return target

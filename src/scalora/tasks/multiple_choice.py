@@ -12,7 +12,7 @@ from pydantic import Field
 from ..common.errors import ScaloraError
 from .completion import examples, token_logprobs
 from .data.rows import PlacedRow
-from .data.values import flaw, label_key, number, other_case, shown
+from .data.values import flaw, label_key, lookalike, number, shown
 from .encoding import Pair, encode, truncate_prompts
 from .harness import GIVEN_ROWS, HarnessScore, Question, evaluate
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
@@ -195,6 +195,11 @@ class MultipleChoiceTask(Task):
             # As an index, true would be the second choice, whatever that says.
             stripped = [label_key(choice) if isinstance(value, bool) else choice.strip() for choice in choices]
             wanted = label_key(value) if isinstance(value, bool) else value.strip()
+            if stripped.count(wanted) > 1:
+                raise ScaloraError(
+                    f"task.answer: {shown(value)} in column {self.spec.answer!r} is more than one of the choices "
+                    f"{shown(choices, 300)} in {row.place}; give its index, or different choices"
+                )
             if wanted in stripped:
                 return stripped.index(wanted)
         index = number(value)
@@ -203,7 +208,7 @@ class MultipleChoiceTask(Task):
         raise ScaloraError(
             f"task.answer: {shown(value)} in column {self.spec.answer!r} is neither an index from 0 to "
             f"{len(choices) - 1} nor one of the choices {shown(choices, 300)} in {row.place}"
-            + other_case(value, choices)
+            + lookalike(value, choices)
         )
 
 

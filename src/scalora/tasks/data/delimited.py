@@ -114,6 +114,8 @@ def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> So
             check_distinct(f"{path}, line {number}", [name for name in names if name.strip()])
             if not headerless:
                 continue
+        if cells == names and cells == first:
+            raise ScaloraError(f"{path}, line {number}: the first line with the names is there again; remove it")
         if len(cells) != len(names):
             raise ScaloraError(
                 f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"

@@ -22,7 +22,7 @@ from .forms import Row, adapt
 from .json_rows import read_jsonl
 from .source import SourceTable
 from .tables import ENDINGS, read_table
-from .values import flaw, label_key, other_case, shown
+from .values import flaw, label_key, lookalike, shown
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
@@ -185,7 +185,7 @@ def _load(
                 hidden = " (the label is hidden: this split has no labels)" if value in ("", "-1", -1) else ""
                 raise ScaloraError(
                     f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
-                    f"use {list(map(str, spec.values[ours]))}{other_case(value, spec.values[ours])}"
+                    f"use {list(map(str, spec.values[ours]))}{lookalike(value, spec.values[ours])}"
                 )
         kept.append(PlacedRow({ours: row[theirs] for ours, theirs in wanted.items()}, place))
         if check:

@@ -29,6 +29,11 @@ _STARTS = {
     b"\x28\xb5\x2f\xfd": "zst", b"\xd0\xcf\x11\xe0": "xls",
 }  # fmt: skip
 """How files begin that are no text, and what they are."""
+_PAGE = "a web page, and no data; download the file itself"
+_IN_PLACE_OF_DATA = {
+    b"version https://git-lfs": "a pointer of Git LFS, and no data; get the file with git lfs pull",
+    b"<!DOCTYPE html": _PAGE, b"<!doctype html": _PAGE, b"<html": _PAGE,
+}  # fmt: skip
 
 
 def read_text(path: Path) -> str:
@@ -39,6 +44,8 @@ def read_text(path: Path) -> str:
             f"{path}, line 1: not UTF-8 text but {wide}, as Windows programs write it; save it as UTF-8, or convert it "
             f"with iconv -f {wide} -t UTF-8 {path.name} > new{path.suffix}"
         )
+    if other := next((kind for start, kind in _IN_PLACE_OF_DATA.items() if content.startswith(start)), None):
+        raise ScaloraError(f"{path}: {other}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, InvalidOperation
 from functools import lru_cache
@@ -90,8 +91,17 @@ def label_key(value: Any) -> str:
     return text.lower() if text.lower() in ("true", "false") else text
 
 
-def other_case(value: Any, known: Iterable[Any]) -> str:
-    """What to say where a label differs only in case from one that is known; nothing where it does not."""
-    text = label_text(value).casefold()
-    near = next((each for each in map(label_text, known) if each.casefold() == text), None)
-    return "" if near is None else f"; it differs only in case from {near!r}"
+def lookalike(value: Any, known: Iterable[Any]) -> str:
+    """What to say where a label is none of those that are known, but looks like one; nothing where it does not."""
+    text = label_text(value)
+    others = [each for each in map(label_text, known) if each != text]
+    if near := next((each for each in others if each.casefold() == text.casefold()), None):
+        return f"; it differs only in case from {near!r}"
+    if near := next((each for each in others if _look(each) == _look(text)), None):
+        return f"; it differs from {near!r} only in white space, invisible characters or how accents are encoded"
+    return ""
+
+
+def _look(text: str) -> str:
+    visible = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", visible).casefold().split())
