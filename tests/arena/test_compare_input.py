@@ -14,6 +14,7 @@ from scalora.cli import app
         (["--methods", "lora@x"], "whole rank"),
         (["--methods", "mora:type"], "method:option=value"),
         (["--methods", "mora:tipe=1"], "tipe"),
+        (["--methods", "scalora-i:interval=2:interval=3"], "interval is there twice"),
         (["--methods", "lora,lora"], "--methods"),
         (["--lr", "fast"], "--lr 'fast'"),
         (["--lr", "0"], "must be positive"),

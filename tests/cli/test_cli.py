@@ -94,6 +94,9 @@ BAD = {
     "too few rows": (["RECIPE", "--set", "task.data.test_size=1000"], "test_size is 1000"),
     "resume and overwrite": (["RECIPE", "--resume", "--overwrite"], "give one of the two"),
     "a key twice": (["RECIPE", "--set", "config={a: 1, a: 2}"], "the key 'a' of line 1 is there again"),
+    "output of nobody": (["RECIPE", "--set", "output=~nobody-here/run"], "of a user that there is not"),
+    "model of nobody": (["RECIPE", "--set", "model=~nobody-here/llama"], "of a user that there is not"),
+    "data of nobody": (["RECIPE", "--set", "task.data.folder=~nobody-here"], "of a user that there is not"),
     "nothing to resume": (["RECIPE", "--resume"], "no checkpoint"),
     "dtype": (["RECIPE", "--set", "dtype=float8"], "dtype"),
 }

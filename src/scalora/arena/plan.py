@@ -148,5 +148,7 @@ def parse_contender(text: str, rank: int) -> Contender:
         key, separator, value = option.partition("=")
         if not (separator and key and value):
             raise ScaloraError(f"--methods {text!r}: write method:option=value, e.g. mora:type=1@8")
+        if key in dict(pairs):
+            raise ScaloraError(f"--methods {text!r}: {key} is there twice, and only one would count: leave one out")
         pairs.append((key, read_value(value)))
     return Contender(name, int(own) if own else rank, tuple(pairs))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..common.errors import ScaloraError
+from ..common.files import expand_user
 from ..common.quiet import quiet
 from .guard import guarded, leave, require
 
@@ -65,7 +66,7 @@ def reproduce(
         command = shlex.join(["scalora", *sys.argv[1:]])
         setting = Setting(
             scale,  # pyright: ignore[reportArgumentType]
-            Path(output).expanduser() if output else default_folder(name, scale),
+            expand_user(output) if output else default_folder(name, scale),
             None if data is None else Path(data),
             lambda line: console.print(line, highlight=False),
             command,

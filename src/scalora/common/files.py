@@ -14,6 +14,14 @@ from .disk_layout import SEAL
 from .errors import ScaloraError
 
 
+def expand_user(path: str | Path) -> Path:
+    """A path with the home folder for ~; raises ScaloraError where ~name is no user's."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ScaloraError(f"{str(path)!r} begins with the home of a user that there is not: write it out") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

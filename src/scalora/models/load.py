@@ -12,7 +12,7 @@ from torch import nn
 
 from ..common import packaged
 from ..common.errors import ScaloraError
-from ..common.files import damage, digest, is_sealed, seal
+from ..common.files import damage, digest, expand_user, is_sealed, seal
 from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
 
@@ -114,7 +114,7 @@ def _resolve(source: str) -> str:
             raise ScaloraError(f"model: {source!r} is a packaged data set, not a model; models are {_packaged()}")
         path = packaged.fetch(source)
         return str(_convert_gguf(path) if path.suffix == ".gguf" else path)
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ScaloraError(f"model: the folder {source!r} has no config.json; give one written by save_pretrained")
@@ -152,7 +152,7 @@ def _way_out(source: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     elsewhere = f"give a local folder, a .gguf file or a packaged model ({_packaged()})"
-    if source in (*packaged.ASSETS, _DIGITS) or Path(source).expanduser().exists():
+    if source in (*packaged.ASSETS, _DIGITS) or expand_user(source).exists():
         return f"its files are damaged, or do not go with one another or the recipe: mend them, or {elsewhere}"
     causes: list[BaseException | None] = [error]
     while (cause := causes[-1]) is not None and len(causes) < 20:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
 from ..common.errors import ScaloraError
-from ..common.files import damage, is_sealed, write_text
+from ..common.files import damage, expand_user, is_sealed, write_text
 
 if TYPE_CHECKING:
     from .precision import Precision
@@ -37,7 +37,7 @@ class RunFolder:
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-        self.path = Path(recipe.output).expanduser()
+        self.path = expand_user(recipe.output)
         self.previous: Path | None = None  # an earlier run that made room for this one
         self.checkpoint: Path | None = None  # to resume from
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

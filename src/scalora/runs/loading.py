@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..common.disk_layout import CHECKPOINTS
 from ..common.errors import ScaloraError
+from ..common.files import expand_user
 from ..methods.support.targets import find_targets
 from ..models.heads import find_heads
 from ..models.load import load_model
@@ -134,7 +134,7 @@ def _evaluates(arguments: TrainingArguments) -> bool:
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
-    output = Path(recipe.output).expanduser() / CHECKPOINTS
+    output = expand_user(recipe.output) / CHECKPOINTS
     # Trainer allows bf16 on a CPU only where it is told that the CPU is meant.
     ours: dict[str, Any] = {
         "disable_tqdm": True,

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..common.disk_layout import ADAPTER, METRICS
 from ..common.environment import environment, peak_memory
 from ..common.errors import ScaloraError
-from ..common.files import write_json
+from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
@@ -91,7 +91,7 @@ def train(
             f"WORLD_SIZE is {processes}: recipes run in one process; for many devices use Trainer or accelerate with "
             "scalora's callback (examples/distributed)"
         )
-    recorded = saved_precision(Path(recipe.output).expanduser()) if resume else None
+    recorded = saved_precision(expand_user(recipe.output)) if resume else None
     choice = decide(recipe.precision, recipe.training, recorded)
     recipe = recipe.model_copy(update={"precision": choice.precision})
     run_folder = RunFolder(recipe, resume=resume, overwrite=overwrite)

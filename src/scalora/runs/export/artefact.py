@@ -26,7 +26,7 @@ from ...common.disk_layout import (
     WEIGHTS,
 )
 from ...common.errors import ScaloraError
-from ...common.files import damage, is_sealed
+from ...common.files import damage, expand_user, is_sealed
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
 from ..yaml_words import load_written
@@ -125,7 +125,7 @@ def find_artefact(path: str | Path, *, thorough: bool = False) -> Artefact:
     """
     if not isinstance(path, str | os.PathLike):
         raise ScaloraError(f"path is {path!r}: give the folder of a run, a checkpoint or an adapter")
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not os.path.lexists(path):
         raise ScaloraError(f"there is no {str(path)!r}: give the folder of a run, a checkpoint or an adapter")
     if not path.is_dir():

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ...common.disk_layout import DELTA, EXPORT, PREFIX, REPLACED
 from ...common.environment import environment
 from ...common.errors import ScaloraError
-from ...common.files import replace_folder, write_json
+from ...common.files import expand_user, replace_folder, write_json
 from ...engine.plain_lora import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
 from ...layers.peft_lora import find_layers
 from ...models.heads import auto_class
@@ -88,7 +88,7 @@ def export(
     if rank is not None:
         _check_rank(artefact, rank)
     ending = f"{to}-rank{rank}" if rank else f"{to}-energy{energy:g}" if energy else to
-    folder = Path(output).expanduser().absolute() if output else _beside(artefact, ending)
+    folder = expand_user(output).absolute() if output else _beside(artefact, ending)
     with fresh_folder(folder, artefact, overwrite) as temporary:
         source = Base(artefact, base)
         log(f"loading {artefact.folder}")

@@ -10,13 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...common import packaged
 from ...common.errors import ScaloraError
+from ...common.files import expand_user
 from .delimited import seems_separated
 from .forms import Row, adapt
 from .json_rows import read_jsonl
@@ -226,12 +226,12 @@ def _read(name: str, source: str, spec: DataSpec) -> SourceTable:
         if packaged.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
         return read_jsonl(packaged.fetch(source))
-    path = Path(spec.folder).expanduser() / Path(source).expanduser()
+    path = expand_user(spec.folder) / expand_user(source)
     if path.suffix.lower() in ENDINGS:
         if not path.is_file():
             raise ScaloraError(
                 f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
-                f"{Path(spec.folder).expanduser().resolve()})"
+                f"{expand_user(spec.folder).resolve()})"
             )
         theirs = spec.columns.values()
         return read_table(path, theirs if all(each.isdecimal() for each in theirs) else ())
