@@ -42,6 +42,12 @@ def _disable(model, optimizer):
         models.logits(model, "llama")
 
 
+def _rescale(model, optimizer):
+    for layer in _lora(model):
+        layer.scale_layer(2)
+    models.logits(model, "llama")
+
+
 def _freeze(model, optimizer, which="lora_"):
     for name, param in model.named_parameters():
         if name.startswith(f"{FIRST}.{which}") and "default" in name:
@@ -101,6 +107,11 @@ REFUSED = {
 BASE_REFUSED = {
     "base-store-disable": (_disable, "disable_adapter.. would not give the untouched base"),
     "base-store-other-adapter": (_add, "adapter 'other' cannot be added: its base weights hold"),
+    "base-store-scale": (_rescale, "has scale 4.0, but what accumulate='base' has moved"),
+    "base-store-delta": (
+        lambda model, optimizer: model.get_submodule(FIRST).get_delta_weight("default"),
+        "a part of the update only",
+    ),
 }
 
 

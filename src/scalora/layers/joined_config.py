@@ -65,10 +65,10 @@ def unwritable(config: LoraConfig, layers: list[LoraLayer], adapter: str, rewrit
     ``rewritten``: whether the layers hold what an initialisation that changes the base cannot start from again; by
     itself where they have accumulated columns.
     """
-    if any(isinstance(layer, StandIn) and layer.base_written for layer in layers):
+    if written := [layer.layer_name for layer in layers if isinstance(layer, StandIn) and layer.base_written]:
         return (
-            "accumulate='base' has added its moved differences to the base weights, which no LoRA adapter of this rank "
-            "holds: save the whole model (model.merge_and_unload() and save_pretrained)"
+            f"layer {written[0]}: accumulate='base' has added its moved differences to the base weights, which no LoRA "
+            "adapter of this rank holds: save the whole model (model.merge_and_unload() and save_pretrained)"
         )
     rewritten = any(_held(layer, adapter) for layer in layers) if rewritten is None else rewritten
     if changes_base(config.init_lora_weights) and rewritten:

@@ -18,22 +18,17 @@ from torch import Tensor, nn
 from ..common.errors import ScaloraError
 from .accumulated import Accumulated
 from .adopt import adopt
-from .lora_forward import LoraForward
 from .sharding import copy_into, gather_full, is_sharded
 from .watched import Watched, watch
+from .written_base import WrittenBase
 
 WHOLE_ADAPTER = ContextVar("WHOLE_ADAPTER", default=False)  # while an adapter is loaded from its own folder
-_WRITTEN = (
-    "its base weights hold what accumulate='base' has moved there, so that {} would not give the untouched base: "
-    "load the base model anew, or choose accumulate='adapter'"
-)
 
 
-class StandIn(LoraForward):
+class StandIn(WrittenBase):
     """A LoRA layer of any of PEFT's classes that carries accumulated columns for its adapters."""
 
     accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
-    base_written = False  # by accumulate='base'
     called = False  # with gradients to come, since the last optimizer step
     first = False  # of the model's layers
     attached = False  # to an optimizer, which writes to the matrices
@@ -67,8 +62,6 @@ class StandIn(LoraForward):
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
             self.called = True
-        if self.base_written and "__base__" in (kwargs.get("adapter_names") or ()):
-            self.refuse_written("'__base__' in adapter_names")
         if not (self.attached and torch.is_grad_enabled()) and self.watched is not None:
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
@@ -112,7 +105,7 @@ class StandIn(LoraForward):
         """s·(lora_B lora_A + P Qᵀ): what PEFT merges, subtracts and takes singular vectors of."""
         self.called = True  # attention layers compute with the merged weight
         self.refuse_averages()
-        delta = super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        delta = super().get_delta_weight(adapter)
         self._until_trained(delta)
         if (held := self.held(adapter)) is None:
             return delta
@@ -180,7 +173,7 @@ class StandIn(LoraForward):
         elif A[r:].any() and B[:, r:].any():
             return  # columns that have no place here
         elif A.shape[0] > r:
-            self.base_written = True  # it comes from such a state dict
+            self.mark_written()  # it comes from such a state dict
         for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):
             if is_sharded(parameter):  # torch would not copy a whole tensor into it
                 copy_into([parameter], [value])
@@ -189,31 +182,10 @@ class StandIn(LoraForward):
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is made anew has accumulated nothing."""
-        if self.base_written:
-            raise ScaloraError(f"adapter {adapter_name!r} cannot be added: " + _WRITTEN.format("it"))
         if adapter_name in self.accumulated:
             del self.accumulated[adapter_name]
         super().update_layer(adapter_name, *args, **kwargs)
         (self.watched or {}).pop(adapter_name, None)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled:
-            self.refuse_written("switching the adapters off")
-        super().enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.refuse_written("deleting its adapter")
-        super().delete_adapter(adapter_name)
-
-    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        if not adapter_names:
-            self.refuse_written("set_adapter([])")
-        super().set_adapter(adapter_names, *args, **kwargs)
-
-    def refuse_written(self, what: str) -> None:
-        """Refuse what would take the base for the original one where it is not."""
-        if self.base_written:
-            raise ScaloraError(f"{type(self).__name__} layer: " + _WRITTEN.format(what))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -114,7 +114,7 @@ def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     for layer in find_layers(model):  # PEFT would round the difference to the weight's dtype before it adds it
         P, Q = joined_factors(layer)
         layer.base_weight.copy_(layer.base_weight.float() + P.float() @ Q.float().mT)
-        layer.module.base_written = False  # pyright: ignore  # it is the trained model's own weight now
+        layer.module.written = None  # pyright: ignore  # it is the trained model's own weight now
     model.base_model.unload().save_pretrained(str(path))  # pyright: ignore
     return loading_lines(head, path)
 

@@ -97,4 +97,4 @@ class BaseStore(Store):
 def mark_written(layers: Sequence[AdapterLayer]) -> None:
     """From now on the base weights of these layers are no reference any more."""
     for layer in layers:
-        layer.module.base_written = True  # pyright: ignore[reportAttributeAccessIssue]
+        layer.module.mark_written()  # pyright: ignore[reportAttributeAccessIssue]

@@ -90,17 +90,18 @@ def carry(model: nn.Module, layers: Sequence[AdapterLayer], room: Sequence[int] 
     Raises:
         ScaloraError: they hold what the other store has moved: a checkpoint of both would be neither's.
     """
-    for module in (layer.module for layer in layers):
+    for layer in layers:
+        module = layer.module
         if isinstance(module, StandIn) and room is not None:
             module.refuse_written("accumulate='adapter'")
         if isinstance(module, StandIn) and room is None and any(map(module.held, module.accumulated)):
             raise ScaloraError(
-                "accumulate='base' would write to the base of an adapter that holds accumulated columns: go on with "
-                "accumulate='adapter', or start anew from model.merge_and_unload()"
+                f"layer {layer.name}: accumulate='base' would write to the base of an adapter that holds accumulated "
+                "columns: go on with accumulate='adapter', or start anew from model.merge_and_unload()"
             )
     for index, layer in enumerate(layers):
         module = stand_in(layer.module)
-        module.first = index == 0
+        module.first, module.layer_name = index == 0, layer.name
         if room is None:
             continue
         if layer.adapter not in module.accumulated:

@@ -76,6 +76,13 @@ class OneAdapter(KnowsItsBase, LoraModel):
         with all_columns_as_one(self, adapters):
             super().add_weighted_adapter(adapters, *args, **kwargs)
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, which leaves hooks behind where a layer refuses: so it is asked before there are any."""
+        if names := kwargs.get("adapter_names"):
+            for layer in stand_ins(self):
+                layer.refuse_part(names)
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> tuple[str, int, Any]:
         combination, rank, targets = super()._check_add_weighted_adapter(adapters, *args, **kwargs)
         if combination.endswith("svd"):

@@ -115,7 +115,7 @@ class _Peft(Restored):
             parted = parted or f"{name}.weight" in self.shared
         for module in self.model.modules():
             if isinstance(module, StandIn):
-                module.base_written = False  # its weight is the trained model's own now
+                module.written = None  # its weight is the trained model's own now
         model = self.model.base_model.unload()
         if parted:
             model.config.tie_word_embeddings = False
