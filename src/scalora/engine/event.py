@@ -21,19 +21,21 @@ from ..algebra.precision import exact_matmul
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
-from ..layers.peft_lora import AdapterLayer, find_layers
+from ..layers.peft_lora import find_layers
 from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .config import ScaLoraConfig
+from .constants import initial_constants
 from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
 from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
 from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
-from .same_run import refuse_other_run
+from .same_run import refuse_other_run, warn_of_missing_state
 from .stores import AdapterStore, BaseStore, Move, Store
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, weakref.ref[ScaLora]] = weakref.WeakKeyDictionary()  # by LoRA layer
+_KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that were attached to before
 
 
 def attached_to(model: nn.Module) -> ScaLora | None:
@@ -64,13 +66,17 @@ class ScaLora:
         self.guards = Guards(model, self.optimizer, self.layers, config.accumulate)
         self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
         former = attached_to(model)
-        self.constants = _constants(self.optimizer, self.layers, config)  # c/s² per layer; NaN until calibrated
+        self.constants = initial_constants(
+            self.optimizer, self.layers, config.lipschitz
+        )  # c/s² per layer; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.capacity)
             if config.accumulate == "adapter"
             else BaseStore(model, self.layers)
         )
         self.step = 0  # optimizer steps seen
+        self.knows_its_past = self.optimizer in _KNOWN  # or a state tells
+        _KNOWN.add(self.optimizer)
         self.history = History()
         self.refresh = None
         if config.refresh is not None:
@@ -170,6 +176,7 @@ class ScaLora:
             ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
         refuse_other_run(state, self._run())
+        self.knows_its_past = True
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
         self.history.load(state["history"])
@@ -203,6 +210,8 @@ class ScaLora:
             )
         self.guards.check()
         self.own_passes.check()
+        if self.step == 0 and not self.knows_its_past:
+            warn_of_missing_state(optimizer, self.layers)
         self.layers[0].module.watched = None  # pyright: ignore[reportAttributeAccessIssue]  # what is written now is ours
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
@@ -261,23 +270,6 @@ class ScaLora:
             self.optimizer, "found_inf", None
         )  # fused optimizers own loss scaling and may skip the step
         return finite if found_inf is None else finite & (found_inf.to(device) == 0).all()
-
-
-def _constants(optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLoraConfig) -> Tensor:
-    """c/s² per layer, float64: 1/(L·lr·s²), or NaN where it is still to be calibrated."""
-    device = layers[0].A.device
-    if config.lipschitz is None:
-        return torch.full((len(layers),), torch.nan, dtype=torch.float64, device=device)
-    rates = {id(p): float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups for p in g["params"]}
-    for layer in layers:
-        pair = rates[id(layer.A)], rates[id(layer.Bt)]
-        if pair[0] != pair[1] or pair[0] <= 0:
-            raise ScaloraError(
-                f"lipschitz={config.lipschitz} needs one positive learning rate for both matrices of a layer, but "
-                f"{layer.name} has {pair[0]} and {pair[1]}: use lipschitz=None, which calibrates c"
-            )
-    values = [1 / (config.lipschitz * rates[id(layer.A)] * layer.scale**2) for layer in layers]
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _refuse_copy(protocol: Any) -> NoReturn:

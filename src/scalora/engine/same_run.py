@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from torch.optim import Optimizer
+
 from ..common.errors import ScaloraError
+from ..layers.peft_lora import AdapterLayer
+from ..layers.stand_in import StandIn
 
 STATE_KEYS = ("step", "config", "layers", "scales", "base", "constants", "history", "store", "refresh")
 
@@ -41,4 +47,22 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
         raise ScaloraError(
             f"the base model is another than the saved run's (fingerprint {run['base']}, there {state['base']}): "
             "resume with the model that it was trained on"
+        )
+
+
+def warn_of_missing_state(optimizer: Optimizer, layers: Sequence[AdapterLayer]) -> None:
+    """Warn, before the first step, where model and optimizer come from an earlier run, and no state of it was loaded.
+
+    No refusal, since an optimizer that has trained such a model as plain LoRA may be attached to.
+    """
+    moved = any(
+        isinstance(layer.module, StandIn) and (layer.module.held(layer.adapter) or layer.module.base_written)
+        for layer in layers
+    )
+    if moved and any(optimizer.state.get(layer.A) for layer in layers):
+        warnings.warn(
+            "the model holds what an earlier run has moved, and the optimizer has a state, but handle.load_state_dict "
+            "was not called: calibration and the count of steps start anew. If this resumes that run, load the "
+            "handle's state too (with Trainer: use ScaLoraCallback, which does)",
+            stacklevel=2,
         )
