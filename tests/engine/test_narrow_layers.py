@@ -27,3 +27,25 @@ def test_a_weighted_adapter_wider_than_its_layer_is_refused_before_it_is_made():
     layer = model.base_model.model[0]
     whole = layer.get_delta_weight("default") + layer.get_delta_weight("other")
     torch.testing.assert_close(layer.get_delta_weight("sum"), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [10**9, 40])
+def test_no_more_columns_are_kept_than_can_matter(capacity):
+    """Any capacity past the widest layer's singular values loses nothing, and is the same run."""
+    runs = []
+    for given in (capacity, 12):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
+        model = get_peft_model(network, LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        handle = scalora.attach(model, optimizer, {"interval": 1, "capacity": given})
+        x = torch.randn(8, 12)
+        for _ in range(30):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(model(x))
+        assert float(handle.store.total.min()) > 0  # it has been recompressed
+        assert {layer.accumulated.room for layer in handle.layers} == {12 + 4 * 2}
+        assert float(handle.store.discarded.max()) < 1e-9
+    assert torch.equal(*runs)

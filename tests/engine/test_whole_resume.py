@@ -109,6 +109,19 @@ def test_states_of_another_checkpoint_are_refused(accumulate, run, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+@pytest.mark.parametrize("was", STORES)
+def test_a_checkpoint_of_the_other_store_is_refused_in_one_sentence(was, adapter, run, tmp_path):
+    folder, _ = run(was, adapter)
+    other = next(store for store in STORES if store != was)
+    trainer = _trainer(tmp_path, other, adapter)
+    before = KIND.output(trainer.model)
+    with pytest.raises(ScaloraError, match=f"of a run with accumulate='{was}'") as refusal:
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert "size mismatch" not in str(refusal.value)
+    same(KIND.output(trainer.model), before, 0)
+
+
 # train() again.
 
 

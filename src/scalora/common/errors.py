@@ -8,3 +8,9 @@ class ScaloraError(ValueError):
 
     The command line prints its message, without a traceback, and exits with code 2.
     """
+
+
+def shown(value: object) -> str:
+    """A value for a message: itself where that is short, else what it is."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.errors import ScaloraError
+from ..common.errors import ScaloraError, shown
 from ..layers.peft_lora import find_layers
 from .checkpoint import write_and_read_beside
-from .config import ScaLoraConfig, as_config
+from .config import ScaLoraConfig, as_config, refuse_settings
 from .event import ScaLora
 from .stores.adapter import make_room
 from .stores.peft_model import carry
@@ -38,12 +38,19 @@ def create_scalora_optimizer(
         A plain instance of ``optimizer_cls``; use it in a loop, or as ``Trainer(optimizers=(optimizer, None))``.
 
     Raises:
-        ScaloraError: as :func:`scalora.attach`.
+        ScaloraError: as :func:`scalora.attach`; or ``optimizer_cls`` does not take these arguments.
     """
     config = as_config(config)
     if not callable(optimizer_cls):
-        raise ScaloraError(f"optimizer_cls is {optimizer_cls!r}: give a class, e.g. torch.optim.AdamW")
-    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
+        raise ScaloraError(f"optimizer_cls is {shown(optimizer_cls)}: give a class, e.g. torch.optim.AdamW")
+    refuse_settings(kwargs)
+    find_layers(model)
+    try:
+        optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={shown(value)}" for name, value in {"lr": lr, **kwargs}.items())
+        name = getattr(optimizer_cls, "__name__", shown(optimizer_cls))
+        raise ScaloraError(f"optimizer_cls {name} does not take {given} ({error}): give what it takes") from error
     attach(model, optimizer, config)
     return optimizer
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from ..algebra.scaling import ScalingMethod
-from ..common.errors import ScaloraError
+from ..common.errors import ScaloraError, shown
 
 Accumulate = Literal["adapter", "base"]
 
@@ -22,8 +23,14 @@ class ScaLoraConfig:
     """Settings of ScaLoRA (arXiv 2510.23818); the defaults need no tuning.
 
     Raises:
-        ScaloraError: a value is out of range; the message names field, value and range.
+        ScaloraError: a value is out of range, or there is no such field; the message names field, value and range.
     """
+
+    def __new__(cls, *values: Any, **settings: Any) -> ScaLoraConfig:  # dataclasses would raise a TypeError
+        if values:
+            raise ScaloraError(f"ScaLoraConfig was given {shown(values[0])} without a name: write interval=10, e.g.")
+        refuse_unknown(settings)
+        return super().__new__(cls)
 
     interval: int | None = _help(
         10,
@@ -52,7 +59,9 @@ class ScaLoraConfig:
         "written) or 'base' (added to the base weights, as in the paper).",
     )
     capacity: int | None = _help(
-        None, "Accumulated columns that a layer keeps when they are recompressed; None is 8 times the LoRA rank."
+        None,
+        "Accumulated columns that a layer keeps when they are recompressed; None is 8 times the LoRA rank. More than "
+        "the widest layer has singular values are not made.",
     )
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
 
@@ -88,12 +97,29 @@ def as_config(value: ScaLoraConfig | Mapping[str, Any] | None) -> ScaLoraConfig:
     if isinstance(value, ScaLoraConfig):
         return value
     if not isinstance(value, Mapping):
-        raise ScaloraError(f"config is {value!r}: give a ScaLoraConfig, or a dict of its fields")
-    known = [each.name for each in fields(ScaLoraConfig)]
-    for name in value:
-        if name not in known:
-            raise ScaloraError(f"config has a field {name!r}: ScaLoraConfig's are {', '.join(known)}")
+        raise ScaloraError(f"config is {shown(value)}: give a ScaLoraConfig, or a dict of its fields")
+    refuse_unknown(value)
     return ScaLoraConfig(**value)
+
+
+def refuse_unknown(settings: Mapping[Any, Any]) -> None:
+    """Refuse what is no field of ScaLoraConfig, with the field that it resembles."""
+    known = [each.name for each in fields(ScaLoraConfig)]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ScaloraError(f"config has a field {name!r}{meant}: ScaLoraConfig's are {', '.join(known)}")
+
+
+def refuse_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse ScaLoraConfig's fields where a ScaLoraConfig belongs."""
+    known = [each.name for each in fields(ScaLoraConfig)]
+    for name, value in settings.items():
+        if near := get_close_matches(name, known, 1):
+            raise ScaloraError(
+                f"{name}={shown(value)} was given by itself: write config=ScaLoraConfig({near[0]}={shown(value)})"
+            )
 
 
 def _is_number(value: object) -> bool:

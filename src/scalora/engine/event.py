@@ -23,7 +23,7 @@ from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
 from ..layers.peft_lora import find_layers
 from ..layers.sharding import differing, gather_full, local_shard, reshard
-from .config import ScaLoraConfig
+from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
 from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
@@ -50,7 +50,7 @@ class ScaLora:
     """The handle of :func:`attach`: rescales the adapters before optimizer steps until :meth:`detach`."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig) -> None:
-        self.config = config
+        self.config = config = as_config(config)
         self.optimizer = innermost(optimizer)
         state_powers(self.optimizer)
         if any(

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..algebra.lowrank import singular_values, truncate
 from ..common.disk_layout import PREFIX, WEIGHTS
-from ..common.errors import ScaloraError
+from ..common.errors import ScaloraError, shown
 from ..common.files import replace_folder
 from ..layers.joined_config import joined_ranks, plain_name, unwritable
 from ..layers.peft_lora import AdapterLayer, find_layers, find_peft_model
@@ -73,6 +74,7 @@ class Truncation:
             raise ScaloraError(
                 f"energy is {energy}: it must lie between 0 and 1 (both excluded); 1 needs no truncation"
             )
+        _check_factors(factors)
         self.rank, self.energy, self.factors = rank, energy, factors
         self.kept: dict[str, Kept] = {}  # by layer, of the latest use
 
@@ -108,27 +110,37 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
 
     Raises:
         ScaloraError: the model holds no trained LoRA adapter, or one whose initialisation, or accumulate="base", has
-            changed the base weights; or something else than an adapter lies at ``path``.
+            changed the base weights; something else than an adapter lies at ``path``, or nothing can be written there.
     """
-    if not callable(factors):
-        raise ScaloraError(f"factors is {factors!r}: leave it out, or give e.g. Truncation(rank=8)")
+    _check_factors(factors)
     if not isinstance(path, str | Path) or not str(path):
         raise ScaloraError(f"path is {path!r}: give the name of a folder")
     state, config = plain_lora(model, factors)
     folder = Path(os.path.abspath(path))
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    other = folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file()
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or other:
-        raise ScaloraError(
-            f"path is {str(path)!r}, which is no adapter's folder and will not be replaced: name another"
-        )
-    if not is_writer():
-        return Path(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_plain_lora(temporary, state, config)
-    replace_folder(temporary, folder)
+    temporary = folder.parent / f"{folder.name}.tmp"
+    try:
+        other = folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file()
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or other or not folder.name:
+            raise ScaloraError(
+                f"path is {str(path)!r}, which is no adapter's folder and will not be replaced: name another"
+            )
+        if not is_writer():
+            return Path(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_plain_lora(temporary, state, config)
+        replace_folder(temporary, folder)
+    except ScaloraError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: a zero byte in the name
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ScaloraError(f"path {str(path)!r} cannot be written to ({error}): name another, or make room") from error
     return Path(path)
+
+
+def _check_factors(factors: Any) -> None:
+    if isinstance(factors, type) or not callable(factors):
+        raise ScaloraError(f"factors is {shown(factors)}: leave it out, or give e.g. Truncation(rank=8)")
 
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -148,7 +160,7 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter)
     sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
-        P, Q = factors(layer)
+        P, Q = _checked(factors(layer), layer)
         state[f"{layer.name}.lora_B.weight"], state[f"{layer.name}.lora_A.weight"] = P, Q.mT
         sizes[layer.name.removeprefix(PREFIX)] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
     changes: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True, **joined_ranks(sizes)}
@@ -157,6 +169,23 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
         changes["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     plain = dataclasses.replace(copy.deepcopy(config), **changes)
     return dict(zip(state, gather_full(list(state.values())), strict=True)), plain
+
+
+def _checked(pair: Any, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """What a caller's factors gave for a layer, if it is a P and a Q of that layer's."""
+    m, n = layer.A.shape[0], layer.Bt.shape[1]
+    found = [tuple(each.shape) if isinstance(each, Tensor) else shown(each) for each in pair] if _is_pair(pair) else []
+    k = found[0][-1] if found and isinstance(found[0], tuple) and found[0] else 0
+    if found != [(m, k), (n, k)]:
+        raise ScaloraError(
+            f"factors gave {' and '.join(map(str, found)) or shown(pair)} for layer {layer.name}: give P ({m}, k) and "
+            f"Q ({n}, k) of its update P Qᵀ"
+        )
+    return pair
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def write_plain_lora(folder: Path, state: dict[str, Tensor], config: LoraConfig) -> None:

@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..common.errors import ScaloraError
+from ..common.errors import ScaloraError, shown
 from ..layers.peft_lora import AdapterLayer
 from ..layers.stand_in import StandIn
 
-STATE_KEYS = ("step", "config", "layers", "scales", "base", "constants", "history", "store", "refresh")
+STATE_PARTS: dict[str, Any] = {
+    "step": int, "config": dict, "layers": dict, "scales": dict, "base": str, "constants": Tensor, "history": dict,
+    "store": dict, "refresh": dict | None,
+}  # fmt: skip
 
 
 def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
@@ -23,8 +27,11 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
     """
     if not isinstance(state, dict):
         raise ScaloraError(f"state is a {type(state).__name__}: give what handle.state_dict() returned")
-    if missing := sorted(set(STATE_KEYS) - state.keys()):
+    if missing := sorted(STATE_PARTS.keys() - state.keys()):
         raise ScaloraError(f"state lacks {', '.join(missing)}: give what handle.state_dict() returned, all of it")
+    for name, kind in STATE_PARTS.items():
+        if not isinstance(state[name], kind):
+            raise ScaloraError(f"state has {name}={shown(state[name])}: give what handle.state_dict() returned")
     for name, value in run["config"].items():
         if (saved := state["config"].get(name)) != value:
             raise ScaloraError(
@@ -37,6 +44,8 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
             raise ScaloraError(
                 f"layer {name} has rank {run['layers'][name]}, but had {rank}: resume with the same rank"
             )
+    if state["scales"].keys() != run["scales"].keys() or len(state["constants"]) != len(run["layers"]):
+        raise ScaloraError("state has scales or constants of other layers: give what handle.state_dict() returned")
     for name, scale in run["scales"].items():
         if state["scales"][name] != scale:
             raise ScaloraError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..common.errors import ScaloraError
+from ..common.errors import ScaloraError, shown
 from .attach import attach, prepare
 from .checkpoint import load_base, read_state, save_state, writes_beside
-from .config import ScaLoraConfig, as_config
+from .config import ScaLoraConfig, as_config, refuse_settings
 from .event import ScaLora
 from .stores.peft_model import WholeFolders
 
@@ -31,13 +32,23 @@ class ScaLoraCallback(TrainerCallback):
             or one that is no PeftModel, needs it, where that is not the Trainer's own ``output_dir/checkpoint-N``.
 
     Raises:
-        ScaloraError: as :func:`scalora.attach`, when training begins.
+        ScaloraError: ``resume_from`` is no folder, or training does not begin there; and as :func:`scalora.attach`,
+            when training begins.
     """
 
     def __init__(
-        self, config: ScaLoraConfig | Mapping[str, Any] | None = None, *, resume_from: str | Path | None = None
+        self,
+        config: ScaLoraConfig | Mapping[str, Any] | None = None,
+        *,
+        resume_from: str | Path | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_settings(unknown)
+        if unknown:
+            raise ScaloraError(f"ScaLoraCallback was given {', '.join(unknown)}: it takes config and resume_from")
         self.config = as_config(config)
+        if resume_from is not None and not (isinstance(resume_from, str | Path) and os.path.isdir(resume_from)):
+            raise ScaloraError(f"resume_from is {shown(resume_from)}, which is no folder: name a checkpoint's")
         self.resume_from = resume_from
         self.handle: ScaLora | None = None  # of the present or last training
         self.saved: int | None = None  # the step of its latest checkpoint, where we write it
@@ -58,6 +69,11 @@ class ScaLoraCallback(TrainerCallback):
             raise ScaloraError(
                 "teacher_model_kind is 'ema', which averages the factors of adapters: events change their columns, so "
                 "that means of them have no meaning; choose 'base' or 'live'"
+            )
+        if self.resume_from is not None and self.handle is None and state.global_step == 0:
+            raise ScaloraError(
+                f"resume_from is {str(self.resume_from)!r}, but training begins anew: call "
+                "trainer.train(resume_from_checkpoint=...) with it, or leave it out"
             )
         if self.handle is not None:
             self.handle.detach()  # of a training that an exception has ended

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.errors import ScaloraError, shown
 from .accumulated import Accumulated
 from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
@@ -103,7 +104,12 @@ def fuse_lora(model: nn.Module) -> None:
 
     Args:
         model: what ``get_peft_model`` returned; changed in place. Layers that are not plain LoRA stay as they are.
+
+    Raises:
+        ScaloraError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ScaloraError(f"model is {shown(model)}: give a PEFT model, as peft.get_peft_model makes it")
     for module in model.modules():
         shorten(module)
 

@@ -29,7 +29,8 @@ class AdapterStore(Store):
     Args:
         model: holds the layers.
         layers: whose differences are taken.
-        capacity: columns of each layer after a recompression; None: eight times its rank.
+        capacity: columns of each layer after a recompression; None: eight times its rank. Never more than the widest
+            layer has singular values.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None) -> None:
@@ -131,4 +132,7 @@ def make_room(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | 
 
 
 def _capacities(layers: Sequence[AdapterLayer], capacity: int | None) -> list[int]:
-    return [capacity or 8 * layer.rank for layer in layers]
+    """Of each layer; at most as many as the widest one has singular values, since none can use more."""
+    # One limit for all: a narrow layer that is full earlier would let all be recompressed earlier.
+    most = max(min(layer.A.shape[0], layer.Bt.shape[1]) for layer in layers)
+    return [min(capacity or 8 * layer.rank, most) for layer in layers]

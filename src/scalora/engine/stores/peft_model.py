@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...common.disk_layout import BASE_FILE
+from ...common.disk_layout import BASE_FILE, STATE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config
@@ -57,7 +57,11 @@ class WholeFolders(PeftModel):
             self.beside[0](self, Path(save_directory))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's."""
+        """As PEFT's.
+
+        Raises:
+            ScaloraError: the folder is of a run with the other store, or one of two, as Scalora once wrote them.
+        """
         folder = Path(str(model_id))
         refuse_former_pair(folder)
         if (folder / BASE_FILE).is_file():
@@ -71,9 +75,16 @@ class WholeFolders(PeftModel):
         token = WHOLE_ADAPTER.set(True)
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        except RuntimeError:  # torch has put in what fits
+        except RuntimeError as error:  # torch has put in what fits
             if former:
                 set_peft_model_state_dict(self, former, adapter_name)
+            layers = stand_ins(self)
+            if (folder / STATE_FILE).is_file() and layers and not any(len(layer.accumulated) for layer in layers):
+                raise ScaloraError(
+                    f"{folder} holds the accumulated columns of a run with accumulate='adapter', for which "
+                    "accumulate='base' has no place: resume with the same ScaLoraConfig, or start anew from the model "
+                    "that scalora.load(folder).merge_and_unload() gives"
+                ) from error
             raise
         finally:
             WHOLE_ADAPTER.reset(token)
