@@ -30,6 +30,15 @@ def test_state_of_another_rank_or_base_model_is_refused():
         handle.load_state_dict(state)
 
 
+@pytest.mark.parametrize("other", [{"lora_alpha": 16}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 5}}])
+def test_state_of_another_scale_is_refused(other):
+    _, _, handle = attached()
+    _, _, scaled = attached(lora=other)
+    with pytest.raises(ScaloraError, match=r"layer .* has scale .* \(lora_alpha, use_rslora\), but had 2\.0"):
+        scaled.load_state_dict(handle.state_dict())
+    assert scaled.step == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
 from helpers import tokenized
+from scalora.runs import training
 
 
 def lay(folder: Path) -> Path:
@@ -45,6 +50,20 @@ def lay(folder: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Within, a run receives Ctrl-C at the end of this step."""
+
+    class Stop(training.StopOnSignal):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                self._receive(signal.SIGINT, None)
+            super().on_step_end(args, state, control, **kwargs)
+
+    with patch.object(training, "StopOnSignal", Stop):
+        yield
 
 
 CLASSIFICATION = [

@@ -155,3 +155,33 @@ def test_a_snapshot_of_what_is_trained_is_refused_and_one_of_everything_is_right
     assert torch.equal(models.logits(model, "llama"), now)
     model.load_state_dict(whole)
     assert torch.equal(models.logits(model, "llama"), then)
+
+
+def test_a_snapshot_of_what_is_trained_is_no_adapter_of_a_written_base():
+    model, _, _ = _trained(accumulate="base")
+    snapshot = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    then = models.logits(model, "llama")
+    with pytest.raises(ScaloraError, match="trained columns only, but what was moved out of them"):
+        model.load_state_dict(snapshot, strict=False)
+    assert torch.equal(models.logits(model, "llama"), then)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_snapshot_of_another_time_is_not_saved_as_the_model_of_now(whole, tmp_path):
+    model, optimizer, _ = _trained()
+    state = model.state_dict() if whole else dict(model.named_parameters())
+    then = {name: tensor.detach().clone() for name, tensor in state.items()}
+    models.train(model, optimizer, "llama", 2)
+    with pytest.raises(ScaloraError, match=r"state_dict: .* of another time"):
+        model.save_pretrained(tmp_path, state_dict=then)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+
+
+def test_another_adapter_of_r_columns_may_be_loaded_by_its_folder(tmp_path):
+    other = models.lora("llama", init_lora_weights=False)
+    other.save_pretrained(tmp_path)
+    model, _, handle = _trained()
+    handle.detach()
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(models.logits(model, "llama"), models.logits(other, "llama"), rtol=0, atol=1e-6)

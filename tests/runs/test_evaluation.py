@@ -23,7 +23,7 @@ def _evaluations(result):
 
 @pytest.mark.parametrize("method", ["lora", "scalora", "full", "mora"])
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "answer_nll"])
-def test_the_best_checkpoint_is_what_is_left(tmp_path, monkeypatch, method, metric):
+def test_the_best_checkpoint_is_what_is_left(tmp_path, method, metric):
     path = workspace.lay(tmp_path)
     # Training on only makes it worse, so that the best is not the last.
     worse = [] if metric == "accuracy" else ["training.learning_rate=3", "training.max_grad_norm=0"]
@@ -38,7 +38,7 @@ def test_the_best_checkpoint_is_what_is_left(tmp_path, monkeypatch, method, metr
         assert best["eval_answer_nll"] == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
-def test_evaluating_changes_nothing_and_resumes(tmp_path, monkeypatch):
+def test_evaluating_changes_nothing_and_resumes(tmp_path):
     path = workspace.lay(tmp_path)
     dropout = "method={name: scalora, rank: 2, dropout: 0.3}"
     plain = train(load_recipe(path, [*EVALUATE, "training.eval_strategy=no", dropout, f"output={tmp_path / 'plain'}"]))
@@ -47,16 +47,8 @@ def test_evaluating_changes_nothing_and_resumes(tmp_path, monkeypatch):
     losses = [[e["loss"] for e in run.metrics["log"] if "loss" in e] for run in (plain, whole)]
     assert losses[0] == losses[1]
 
-    class Stop(training.StopOnSignal):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                self._receive(2, None)
-            super().on_step_end(args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "StopOnSignal", Stop)
-        with pytest.raises(training.Interrupted):
-            train(load_recipe(path, options))
+    with workspace.stopped_at(5), pytest.raises(training.Interrupted):
+        train(load_recipe(path, options))
     resumed = train(load_recipe(path, options), resume=True)
     assert resumed.metrics["after"] == whole.metrics["after"]
     kept = {folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()}

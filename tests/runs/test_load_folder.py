@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import scalora
-from helpers import exports, models, workspace
+from helpers import exports, models, tokenized, workspace
 from scalora import ScaLoraConfig, ScaloraError
 from scalora.common.quiet import quiet
 from scalora.runs.export.export import export
@@ -89,6 +89,39 @@ def test_an_adapter_from_someones_own_loop_needs_no_tokenizer(tmp_path, kind):
         torch.testing.assert_close(
             models.logits(scalora.load(done.folder), kind), models.logits(model, kind), rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("accumulate", ["adapter", "base"])
+def test_a_checkpoint_of_someones_own_trainer(tmp_path, accumulate):
+    """It is loaded, merged and exported on the base that it was trained on, and on no other."""
+    models.base("llama").save_pretrained(tmp_path / "base")
+    tokenized.tokenizer().save_pretrained(tmp_path / "base")
+    model = models.lora("llama")
+    rows = [{"input_ids": row, "labels": row} for row in models.batch("llama")["input_ids"]]
+    options = {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=4, save_steps=4, **options)
+    callback = scalora.ScaLoraCallback(ScaLoraConfig(interval=1, accumulate=accumulate))
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    checkpoint, base, expected = tmp_path / "out" / "checkpoint-4", tmp_path / "base", models.logits(model, "llama")
+
+    def same(other):
+        torch.testing.assert_close(models.logits(other.float(), "llama"), expected, rtol=0, atol=1e-5)
+
+    same(scalora.load(checkpoint, base=base))
+    same(scalora.load(checkpoint, base=base).merge_and_unload())
+    for form in ("merged", "delta"):
+        done = export(checkpoint, to=form, base=str(base), output=tmp_path / form)
+        same(scalora.load(done.folder, base=base if form == "delta" else None))
+
+    other = models.base("llama")
+    with torch.no_grad():
+        other.model.layers[0].input_layernorm.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    tokenized.tokenizer().save_pretrained(tmp_path / "other")
+    for use in (scalora.load, lambda path, base: export(path, to="merged", base=str(base), output=tmp_path / "no")):
+        with pytest.raises(ScaloraError, match="weights are others than those of the training"):
+            use(checkpoint, base=tmp_path / "other")
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_cannot_be_loaded_is_named(trained, tmp_path):

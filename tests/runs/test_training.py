@@ -9,7 +9,7 @@ import torch
 from helpers import tokenized, workspace
 from scalora import ScaloraError
 from scalora.runs.recipe import load_recipe
-from scalora.runs.training import train
+from scalora.runs.training import Interrupted, train
 
 
 @pytest.mark.parametrize("task", ["multiple_choice", "classification"])
@@ -53,22 +53,12 @@ def test_with_the_base_store_the_whole_model_is_saved(tmp_path):
     assert result.metrics["rank"]["mean"] > 2
 
 
-def test_an_interrupted_run_resumes_to_the_same_end(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_end(tmp_path):
     path = workspace.lay(tmp_path)
     whole = train(load_recipe(path, [f"output={tmp_path / 'whole'}"]))
 
-    from scalora.runs import training
-
-    class Stop(training.StopOnSignal):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                self._receive(2, None)
-            super().on_step_end(args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "StopOnSignal", Stop)
-        with pytest.raises(training.Interrupted, match="checkpoint-5"):
-            train(load_recipe(path))
+    with workspace.stopped_at(5), pytest.raises(Interrupted, match="checkpoint-5"):
+        train(load_recipe(path))
     assert not (tmp_path / "run" / "metrics.json").exists()
     resumed = train(load_recipe(path), resume=True)
     assert resumed.metrics["after"] == whole.metrics["after"]

@@ -153,7 +153,7 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
             if (held := layer.held(adapter)) is None:
                 continue
             own = f"{name}.accumulated.{adapter}"  # entries of a sharded model, gathered here
-            gathered = f"{own}.P" in whole
+            gathered = f"{own}.P" in whole and is_sharded(held.P)  # of another they may be of another time
             P, Qt = (whole[f"{own}.P"], whole[f"{own}.Qt"]) if gathered else held.columns()
             for part, more, dim in (("lora_A", Qt[: held.used], 0), ("lora_B", P[:, : held.used], 1)):
                 now = getattr(layer, part)[adapter].weight.detach()
