@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from helpers import models
 from helpers.attached import attached
-from scalora import ScaloraError
+from scalora import ScaloraError, save_plain_lora
 from scalora.layers.fingerprint import base_fingerprint
 from scalora.layers.joined_config import joined_ranks
 
@@ -185,3 +185,20 @@ def test_another_adapter_of_r_columns_may_be_loaded_by_its_folder(tmp_path):
     handle.detach()
     model.load_adapter(tmp_path, "default")
     torch.testing.assert_close(models.logits(model, "llama"), models.logits(other, "llama"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [{}, {"alpha_pattern": {"v_proj": 5}}, {"use_rslora": True}])
+def test_a_folder_of_another_scale_does_not_take_an_adapters_place(lora, tmp_path):
+    """PEFT would read its matrices, and not their scale."""
+    model, _, _ = _trained(lora=lora)
+    model.save_pretrained(tmp_path / "own")
+    save_plain_lora(model, tmp_path / "plain")  # the same function at scale 1
+    other, _, _ = _trained(lora=lora)
+    then = models.logits(other, "llama")
+    with pytest.raises(ScaloraError, match=r"was saved with scale 1\.0 in layer .*, where adapter 'default' has"):
+        other.load_adapter(tmp_path / "plain", "default")
+    assert torch.equal(models.logits(other, "llama"), then)
+    for place, name in (("own", "default"), ("plain", "another")):
+        other.load_adapter(tmp_path / place, name)
+        other.set_adapter(name)
+        torch.testing.assert_close(models.logits(other, "llama"), models.logits(model, "llama"), rtol=0, atol=1e-6)

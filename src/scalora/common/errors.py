@@ -10,7 +10,7 @@ class ScaloraError(ValueError):
     """
 
 
-def shown(value: object) -> str:
+def named(value: object) -> str:
     """A value for a message: itself where that is short, else what it is."""
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from ..layers.peft_lora import find_layers
 from .checkpoint import write_and_read_beside
 from .config import ScaLoraConfig, as_config, refuse_settings
@@ -42,14 +42,14 @@ def create_scalora_optimizer(
     """
     config = as_config(config)
     if not callable(optimizer_cls):
-        raise ScaloraError(f"optimizer_cls is {shown(optimizer_cls)}: give a class, e.g. torch.optim.AdamW")
+        raise ScaloraError(f"optimizer_cls is {named(optimizer_cls)}: give a class, e.g. torch.optim.AdamW")
     refuse_settings(kwargs)
     find_layers(model)
     try:
         optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
     except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={shown(value)}" for name, value in {"lr": lr, **kwargs}.items())
-        name = getattr(optimizer_cls, "__name__", shown(optimizer_cls))
+        given = ", ".join(f"{name}={named(value)}" for name, value in {"lr": lr, **kwargs}.items())
+        name = getattr(optimizer_cls, "__name__", named(optimizer_cls))
         raise ScaloraError(f"optimizer_cls {name} does not take {given} ({error}): give what it takes") from error
     attach(model, optimizer, config)
     return optimizer

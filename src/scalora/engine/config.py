@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from ..algebra.scaling import ScalingMethod
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 
 Accumulate = Literal["adapter", "base"]
 
@@ -28,7 +28,7 @@ class ScaLoraConfig:
 
     def __new__(cls, *values: Any, **settings: Any) -> ScaLoraConfig:  # dataclasses would raise a TypeError
         if values:
-            raise ScaloraError(f"ScaLoraConfig was given {shown(values[0])} without a name: write interval=10, e.g.")
+            raise ScaloraError(f"ScaLoraConfig was given {named(values[0])} without a name: write interval=10, e.g.")
         refuse_unknown(settings)
         return super().__new__(cls)
 
@@ -97,7 +97,7 @@ def as_config(value: ScaLoraConfig | Mapping[str, Any] | None) -> ScaLoraConfig:
     if isinstance(value, ScaLoraConfig):
         return value
     if not isinstance(value, Mapping):
-        raise ScaloraError(f"config is {shown(value)}: give a ScaLoraConfig, or a dict of its fields")
+        raise ScaloraError(f"config is {named(value)}: give a ScaLoraConfig, or a dict of its fields")
     refuse_unknown(value)
     return ScaLoraConfig(**value)
 
@@ -118,7 +118,7 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if near := get_close_matches(name, known, 1):
             raise ScaloraError(
-                f"{name}={shown(value)} was given by itself: write config=ScaLoraConfig({near[0]}={shown(value)})"
+                f"{name}={named(value)} was given by itself: write config=ScaLoraConfig({near[0]}={named(value)})"
             )
 
 

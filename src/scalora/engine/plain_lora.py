@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..algebra.lowrank import singular_values, truncate
 from ..common.disk_layout import PREFIX, WEIGHTS
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from ..common.files import replace_folder
 from ..layers.joined_config import joined_ranks, plain_name, unwritable
 from ..layers.peft_lora import AdapterLayer, find_layers, find_peft_model
@@ -140,7 +140,7 @@ def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joine
 
 def _check_factors(factors: Any) -> None:
     if isinstance(factors, type) or not callable(factors):
-        raise ScaloraError(f"factors is {shown(factors)}: leave it out, or give e.g. Truncation(rank=8)")
+        raise ScaloraError(f"factors is {named(factors)}: leave it out, or give e.g. Truncation(rank=8)")
 
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -174,11 +174,11 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
 def _checked(pair: Any, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """What a caller's factors gave for a layer, if it is a P and a Q of that layer's."""
     m, n = layer.A.shape[0], layer.Bt.shape[1]
-    found = [tuple(each.shape) if isinstance(each, Tensor) else shown(each) for each in pair] if _is_pair(pair) else []
+    found = [tuple(each.shape) if isinstance(each, Tensor) else named(each) for each in pair] if _is_pair(pair) else []
     k = found[0][-1] if found and isinstance(found[0], tuple) and found[0] else 0
     if found != [(m, k), (n, k)]:
         raise ScaloraError(
-            f"factors gave {' and '.join(map(str, found)) or shown(pair)} for layer {layer.name}: give P ({m}, k) and "
+            f"factors gave {' and '.join(map(str, found)) or named(pair)} for layer {layer.name}: give P ({m}, k) and "
             f"Q ({n}, k) of its update P Qᵀ"
         )
     return pair

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from ..layers.peft_lora import AdapterLayer
 from ..layers.stand_in import StandIn
 
@@ -31,7 +31,7 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
         raise ScaloraError(f"state lacks {', '.join(missing)}: give what handle.state_dict() returned, all of it")
     for name, kind in STATE_PARTS.items():
         if not isinstance(state[name], kind):
-            raise ScaloraError(f"state has {name}={shown(state[name])}: give what handle.state_dict() returned")
+            raise ScaloraError(f"state has {name}={named(state[name])}: give what handle.state_dict() returned")
     for name, value in run["config"].items():
         if (saved := state["config"].get(name)) != value:
             raise ScaloraError(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from .attach import attach, prepare
 from .checkpoint import load_base, read_state, save_state, writes_beside
 from .config import ScaLoraConfig, as_config, refuse_settings
@@ -48,7 +48,7 @@ class ScaLoraCallback(TrainerCallback):
             raise ScaloraError(f"ScaLoraCallback was given {', '.join(unknown)}: it takes config and resume_from")
         self.config = as_config(config)
         if resume_from is not None and not (isinstance(resume_from, str | Path) and os.path.isdir(resume_from)):
-            raise ScaloraError(f"resume_from is {shown(resume_from)}, which is no folder: name a checkpoint's")
+            raise ScaloraError(f"resume_from is {named(resume_from)}, which is no folder: name a checkpoint's")
         self.resume_from = resume_from
         self.handle: ScaLora | None = None  # of the present or last training
         self.saved: int | None = None  # the step of its latest checkpoint, where we write it

@@ -31,9 +31,14 @@ def refuse_former_pair(folder: Path) -> None:
         )
 
 
-def scale(config: dict[str, Any], name: str, rank: int) -> float:
-    """s of a layer, as PEFT finds it (``get_pattern_key``; PEFT itself would take seconds to import)."""
-    patterns = config.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-    alpha = config["lora_alpha"] if key is None else patterns[key]
+def scale(config: dict[str, Any], name: str, rank: int | None = None) -> float:
+    """s of a layer, of that rank or of the one that the configuration gives it."""
+    rank = rank or int(_of_layer(config, "rank_pattern", name, config["r"]))
+    alpha = _of_layer(config, "alpha_pattern", name, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_layer(config: dict[str, Any], field: str, name: str, otherwise: float) -> float:
+    """As PEFT finds it (``get_pattern_key``; PEFT itself would take seconds to import)."""
+    patterns = config.get(field) or {}
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
@@ -109,7 +109,7 @@ def fuse_lora(model: nn.Module) -> None:
         ScaloraError: it is no model.
     """
     if not isinstance(model, nn.Module):
-        raise ScaloraError(f"model is {shown(model)}: give a PEFT model, as peft.get_peft_model makes it")
+        raise ScaloraError(f"model is {named(model)}: give a PEFT model, as peft.get_peft_model makes it")
     for module in model.modules():
         shorten(module)
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.errors import ScaloraError, shown
+from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .sharding import plain_class, refuse_flattened
 
@@ -86,7 +86,7 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
             parameters that FSDP1 or DeepSpeed keeps in flat buffers.
     """
     if not isinstance(model, nn.Module):
-        raise ScaloraError(f"model is {shown(model)}: give a PEFT model, as peft.get_peft_model makes it")
+        raise ScaloraError(f"model is {named(model)}: give a PEFT model, as peft.get_peft_model makes it")
     refuse_flattened(model)
     layers: list[AdapterLayer] = []
     foreign: set[str] = set()

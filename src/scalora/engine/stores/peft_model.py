@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from ...common.disk_layout import BASE_FILE, STATE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
-from ...layers.joined_config import JoinedConfig, link_config
-from ...layers.lora_config import refuse_former_pair
+from ...layers.joined_config import JoinedConfig, link_config, plain_name
+from ...layers.lora_config import refuse_former_pair, scale
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
 from ...layers.stand_in import WHOLE_ADAPTER, StandIn, stand_in
@@ -60,7 +62,8 @@ class WholeFolders(PeftModel):
         """As PEFT's.
 
         Raises:
-            ScaloraError: the folder is of a run with the other store, or one of two, as Scalora once wrote them.
+            ScaloraError: the folder is of a run with the other store, one of two, as Scalora once wrote them, or an
+                adapter of another scale than that whose place it would take.
         """
         folder = Path(str(model_id))
         refuse_former_pair(folder)
@@ -71,6 +74,7 @@ class WholeFolders(PeftModel):
                 )
         else:
             refuse_written(self, f"an adapter loaded from {folder}")
+        _refuse_other_scale(self, adapter_name, folder)
         former = _copied(self, adapter_name) if adapter_name in self.peft_config else {}
         token = WHOLE_ADAPTER.set(True)
         try:
@@ -173,6 +177,22 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
                     )
                 whole[key] = torch.cat([given.to(more.dtype), more.to(given.device)], dim)  # pyright: ignore
     return whole
+
+
+def _refuse_other_scale(model: PeftModel, adapter: str, folder: Path) -> None:
+    """PEFT puts a folder's matrices into an adapter that is there already, and does not read at which scale."""
+    if adapter not in model.peft_config or not (folder / "adapter_config.json").is_file():
+        return
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name, layer in wrapped(model.base_model).named_modules():
+        if not isinstance(layer, StandIn) or adapter not in layer.scaling or "lora_alpha" not in config:
+            continue
+        there, here = scale(config, plain_name(name)), layer.scaling[adapter]
+        if not math.isclose(there, here, rel_tol=1e-6):
+            raise ScaloraError(
+                f"{folder} was saved with scale {there} in layer {name}, where adapter {adapter!r} has {here}: load it "
+                "under another name, or as a model of its own (PeftModel.from_pretrained, is_trainable=True)"
+            )
 
 
 def _copied(model: PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ScaloraError, shown
+from ...common.errors import ScaloraError, named
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Any:
@@ -28,7 +28,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Any:
     """
     if base is not None and (not isinstance(base, str | Path) or not str(base)):
         raise ScaloraError(
-            f"base is {shown(base)}: give the folder or the name of the base model; onto a model that is loaded "
+            f"base is {named(base)}: give the folder or the name of the base model; onto a model that is loaded "
             "already, put an adapter with PeftModel.from_pretrained(model, path)"
         )
     try:
