@@ -90,7 +90,7 @@ def export(
     ending = f"{to}-rank{rank}" if rank else f"{to}-energy{energy:g}" if energy else to
     folder = expand_user(output).absolute() if output else _beside(artefact, ending)
     with fresh_folder(folder, artefact, overwrite) as temporary:
-        source = Base(artefact, base)
+        source = Base(artefact, base, need_tokenizer=artefact.recipe is not None)
         log(f"loading {artefact.folder}")
         trained = restore(artefact, source)
         before = probe(trained.model)
