@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_every_token_is_learnt_once_after_one_of_the_stream(tmp_path, max_length
     learnt = [token for block in blocks for token in block["labels"] if token != -100]
     assert tokenizer.decode(learnt) == stream
     assert blocks[0]["input_ids"][0] == tokenizer.eos_token_id
-    for before, block in zip(blocks, blocks[1:], strict=False):
+    for before, block in pairwise(blocks):
         assert len(before["input_ids"]) == max_length
         assert block["input_ids"][0] == before["input_ids"][-1]
         assert block["labels"] == [-100, *block["input_ids"][1:]]
