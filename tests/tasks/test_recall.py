@@ -100,3 +100,8 @@ def test_a_tokenizer_without_an_end_is_refused():
         task(pairs=4).train_dataset(tokenizer)
     with pytest.raises(ScaloraError, match=r"task\.max_length is .*, but an answer in pair 1 has"):
         task(pairs=4, max_length=8).train_dataset(byte_tokenizer())
+
+
+def test_a_stored_recipe_is_read_again():
+    spec = RecallSpec(pairs=9, seed=4)
+    assert RecallSpec(**spec.model_dump(mode="json")) == spec
