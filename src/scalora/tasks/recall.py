@@ -36,7 +36,7 @@ class RecallSpec(BaseTaskSpec, frozen=True):
     """Not to be given: the pairs are made on the spot."""
     pairs: int = Field(default=256, ge=2)
     alphabet: Literal["letters", "hex", "digits"] = "hex"
-    key_length: int = Field(default=6, ge=1, le=1000)
+    key_length: int = Field(default=12, ge=1, le=1000)
     value_length: int = Field(default=12, ge=1, le=1000)
     seed: int = 0
     prompt: str = "{key}->"
