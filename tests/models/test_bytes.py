@@ -41,7 +41,7 @@ def test_recipes_train_it_on_pairs_and_on_documents(tmp_path):
     byte_level.byte_tokenizer().save_pretrained(tmp_path / "tiny")
     documents = tokenized.write_jsonl(tmp_path / "d.jsonl", [{"text": f"def f{i}(x): return x"} for i in range(20)])
     text = {"kind": "text", "data": {"train": documents, "test_size": 5, "validation_size": 5}, "max_length": 32}
-    for task in ({"kind": "recall", "pairs": 8, "value_length": 2}, text):
+    for task in ({"kind": "recall", "pairs": 8, "key_length": 2, "value_length": 2}, text):
         content = {
             "model": str(tmp_path / "tiny"), "precision": "float32", "task": task,
             "method": {"name": "scalora-i", "rank": 4, "options": {"interval": 5}},
