@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 import scalora
@@ -241,3 +242,15 @@ def test_a_folder_that_does_not_fit_changes_nothing(kind, tmp_path):
         model.load_adapter(str(tmp_path), "default", is_trainable=True)
     same(kind.output(model), expected, 0)
     kind.step(model, optimizer)
+
+
+@every_kind
+def test_a_deleted_adapter_leaves_no_trace(kind, lived):
+    model = copy.deepcopy(lived(kind)[0])  # a copy is watched
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for name, value in (vars(layer) | layer._modules).items():
+            if isinstance(value, (dict, torch.nn.ModuleDict, torch.nn.ParameterDict)):
+                assert "default" not in value, name

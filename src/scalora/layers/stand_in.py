@@ -187,6 +187,10 @@ class StandIn(WrittenBase):
         super().update_layer(adapter_name, *args, **kwargs)
         (self.watched or {}).pop(adapter_name, None)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        (self.watched or {}).pop(adapter_name, None)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.called = False
