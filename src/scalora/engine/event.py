@@ -81,7 +81,7 @@ class ScaLora:
         self.refresh = None
         if config.refresh is not None:
             sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
-            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes)
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes, config.metric)
         self.own_passes = OwnPasses(self.layers)
         if former is not None:
             former.supersede()

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...algebra.directions import Directions, optimal_adapters, range_basis, sketched_svd
+from ...algebra.metric import metric_adapters
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
+from ..config import Metric
 from ..groups import Gathered, Group, gather_group, grouped
 from ..stores import Move, Store
+from .moments import Moments
 from .sketch import Sketch
 
 WARMUP = 4  # steps after a refresh that are shortened
@@ -43,7 +46,13 @@ class Refresh:
     """
 
     def __init__(
-        self, layers: Sequence[AdapterLayer], optimizer: Optimizer, store: Store, every: int, constants: Tensor
+        self,
+        layers: Sequence[AdapterLayer],
+        optimizer: Optimizer,
+        store: Store,
+        every: int,
+        constants: Tensor,
+        metric: Metric,
     ) -> None:
         for layer in layers:
             m, n = layer.A.shape[0], layer.Bt.shape[1]
@@ -58,6 +67,7 @@ class Refresh:
         self.every = every
         self.constants = constants  # c/s² per layer
         self.sketch = Sketch(self.layers)
+        self.moments = Moments(self.layers) if metric == "inputs" else None
         self.since = WARMUP  # steps since the last refresh, as far as it matters
         self.steps: list[int] = []  # at which adapters were refreshed
         self._before: list[Tensor] = []
@@ -66,11 +76,15 @@ class Refresh:
     def detach(self) -> None:
         self._hook.remove()
         self.sketch.close()
+        if self.moments:
+            self.moments.detach()
 
     @torch.no_grad()
     def before_step(self, step: int) -> bool:
         """To be called before every update, with the step's gradients in place; whether adapters were refreshed."""
         self.sketch.gather()
+        if self.moments:
+            self.moments.close()
         self.since += 1
         refreshed = step > 0 and step % self.every == 0 and self.sketch.side == "right"
         if refreshed:
@@ -79,6 +93,8 @@ class Refresh:
             self.since = 0
         if step % self.every == 0:
             self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
+            if self.moments:
+                self.moments.open()
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
             # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
             self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
@@ -100,7 +116,8 @@ class Refresh:
         """Ω of one layer, the same on every process and in a resumed run."""
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
-        return torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
+        random = torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
+        return self.moments.metrics[index].whiten(random) if self.moments else random
 
     def refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
         """New adapters from Q (m×k) and Z = GᵀQ (n×k) of every layer; one without a usable sketch keeps its own."""
@@ -122,7 +139,11 @@ class Refresh:
         """The layers of one shape that took part in the last steps, and what they become."""
         now = gather_group(group)
         Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
-        new = optimal_adapters(sketched_svd(Q, Z), now.A.shape[-1], self.constants[group.members].to(Z.device))
+        rank, c = now.A.shape[-1], self.constants[group.members].to(Z.device)
+        if self.moments:
+            new = metric_adapters(Q, Z, self.moments.stacked(group.members), rank, c)
+        else:
+            new = optimal_adapters(sketched_svd(Q, Z), rank, c)
         usable = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
         live = [i for i, fit in enumerate(usable.tolist()) if fit]
         layers = [group.layers[i] for i in live]
@@ -147,11 +168,14 @@ class Refresh:
             "since": self.since,
             "steps": list(self.steps),
             "sketch": self.sketch.state_dict(),
+            "moments": self.moments.state_dict() if self.moments else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.since, self.steps = int(state["since"]), list(state["steps"])
         self.sketch.load_state_dict(state["sketch"])
+        if self.moments:
+            self.moments.load_state_dict(state["moments"])
 
 
 def _move(sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> Move:

@@ -1,0 +1,50 @@
+"""Gradients of tensors that no model has (:mod:`layers.gradient_sketch`), summed over steps and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Leaves:
+    """Sums of the gradients that backward passes give to `tensors`; where there is one process, they hold them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in tensors] if _several() else []
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """To be called once a step: with several processes, each then holds the sum over all. A collective there."""
+        if not _several():
+            return
+        gains = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.tensors]
+        flat = torch.cat([gain.flatten() for gain in gains])
+        dist.all_reduce(flat)
+        torch._foreach_add_(
+            self.sums, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gains]), gains, strict=True)]
+        )
+        for leaf in self.tensors:
+            leaf.grad = None
+
+    def totals(self) -> list[Tensor]:
+        """The sums; zero where there was no gradient."""
+        if self.sums:
+            return self.sums
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.tensors]
+
+    def load(self, totals: Sequence[Tensor]) -> None:
+        """Go on from these sums."""
+        totals = [total.to(leaf) for total, leaf in zip(totals, self.tensors, strict=True)]
+        if self.sums:
+            self.sums = totals
+            return
+        for leaf, total in zip(self.tensors, totals, strict=True):
+            leaf.grad = total
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
