@@ -15,6 +15,8 @@ from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
 from .leaves import Leaves
 
+DIRECTIONS = 32  # eigenvectors that are followed, at most
+
 
 class Moments:
     """Metrics by layer, none at first; each look begins from the eigenvectors that the one before has found."""
@@ -74,6 +76,7 @@ class Moments:
 def _start(layer: AdapterLayer, index: int) -> InputMetric:
     """No metric, and a random basis: the same on every process and in a resumed run."""
     generator = torch.Generator().manual_seed(7_368_787 + index)
-    random = torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator)
+    n = layer.Bt.shape[1]
+    random = torch.randn(n, min(n, DIRECTIONS), generator=generator)
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     return no_metric(range_basis(random).to(layer.A.device, dtype).contiguous())
