@@ -79,6 +79,8 @@ class ScaLoraConfig:
         if self.interval is None and self.refresh is None:
             raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
         _require_choice("metric", self.metric, get_args(Metric))
+        if self.metric == "inputs" and self.refresh is None:
+            raise ScaloraError("metric is 'inputs' but refresh is None: it measures refreshes only; set refresh")
         _require_choice("scaling", self.scaling, get_args(ScalingMethod))
         _require_choice("accumulate", self.accumulate, get_args(Accumulate))
         if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):
