@@ -12,7 +12,7 @@ from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError, named
 
 Accumulate = Literal["adapter", "base"]
-Metric = Literal["weights", "inputs"]
+RefreshMetric = Literal["weights", "inputs"]
 
 
 def _help(default: Any, text: str) -> Any:
@@ -43,7 +43,7 @@ class ScaLoraConfig:
         "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
         "(Theorem 1), the old ones' update kept. None: never.",
     )
-    metric: Metric = _help(
+    metric: RefreshMetric = _help(
         "weights",
         "What a refresh measures directions by: 'weights' (Theorem 1 as published) or 'inputs' (what they add to the "
         "layer's output, from a sketch of its inputs' second moments).",
@@ -78,7 +78,7 @@ class ScaLoraConfig:
             _require_int("refresh", self.refresh, 2)
         if self.interval is None and self.refresh is None:
             raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
-        _require_choice("metric", self.metric, get_args(Metric))
+        _require_choice("metric", self.metric, get_args(RefreshMetric))
         if self.metric == "inputs" and self.refresh is None:
             raise ScaloraError("metric is 'inputs' but refresh is None: it measures refreshes only; set refresh")
         _require_choice("scaling", self.scaling, get_args(ScalingMethod))

@@ -21,7 +21,7 @@ from ...algebra.metric import metric_adapters
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
-from ..config import Metric
+from ..config import RefreshMetric
 from ..groups import Gathered, Group, gather_group, grouped
 from ..stores import Move, Store
 from .moments import Moments
@@ -52,7 +52,7 @@ class Refresh:
         store: Store,
         every: int,
         constants: Tensor,
-        metric: Metric,
+        metric: RefreshMetric,
     ) -> None:
         for layer in layers:
             m, n = layer.A.shape[0], layer.Bt.shape[1]
