@@ -66,7 +66,7 @@ def test_real_events_are_timed(store):
 
 
 def test_bytes_are_those_of_the_formulas():
-    m, n, r = size = Size(12, 10, 2)
+    m, n, r = size = Size(20, 18, 2)
     lora = 4 * (m + n) * r
     counted = {
         (store, dtype): memory(size, store, dtype)
