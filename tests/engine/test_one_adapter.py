@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -238,7 +238,7 @@ def test_a_folder_that_does_not_fit_changes_nothing(kind, tmp_path):
     smaller.save_pretrained(tmp_path)
     model, optimizer, _ = kind.trained()
     expected = kind.output(model)
-    with pytest.raises((ScaloraError, RuntimeError), match="size mismatch|was saved with scale"):
+    with pytest.raises((ScaloraError, RuntimeError), match=r"size mismatch|was saved with scale"):
         model.load_adapter(str(tmp_path), "default", is_trainable=True)
     same(kind.output(model), expected, 0)
     kind.step(model, optimizer)
@@ -254,3 +254,41 @@ def test_a_deleted_adapter_leaves_no_trace(kind, lived):
         for name, value in (vars(layer) | layer._modules).items():
             if isinstance(value, (dict, torch.nn.ModuleDict, torch.nn.ParameterDict)):
                 assert "default" not in value, name
+
+
+def test_a_configuration_given_to_another_model_says_that_models_ranks(lived, tmp_path):
+    model = lived("llama")[0]
+    other = get_peft_model(KINDS["llama"].base(), model.peft_config["default"])
+    other.save_pretrained(tmp_path / "other")
+    again = PeftModel.from_pretrained(KINDS["llama"].base(), tmp_path / "other")
+    same(KINDS["llama"].output(again), KINDS["llama"].output(other), 0)
+    model.save_pretrained(tmp_path / "other")  # over it
+    again = PeftModel.from_pretrained(KINDS["llama"].base(), tmp_path / "other")
+    same(KINDS["llama"].output(again), KINDS["llama"].output(model))
+
+
+def test_another_adapters_folder_holds_no_state_of_the_trained_one(tmp_path):
+    kind = KINDS["llama"]
+    model, optimizer, _ = kind.trained()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    kind.step(model, optimizer)
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert not list(tmp_path.rglob("scalora.safetensors"))
+
+
+@pytest.mark.parametrize("accumulate", ["adapter", "base"])
+def test_the_adapter_alone_of_a_written_base_is_taken_by_no_model(accumulate):
+    kind = KINDS["llama"]
+    model, _, _ = kind.trained(accumulate="base")
+    alone = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+    by_peft = get_peft_model_state_dict(model)
+    other, _, _ = kind.trained(accumulate=accumulate)
+    expected = kind.output(other)
+    for load in (
+        lambda: other.load_state_dict(alone, strict=False),
+        lambda: set_peft_model_state_dict(other, by_peft),
+        lambda: model.load_state_dict(alone, strict=False),  # of another time, perhaps
+    ):
+        with pytest.raises(ScaloraError, match="the adapter alone of a model whose base weights hold"):
+            load()
+    same(kind.output(other), expected, 0)

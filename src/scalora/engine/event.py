@@ -33,6 +33,7 @@ from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
 from .same_run import refuse_other_run, warn_of_missing_state
 from .stores import AdapterStore, BaseStore, Move, Store
+from .whole import whole
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, weakref.ref[ScaLora]] = weakref.WeakKeyDictionary()  # by LoRA layer
 _KNOWN: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that were attached to before
@@ -201,7 +202,7 @@ class ScaLora:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.superseded:
             raise ScaloraError(
-                "this optimizer's ScaLoRA was superseded by another optimizer's on the same adapters: step that one, "
+                "this optimizer's ScaLoRA was superseded by another optimizer's on the same layers: step that one, "
                 "or detach() both and attach anew"
             )
         if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
@@ -235,12 +236,13 @@ class ScaLora:
             alpha, beta = self._factors(group, stack, finite, record)
             moves.append(Move(group.layers, stack.A, 1 - alpha * beta, stack.B))
             scaled += per_parameter(group, alpha, beta)
-        self.store.receive(moves, valid=finite)
         params, factors, gradient_factors = zip(*scaled, strict=True)
-        torch._foreach_mul_([local_shard(p) for p in params], factors)
-        carry_state(self.optimizer, params, gradient_factors)
+        self.layers[0].module.watched = None  # pyright: ignore[reportAttributeAccessIssue]  # what is written now is ours
+        with whole(self.layers):
+            self.store.receive(moves, valid=finite)
+            torch._foreach_mul_([local_shard(p) for p in params], factors)
+            carry_state(self.optimizer, params, gradient_factors)
         self.history.append(self.step, record, self.store.discarded_share(self.constants[0]))
-        self._watch()
 
     def _watch(self) -> None:
         """From now until the next step nobody else shall write to the matrices; one layer looks for all."""

@@ -12,10 +12,13 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 
 from ..common.errors import ScaloraError
@@ -47,6 +50,14 @@ class JoinedConfig(LoraConfig):
                 raise ScaloraError(problem)
             return plain | {"peft_type": UNREADABLE}
         return plain | self._ranks(layers)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; beside the weights of another model that was given this object, that model's ranks."""
+        model = self._model() if self._model is not None else None
+        if model is not None and _is_of_another(Path(save_directory), model, self._adapter):
+            copy.copy(self).save_pretrained(save_directory, **kwargs)
+            return
+        super().save_pretrained(save_directory, **kwargs)
 
     def _ranks(self, layers: dict[str, LoraLayer]) -> dict[str, Any]:
         held = {name: _held(layer, self._adapter) for name, layer in layers.items()}
@@ -118,6 +129,16 @@ def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             yield plain_name(name), module
+
+
+def _is_of_another(folder: Path, model: nn.Module, adapter: str) -> bool:
+    """Whether the weights that lie there have no accumulated columns, while this model's layers have some."""
+    weights, layers = folder / SAFETENSORS_WEIGHTS_NAME, [layer for _, layer in _layers(model, adapter)]
+    if not weights.is_file() or not any(_held(layer, adapter) for layer in layers):
+        return False
+    with safe_open(weights, "pt") as file:
+        rows = sum(file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key)  # noqa: SIM118
+    return rows == sum(layer.r[adapter] for layer in layers)
 
 
 def _held(layer: LoraLayer, adapter: str) -> int:

@@ -6,7 +6,6 @@ of more columns, and splits such matrices when it loads them. Merging, mixed bat
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from .accumulated import Accumulated
 from .adopt import adopt
 from .sharding import copy_into, gather_full, is_sharded
 from .watched import Watched, watch
-from .written_base import WrittenBase
-
-WHOLE_ADAPTER = ContextVar("WHOLE_ADAPTER", default=False)  # while an adapter is loaded from its own folder
+from .written_base import WrittenBase, loads_whole
 
 
 class StandIn(WrittenBase):
@@ -32,6 +29,7 @@ class StandIn(WrittenBase):
     called = False  # with gradients to come, since the last optimizer step
     first = False  # of the model's layers
     attached = False  # to an optimizer, which writes to the matrices
+    torn = False  # while an event writes, and after one that did not come to its end
     copied = False  # from a layer that may move columns while this one does not
     watched: dict[str, Watched | None] | None = None  # matrices as they were, until they are trained or loaded
 
@@ -62,7 +60,7 @@ class StandIn(WrittenBase):
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
             self.called = True
-        if not (self.attached and torch.is_grad_enabled()) and self.watched is not None:
+        if self.torn or (not (self.attached and torch.is_grad_enabled()) and self.watched is not None):
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
         self._until_trained(result[0] if isinstance(result, tuple) else result)  # attention gives its weights too
@@ -117,12 +115,16 @@ class StandIn(WrittenBase):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated.
 
-        On a written base a column of zeros follows: without these base weights PEFT shall not take it for the whole.
+        On a written base a column more follows, which adds nothing (ones in A, zeros in B): without these base weights
+        nobody, PEFT or we, shall take it for the whole.
         """
+        if self.torn:
+            self.refuse_averages()
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in (f"{prefix}lora_{part}.{adapter}.weight" for adapter in self.lora_A for part in "AB"):
             if self.base_written and not is_sharded(state[key]):
-                state[key] = nn.functional.pad(state[key].detach(), (0, 0, 0, 1) if "lora_A" in key else (0, 1))
+                of_A = "lora_A" in key
+                state[key] = nn.functional.pad(state[key].detach(), (0, 0, 0, 1) if of_A else (0, 1), value=float(of_A))
         for adapter in self.accumulated:
             if (held := self.held(adapter)) is None:
                 continue
@@ -141,6 +143,7 @@ class StandIn(WrittenBase):
             self._split(state_dict, adapter, f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.watched = None if self.watched is None else {}  # what is loaded into a copy is its own
+        self.torn = self.torn and self.base_written and f"{prefix}base_layer.weight" not in state_dict
 
     def _split(self, state_dict: dict[str, Any], adapter: str, key_A: str, key_B: str) -> None:
         """Leave the first r columns to PEFT's two matrices; hold the others, of which there may be none."""
@@ -158,7 +161,7 @@ class StandIn(WrittenBase):
             part
             and A.shape[0] == r
             and (self.held(adapter) is not None or self.base_written)
-            and not WHOLE_ADAPTER.get()
+            and not loads_whole()
             and not is_sharded(mine[0])  # FSDP2 loads what is trained and what is not one after the other
         ):
             raise ScaloraError(
@@ -167,13 +170,19 @@ class StandIn(WrittenBase):
                 "its folder with load_adapter, or delete this one first"
             )
         A, B = (gather_full([t])[0] for t in (A, B))
+        if A.shape[0] == r + 1 and bool((A[r] == 1).all()) and not B[:, r].any():  # it comes from a written base
+            if part and not loads_whole() and not is_sharded(mine[0]):
+                raise ScaloraError(
+                    f"{key_A} is the adapter alone of a model whose base weights hold what accumulate='base' has moved "
+                    "there: load that model's whole state_dict(), or its checkpoint"
+                )
+            self.mark_written()
+            A, B = A[:r], B[:, :r]
         held = dict(self.accumulated.items()).get(adapter)
         if isinstance(held, Accumulated):
             held.put(B[:, r:], A[r:])
         elif A[r:].any() and B[:, r:].any():
             return  # columns that have no place here
-        elif A.shape[0] > r:
-            self.mark_written()  # it comes from such a state dict
         for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):
             if is_sharded(parameter):  # torch would not copy a whole tensor into it
                 copy_into([parameter], [value])
@@ -207,7 +216,12 @@ class StandIn(WrittenBase):
         self.watched = {name: self._now(name) for name in moved}
 
     def refuse_averages(self) -> None:
-        """Refuse to compute with matrices that someone has written to: in a copy, or past the optimizer."""
+        """Refuse to compute with matrices that were written to half-way, in a copy, or past the optimizer."""
+        if self.torn:
+            raise ScaloraError(
+                f"layer {self.layer_name}: an error has stopped an event of ScaLoRA half-way, so that the adapter and "
+                "what was moved out of it do not belong together: load a checkpoint, or model.load_state_dict() a state"
+            )
         if torch.compiler.is_compiling():
             return
         if self.watched == {}:

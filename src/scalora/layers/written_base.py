@@ -18,6 +18,7 @@ from ..common.errors import ScaloraError
 from .lora_forward import LoraForward
 
 _MERGING = ContextVar("_MERGING", default=False)  # while PEFT adds adapters to base weights, or takes them out again
+_WHOLE = ContextVar("_WHOLE", default=False)  # while an adapter is loaded from its own folder
 _WRITTEN = (
     "its base weights hold what accumulate='base' has moved there, so that {} would not give the untouched base: "
     "load the base model anew, or choose accumulate='adapter'"
@@ -111,3 +112,18 @@ def _merging() -> Iterator[None]:
         yield
     finally:
         _MERGING.reset(token)
+
+
+@contextmanager
+def whole_adapter() -> Iterator[None]:
+    """Within, an adapter is loaded from its own folder: whatever belongs to it is there or comes."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def loads_whole() -> bool:
+    """Whether that is so now."""
+    return _WHOLE.get()

@@ -24,6 +24,7 @@ from ...layers.sharding import copy_into, local_shard
 from ..config import RefreshMetric
 from ..groups import Gathered, Group, gather_group, grouped
 from ..stores import Move, Store
+from ..whole import whole
 from .moments import Moments
 from .sketch import Sketch
 
@@ -124,16 +125,18 @@ class Refresh:
         parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
         if not parts:
             return
-        # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
-        self.store.receive([_move(1.0, part.layers, part.now.A, part.now.B) for part in parts], spare=2)
-        self.store.receive([_move(-1.0, part.layers, part.new.A, part.new.B) for part in parts])
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
         before, after = (
             torch.stack([g.double().square().sum() for x in some for g in (x.grad_A, x.grad_B)]).sum()
             for some in ([part.now for part in parts], [part.new for part in parts])
         )
-        for part in parts:
-            self._replace(part, (before / after).sqrt().to(part.now.A.dtype))
+        share = (before / after).sqrt()
+        with whole(self.layers):
+            # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
+            self.store.receive([_move(1.0, part.layers, part.now.A, part.now.B) for part in parts], spare=2)
+            self.store.receive([_move(-1.0, part.layers, part.new.A, part.new.B) for part in parts])
+            for part in parts:
+                self._replace(part, share.to(part.now.A.dtype))
 
     def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
         """The layers of one shape that took part in the last steps, and what they become."""

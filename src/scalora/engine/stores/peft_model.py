@@ -23,7 +23,8 @@ from ...layers.joined_config import JoinedConfig, link_config, plain_name
 from ...layers.lora_config import refuse_former_pair, scale
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
-from ...layers.stand_in import WHOLE_ADAPTER, StandIn, stand_in
+from ...layers.stand_in import StandIn, stand_in
+from ...layers.written_base import whole_adapter
 from .peft_tuners import KnowsItsBase, OneAdapter, Relinked, refuse_written, room_for, stand_ins, wrapped
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # as Trainer names them
@@ -55,7 +56,8 @@ class WholeFolders(PeftModel):
             if (state := kwargs.get("state_dict")) is not None:
                 kwargs["state_dict"] = _whole_state(self, state)
             super().save_pretrained(save_directory, *args, **kwargs)
-        if self.beside is not None and kwargs.get("is_main_process", True):
+        selected = kwargs.get("selected_adapters") or self.active_adapters
+        if self.beside is not None and kwargs.get("is_main_process", True) and {*selected} & {*self.active_adapters}:
             self.beside[0](self, Path(save_directory))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -76,12 +78,13 @@ class WholeFolders(PeftModel):
             refuse_written(self, f"an adapter loaded from {folder}")
         _refuse_other_scale(self, adapter_name, folder)
         former = _copied(self, adapter_name) if adapter_name in self.peft_config else {}
-        token = WHOLE_ADAPTER.set(True)
         try:
-            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+            with whole_adapter():
+                result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except RuntimeError as error:  # torch has put in what fits
             if former:
-                set_peft_model_state_dict(self, former, adapter_name)
+                with whole_adapter():
+                    set_peft_model_state_dict(self, former, adapter_name)
             layers = stand_ins(self)
             if (folder / STATE_FILE).is_file() and layers and not any(len(layer.accumulated) for layer in layers):
                 raise ScaloraError(
@@ -90,8 +93,6 @@ class WholeFolders(PeftModel):
                     "that scalora.load(folder).merge_and_unload() gives"
                 ) from error
             raise
-        finally:
-            WHOLE_ADAPTER.reset(token)
         others = {name: path for name, path in self.loaded_from.items() if name != adapter_name}
         self.loaded_from = {**others, adapter_name: folder} if folder.is_dir() else others
         if self.beside is not None and folder.is_dir():

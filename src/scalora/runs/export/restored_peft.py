@@ -20,6 +20,7 @@ from ...engine.plain_lora import joined_factors
 from ...layers.fingerprint import base_fingerprint
 from ...layers.peft_lora import AdapterLayer, changes_base, find_layers, is_dense
 from ...layers.stand_in import StandIn
+from ...layers.written_base import whole_adapter
 from ...methods.peft_any import merged_update
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
 from .artefact import Artefact, read_factors, read_tensors
@@ -144,7 +145,8 @@ class _Lora(_Peft):
         fields: dict[str, Any] = artefact.config | {"inference_mode": False}
         adapted = PeftModel(model, LoraConfig(**fields))
         prepare(adapted, ScaLoraConfig(accumulate="base"))  # these layers know the column that PEFT does not
-        set_peft_model_state_dict(adapted, dict(self.saved))
+        with whole_adapter():
+            set_peft_model_state_dict(adapted, dict(self.saved))
         return adapted
 
     @torch.no_grad()
