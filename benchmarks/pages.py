@@ -14,7 +14,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from scalora.arena.plan import parse_contender
+from scalora.arena.contender import parse_contender
 from scalora.arena.results import ComparisonRecord, read_comparison, read_results
 from scalora.arena.statistics import over_rates
 from scalora.arena.table import ComparisonTable, TextTable, comparison_table
