@@ -17,6 +17,8 @@ from scalora.cli import app
         (["--methods", "scalora-i:interval=2:interval=3"], "interval is there twice"),
         (["--methods", "lora,lora"], "--methods"),
         (["--methods", "scalora-i:interval=2/2"], "interval has a value twice"),
+        (["--methods", "scalora-i:interval='2'"], "plain number or word"),
+        (["--methods", "scalora-i:interval=[2]"], "plain number or word"),
         (["--methods", "scalora-i:interval=2/"], "method:option=value"),
         (["--methods", "scalora-i:interval=2/never"], "interval"),
         (["--methods", "lora:alpha=0"], "alpha is 0"),

@@ -21,7 +21,7 @@ class Contender(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        options = (f"{name}={'/'.join(map(str, _several(value)))}" for name, value in self.options)
+        options = (f"{name}={'/'.join(map(_written, _several(value)))}" for name, value in self.options)
         return f"{':'.join((self.method, *options))}@{self.rank}"
 
     def settings(self) -> list[Contender]:
@@ -61,8 +61,14 @@ def parse_contender(text: str, rank: int) -> Contender:
         values = [read_value(each) for each in value.split("/")]
         if any(each in values[:place] for place, each in enumerate(values)):
             raise ScaloraError(f"--methods {text!r}: {key} has a value twice: give different ones")
+        if any(isinstance(each, list | dict) or read_value(_written(each)) != each for each in values):
+            raise ScaloraError(f"--methods {text!r}: the value of {key} must be a plain number or word")
         pairs.append((key, tuple(values) if len(values) > 1 else values[0]))
     return Contender(name, int(own) if own else rank, tuple(pairs))
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value)  # as it is read
 
 
 def _several(value: Any) -> tuple[Any, ...]:
