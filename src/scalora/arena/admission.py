@@ -121,12 +121,12 @@ def _curve(comparison: Comparison, results: Results, points: Mapping[int, Mappin
         holds = True if whole.value > 0 and all(step.value >= 0 for step in found.values()) else None
         told = "no step is worse" if holds else "one tuning seed cannot tell that from noise (--tuning-seeds 3)"
         return Clause(holds, f"{text}, and {told}")
-    text = f"{text}, {_errors(whole)} (more than {CURVE_ERRORS:g} are needed)"
+    text = f"{text}, {_errors(whole)} ({CURVE_ERRORS:g} are needed)"
     for (low, high), step in found.items():
         if step.value < -CURVE_ERRORS * step.error:
             return Clause(False, f"{text}, but from {low} to {high} it is {_amount(step)}, {_errors(step)}")
     rises = whole.value > CURVE_ERRORS * whole.error
-    return Clause(rises, f"{text}, and no step is worse by more than {CURVE_ERRORS:g}")
+    return Clause(rises, f"{text}, and no step is worse by as many")
 
 
 def _missing_gap(comparison: Comparison) -> Clause:
