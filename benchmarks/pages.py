@@ -14,7 +14,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from scalora.arena.plan import parse_contender
+from scalora.arena.contender import parse_contender
 from scalora.arena.results import ComparisonRecord, read_comparison, read_results
 from scalora.arena.statistics import over_rates
 from scalora.arena.table import ComparisonTable, TextTable, comparison_table
@@ -84,7 +84,7 @@ def comparison(folder: str) -> str:
     counts = Counter(row.difference.verdict for row in table.rows if row.difference)
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("better", "worse", "within noise"))
     better = "higher" if table.higher_is_better else "lower"
-    text = table.text("contender", "lr", "quality", "seeds", "difference", "verdict", "time", rates=True)
+    text = table.text("contender", "setting", "lr", "quality", "seeds", "difference", "verdict", "time", rates=True)
     verdict = f"Against `{table.baseline}`: {said}. The score is {_metric(table)}; {better} is better."
     return f"{command(folder)}\n\n{verdict}\n\n{_untitled(text)}"
 

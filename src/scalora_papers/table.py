@@ -15,7 +15,7 @@ from scalora.arena.settle import settle_precision
 from scalora.arena.statistics import (
     Difference,
     Results,
-    chosen_rates,
+    chosen_settings,
     final_runs,
     paired_difference,
     primary,
@@ -47,7 +47,7 @@ class Measured:
 
     def finals(self, contender: Contender) -> dict[int, Mapping[str, Any]]:
         """The results of its final runs, by seed."""
-        return final_runs(self.results, contender, chosen_rates(self.results, self.comparison).get(contender))
+        return final_runs(self.results, chosen_settings(self.results, self.comparison).get(contender))
 
     def costs(self, contender: Contender, key: str) -> list[float]:
         """Relative to LoRA's, seed by seed: runs of one seed train on the same batches, one soon after the other."""
@@ -158,7 +158,7 @@ def summary(measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {
         problem: {
             "metric": primary(each.results)[0],
-            "chosen": {str(c): lr for c, lr in chosen_rates(each.results, each.comparison).items()},
+            "chosen": {str(setting): lr for setting, lr in chosen_settings(each.results, each.comparison).values()},
             "final": {str(c): each.values(c) for c in each.comparison.contenders},
         }
         for problem, each in measured.items()

@@ -13,7 +13,8 @@ import pytest
 from helpers import comparisons, workspace
 from scalora import ScaloraError
 from scalora.arena import run, trial
-from scalora.arena.plan import Comparison, Contender, Trial, parse_contender
+from scalora.arena.contender import Contender, parse_contender
+from scalora.arena.plan import Chosen, Comparison, Trial
 from scalora.arena.queue import TrialQueue
 from scalora.arena.report import write_report
 from scalora.runs.recipe import load_recipe
@@ -36,7 +37,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     record = run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == len(set(calls)) == 3 * 2 + 3 * 2
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
-    assert record.chosen == dict.fromkeys(comparison.contenders, 1e-2)
+    assert record.chosen == {c: Chosen(c, 1e-2) for c in comparison.contenders}
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
@@ -69,7 +70,7 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     run.run_comparison(comparison, tmp_path / "out", command="x", log=lines.append)
     assert len(calls) == count
     record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, log=lines.append)
-    assert record.chosen[broke] == 1e-2
+    assert record.chosen[broke] == Chosen(broke, 1e-2)
 
 
 def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, monkeypatch, pageless):
@@ -250,7 +251,7 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
     assert [(t.stage, t.contender, t.lr) for t in calls] == [
         ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
     ]
-    assert record.chosen == {lora: 1e-3, scalora: 2e-3}
+    assert record.chosen == {lora: Chosen(lora, 1e-3), scalora: Chosen(scalora, 2e-3)}
 
 
 def test_results_say_what_they_were_measured_with(comparison, tmp_path, monkeypatch, pageless):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from helpers import comparisons
 from scalora import ScaloraError
 from scalora.arena import run
-from scalora.arena.plan import Contender, Trial
+from scalora.arena.contender import Contender
+from scalora.arena.plan import Trial
 from scalora.arena.queue import TrialQueue
 from scalora.arena.results import (
     ComparisonRecord,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scalora.arena.plan import Contender, Trial
+from scalora.arena.contender import Contender
+from scalora.arena.plan import Chosen, Trial
 from scalora.arena.statistics import (
-    choose_rate,
-    curve_verdict,
+    choose_setting,
     final_runs,
     over_rates,
     paired_difference,
@@ -30,19 +30,20 @@ def test_the_rate_is_chosen_on_validation_only_and_ties_go_to_the_lower_nll():
         Trial("tune", LORA, 3e-2, 0): {"error": "diverged"},
         Trial("final", LORA, 1e-3, 0): _result(accuracy=0.99, nll=0.1),
     }
-    assert choose_rate(results, LORA) == 1e-2
-    assert choose_rate(results, OTHER) is None
+    assert choose_setting(results, [LORA]) == Chosen(LORA, 1e-2)
+    assert choose_setting(results, [OTHER]) is None
     results[Trial("tune", LORA, 1e-3, 0)]["after"]["nll"] = 0.3
-    assert choose_rate(results, LORA, "nll") == 1e-3
+    assert choose_setting(results, [LORA], "nll") == Chosen(LORA, 1e-3)
     assert over_rates(results, LORA, "accuracy") == {1e-3: [0.7], 3e-3: [0.8], 1e-2: [0.8]}
-    assert final_runs(results, LORA, 1e-3)[0]["after"]["accuracy"] == 0.99
-    assert final_runs(results, LORA, 1e-2) == {}
+    assert final_runs(results, Chosen(LORA, 1e-3))[0]["after"]["accuracy"] == 0.99
+    assert final_runs(results, Chosen(LORA, 1e-2)) == {}
 
 
 def test_paired_differences_are_those_of_a_paired_t_test():
     ours, base = np.array([0.8, 0.82, 0.79, 0.85]), np.array([0.78, 0.81, 0.8, 0.8])
     found = paired_difference(dict(enumerate(ours)), {**dict(enumerate(base)), 9: 0.1}, higher_is_better=True)
     expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
+    assert found.error == pytest.approx(stats.sem(ours - base))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.value == pytest.approx((ours - base).mean())
     assert (found.wins, found.n, found.verdict) == (3, 4, "within noise")
@@ -68,17 +69,6 @@ def test_no_common_seed_and_no_values():
         summarize([])
     assert math.isnan(summarize([1.0]).error)
     assert summarize([1.0, 3.0]).error == pytest.approx(1.0)
-
-
-def test_the_rank_curve_is_judged_in_words():
-    curve = [Contender("lora", 1), Contender("lora", 32)]
-    flat = {Trial("tune", c, 1e-3, s): _result(accuracy=0.7 + 0.01 * s, nll=1.0) for c in curve for s in range(3)}
-    assert "flat" in curve_verdict(flat, curve)
-    steep = {t: _result(accuracy=r["after"]["accuracy"] + 0.01 * t.contender.rank, nll=1.0) for t, r in flat.items()}
-    assert "Rank matters" in curve_verdict(steep, curve)
-    single = {t: r for t, r in flat.items() if t.seed == 0}
-    assert "one tuning seed" in curve_verdict(single, curve)
-    assert "not measured" in curve_verdict({}, curve)
 
 
 def _on(processor, seconds):

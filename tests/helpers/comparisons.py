@@ -1,7 +1,8 @@
 """A small comparison, and results of its trials without their training."""
 
 from helpers import workspace
-from scalora.arena.plan import Comparison, parse_contender
+from scalora.arena.contender import parse_contender
+from scalora.arena.plan import Chosen, Comparison
 from scalora.runs.recipe import load_recipe
 
 ENVIRONMENT = {"processor": "fast", "threads": 1, "gpu": None, "versions": {"torch": "2"}}
@@ -31,5 +32,5 @@ def fake_result(comparison, trial, *, calls=None, broken=None):
 
 def run_all(comparison, calls=None):
     """The results of all trials, with 1e-2 chosen, as tuning would choose."""
-    trials = comparison.tuning() + comparison.final(dict.fromkeys(comparison.contenders, 1e-2))
+    trials = comparison.tuning() + comparison.final({c: Chosen(c, 1e-2) for c in comparison.contenders})
     return {trial: fake_result(comparison, trial, calls=calls) for trial in trials}

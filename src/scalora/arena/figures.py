@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,8 +12,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plan import Contender
-from .statistics import Results, choose_rate, final_runs, over_rates, relative_cost, summarize
+from .contender import Contender
+from .plan import Chosen
+from .statistics import Mean, Results, final_runs, over_rates, relative_cost, summarize
 
 _COLOURS = mpl.color_sequences["tab20"][::2] + mpl.color_sequences["tab20"][1::2]  # strong hues first
 _SIZE = (9.6, 5.4)
@@ -21,42 +22,35 @@ _BANDS = 8  # contenders up to which bands can be told apart
 _SMOOTH = 0.15  # weight of a new loss in the running mean that is drawn
 
 
-def sensitivity(results: Results, contenders: Sequence[Contender], metric: str) -> str:
-    """Validation metric over learning rate, a line per contender, with the spread over tuning seeds."""
+def sensitivity(results: Results, chosen: dict[Contender, Chosen], metric: str) -> str:
+    """Validation metric over learning rate at the chosen setting, a line per contender, spread over tuning seeds."""
 
     def draw(axis: Axes) -> None:
-        for contender, colour in _coloured(contenders):
-            found = over_rates(results, contender, metric)
-            if found:
-                middle = [mean(values) for values in found.values()]
-                axis.plot(list(found), middle, marker="o", color=colour, label=str(contender))
-                axis.fill_between(list(found), *_spread(list(found.values())), color=colour, alpha=0.12, linewidth=0)
+        for contender, colour in _coloured(list(chosen)):
+            found = over_rates(results, chosen[contender].contender, metric)
+            middle = [mean(values) for values in found.values()]
+            axis.plot(list(found), middle, marker="o", color=colour, label=str(contender))
+            axis.fill_between(list(found), *_spread(list(found.values())), color=colour, alpha=0.12, linewidth=0)
         axis.set(xscale="log", xlabel="learning rate (of the common grid)", ylabel=f"validation {metric}")
 
     return _svg(draw)
 
 
-def rank_curve(results: Results, curve: Sequence[Contender], metric: str) -> str:
+def rank_curve(points: Mapping[int, Mean], metric: str) -> str:
     """LoRA's best validation metric over its rank."""
 
     def draw(axis: Axes) -> None:
-        points = []
-        for contender in sorted(curve, key=lambda c: c.rank):
-            lr = choose_rate(results, contender)
-            if lr is not None:
-                points.append((contender.rank, summarize(over_rates(results, contender, metric)[lr])))
-        axis.errorbar(
-            [rank for rank, _ in points], [m.value for _, m in points], yerr=[m.error for _, m in points],
-            marker="o", capsize=3, color=_COLOURS[0], label="LoRA",
-        )  # fmt: skip
-        axis.set(xscale="log", xlabel="rank of LoRA", ylabel=f"validation {metric} at its best rate")
-        axis.set_xticks([rank for rank, _ in points], [str(rank) for rank, _ in points], minor=False)
+        values = [point.value for point in points.values()]
+        spread = {"yerr": [point.error for point in points.values()], "capsize": 3}
+        axis.errorbar(list(points), values, marker="o", color=_COLOURS[0], label="LoRA", **spread)
+        axis.set(xscale="log", xlabel="rank of LoRA", ylabel=f"validation {metric} at its best setting")
+        axis.set_xticks(list(points), list(map(str, points)), minor=False)
         axis.minorticks_off()
 
     return _svg(draw)
 
 
-def learning_curves(results: Results, chosen: dict[Contender, float]) -> str:
+def learning_curves(results: Results, chosen: dict[Contender, Chosen]) -> str:
     """Running mean of the training loss over steps at the chosen rates, with bands over seeds."""
     return _svg(lambda axis: _over_steps(axis, results, chosen, _smoothed, "training loss (running mean)"))
 
@@ -69,7 +63,7 @@ def _smoothed(result: Any) -> list[list[float]]:
     return smooth
 
 
-def ranks(results: Results, chosen: dict[Contender, float]) -> str:
+def ranks(results: Results, chosen: dict[Contender, Chosen]) -> str:
     """Mean rank of the accumulated update over steps at the chosen rates."""
 
     def series(result: Any) -> list[list[float]]:
@@ -82,13 +76,13 @@ def ranks(results: Results, chosen: dict[Contender, float]) -> str:
     return _svg(draw)
 
 
-def quality_over_cost(results: Results, chosen: dict[Contender, float], base: Contender, metric: str) -> str:
+def quality_over_cost(results: Results, chosen: dict[Contender, Chosen], base: Contender, metric: str) -> str:
     """Test metric over seconds per step relative to `base`, of those that ran on the same hardware."""
 
     def draw(axis: Axes) -> None:
-        reference = final_runs(results, base, chosen.get(base)).values()
+        reference = final_runs(results, chosen.get(base)).values()
         for contender, colour in _coloured(list(chosen)):
-            runs = final_runs(results, contender, chosen[contender]).values()
+            runs = final_runs(results, chosen[contender]).values()
             cost = relative_cost(runs, reference, "seconds_per_step")
             if cost is not None:
                 quality = summarize([run["after"][metric] for run in runs])
@@ -100,13 +94,12 @@ def quality_over_cost(results: Results, chosen: dict[Contender, float], base: Co
 
 
 def _over_steps(
-    axis: Axes, results: Results, chosen: dict[Contender, float], series: Callable[[Any], Any], label: str
+    axis: Axes, results: Results, chosen: dict[Contender, Chosen], series: Callable[[Any], Any], label: str
 ) -> None:
     for contender, colour in _coloured(list(chosen)):
         by_step: dict[float, list[float]] = defaultdict(list)
-        for trial, result in results.items():
-            ours = trial.stage == "final" and trial.contender == contender and trial.lr == chosen[contender]
-            for step, value in series(result) if ours and "error" not in result else ():
+        for result in final_runs(results, chosen[contender]).values():
+            for step, value in series(result):
                 by_step[step].append(value)
         if by_step:
             steps = sorted(by_step)

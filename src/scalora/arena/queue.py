@@ -18,7 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError  # of optuna's storage
 from ..common.disk_layout import QUEUE, RESULTS
 from ..common.errors import ScaloraError
 from ..runs.recipe import Recipe, parse_recipe, with_precision
-from .plan import Comparison, Trial, parse_contender, shared_parts
+from .contender import parse_contender
+from .plan import Comparison, Trial, shared_parts
 from .results import read_comparison
 from .statistics import Results
 

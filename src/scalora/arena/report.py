@@ -8,10 +8,11 @@ from statistics import mean
 
 from ..common.files import write_text
 from . import figures
-from .plan import Comparison, Contender
+from .contender import Contender
+from .plan import Chosen, Comparison
 from .results import ComparisonRecord
-from .statistics import Results, curve_verdict, over_rates
-from .table import EVERY_FIELD, TextTable, comparison_table
+from .statistics import Results, choose_setting, in_order, over_rates
+from .table import EVERY_FIELD, TextTable, comparison_table, setting_text
 
 
 def write_report(record: ComparisonRecord, path: Path) -> None:
@@ -19,21 +20,25 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
     comparison, results, chosen = record.comparison, record.results, record.chosen
     table = comparison_table(comparison, results)
     metric = table.metric
-    failures = [(trial, r["error"]) for trial, r in sorted(results.items()) if "error" in r]
+    failures = [(trial, r["error"]) for trial, r in in_order(results) if "error" in r]
     title = f"{comparison.recipe.model} on {comparison.recipe.task.data.train}"
     parts = [
         f"<h1>{escape(title)}: {len(comparison.contenders)} methods compared</h1>",
         f"<p>{_progress(comparison, results, chosen)}</p><pre>{escape(record.command)}</pre>",
     ]
-    if comparison.curve:
-        parts.append(f"<h2>Does rank matter here?</h2><p>{escape(curve_verdict(results, comparison.curve))}</p>")
-        parts.append(figures.rank_curve(results, comparison.curve, metric))
+    ground = record.admission
+    parts.append(f"<h2>Does rank matter here?</h2><p>{escape(ground.sentence)}</p>")
+    if ground.points:
+        parts.append(figures.rank_curve(ground.points, metric))
     parts.append(f"<h2>Result</h2>{table.text(*EVERY_FIELD).html()}")
     parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in table.in_words())}</ul>")
     if comparison.fixed is None:
         parts.append(f"<h2>Validation {escape(metric)} over the learning rate</h2>")
-        parts.append(figures.sensitivity(results, comparison.contenders, metric))
-        parts.append(_over_rates(comparison, results, metric).html())
+        parts.append(figures.sensitivity(results, chosen, metric))
+        parts.append(_over_rates(comparison, results, chosen, metric).html())
+        if any(len(comparison.settings[c]) > 1 for c in comparison.contenders):
+            parts.append(f"<h2>Validation {escape(metric)} over the settings</h2>")
+            parts.append(_over_settings(comparison, results, metric).html())
     pictures = [("Learning curves", figures.learning_curves(results, chosen))]
     if comparison.ranks:
         pictures.append(("Rank of the accumulated update", figures.ranks(results, chosen)))
@@ -53,20 +58,35 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
     write_text(path, _PAGE.format(title=escape(title), body="\n".join(parts)))
 
 
-def _over_rates(comparison: Comparison, results: Results, metric: str) -> TextTable:
+def _over_rates(comparison: Comparison, results: Results, chosen: dict[Contender, Chosen], metric: str) -> TextTable:
     """Mean validation metric at each rate, also of contenders without a final run; empty where all trials failed."""
     rates, rows = sorted(comparison.rates), []
     for contender in comparison.contenders:
-        found = over_rates(results, contender, metric)
+        found = over_rates(results, chosen[contender].contender, metric) if contender in chosen else {}
         rows.append([str(contender), *(f"{mean(found[rate]):.4f}" if rate in found else "" for rate in rates)])
     return TextTable("", ["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, float]) -> str:
+def _over_settings(comparison: Comparison, results: Results, metric: str) -> TextTable:
+    """The best rate of every setting that was tried, and its mean validation metric."""
+    rows = []
+    for contender in comparison.contenders:
+        for setting in comparison.settings[contender]:
+            best = choose_setting(results, [setting], comparison.chosen_by)
+            if best is None:
+                continue
+            value = mean(over_rates(results, setting, metric)[best.lr])
+            tried = setting_text(comparison.varied(contender, best))
+            rows.append([str(contender), tried, f"{best.lr:g}", f"{value:.4f}"])
+    return TextTable("", ["method", "setting", "its best lr", metric], rows)
+
+
+def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, Chosen]) -> str:
     planned = [*comparison.tuning(), *comparison.final(chosen)]
     done = sum(trial in results for trial in planned)
     by = f", by its {comparison.chosen_by}" if comparison.chosen_by else ""
-    rates = f"Every method's rate was chosen on validation data{by}, on one grid."
+    alphas = f", each at alpha {', '.join(f'{a:g}' for a in comparison.alphas)}" if comparison.alphas else ""
+    rates = f"Every method's rate was chosen on validation data{by}, on one grid{alphas}."
     return f"{done} of {len(planned)} trials done. {rates if comparison.fixed is None else 'The rates were given.'}"
 
 

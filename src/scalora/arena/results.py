@@ -12,8 +12,10 @@ from ..common.disk_layout import RESULTS
 from ..common.errors import ScaloraError
 from ..common.files import write_json
 from ..runs.recipe import parse_recipe, with_precision
-from .plan import CURVE_RANKS, Comparison, Contender, Trial, parse_contender
-from .statistics import Results, chosen_rates
+from .admission import Admission, admission
+from .contender import Contender, parse_contender
+from .plan import CURVE_RANKS, Chosen, Comparison, Trial
+from .statistics import Results, chosen_settings, in_order
 
 _FORMAT = 2  # the first had no number, an environment in every trial, and did not say who competed
 _CURVES = ("losses", "ranks")  # kept of final runs only: no page shows those of tuning
@@ -30,8 +32,12 @@ class ComparisonRecord:
     environment: Mapping[str, Any]
 
     @property
-    def chosen(self) -> dict[Contender, float]:
-        return chosen_rates(self.results, self.comparison)
+    def chosen(self) -> dict[Contender, Chosen]:
+        return chosen_settings(self.results, self.comparison)
+
+    @property
+    def admission(self) -> Admission:
+        return admission(self.comparison, self.results)
 
 
 def write_comparison(record: ComparisonRecord, folder: Path) -> None:
@@ -67,9 +73,9 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def encode_comparison(record: ComparisonRecord) -> dict[str, Any]:
-    """A comparison as JSON; the rates that were chosen are there for the eye, the trials say them too."""
+    """A comparison as JSON; what was chosen is there for the eye, the trials say it too."""
     comparison, environments = record.comparison, []
-    trials = [_encode_trial(trial, result, environments) for trial, result in sorted(record.results.items())]
+    trials = [_encode_trial(trial, result, environments) for trial, result in in_order(record.results)]
     return {
         "format": _FORMAT,
         "command": record.command,
@@ -78,13 +84,14 @@ def encode_comparison(record: ComparisonRecord) -> dict[str, Any]:
         "recipe": comparison.recipe.model_dump(mode="json"),
         "contenders": [str(contender) for contender in comparison.contenders],
         "rates": list(comparison.rates),
+        **({"alphas": list(comparison.alphas)} if comparison.alphas else {}),  # earlier comparisons had no such grid
         "seeds": list(comparison.seeds),
         "tuning_seeds": list(comparison.tuning_seeds),
         "curve": [str(contender) for contender in comparison.curve],
         "fixed": None if comparison.fixed is None else {str(c): lr for c, lr in comparison.fixed.items()},
         "chosen_by": comparison.chosen_by,
         "ranks": comparison.ranks,
-        "chosen": {str(contender): lr for contender, lr in record.chosen.items()},
+        "chosen": {str(setting): lr for setting, lr in record.chosen.values()},
         "environments": environments,
         "trials": trials,
     }
@@ -113,6 +120,7 @@ def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecor
             None if fixed is None else {_contender(name): lr for name, lr in fixed.items()},
             said.get("chosen_by"),
             said["ranks"],
+            tuple(said.get("alphas", ())),
         )
         results = dict(_decode_trial(line, said.get("environments", ())) for line in said["trials"])
         return ComparisonRecord(comparison, results, said["command"], said["git_revision"], said["environment"])

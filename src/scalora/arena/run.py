@@ -1,4 +1,4 @@
-"""A worker's road through a comparison: tune, choose, run the final seeds, write the report as results come."""
+"""A worker's road through a comparison: tune, choose_setting, run the final seeds, write the report as results come."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plan import Comparison, Trial
 from .queue import HEARTBEAT, TrialQueue
 from .report import write_report
 from .results import ComparisonRecord, write_comparison
-from .statistics import Results, chosen_rates
+from .statistics import Results, chosen_settings, in_order
 from .trial import check_recipe, run_trial
 
 Log = Callable[[str], None]
@@ -56,7 +56,7 @@ def run_comparison(
 
 def _log_failures(results: Results, folder: Path, log: Log) -> None:
     """Say how many trials failed; raises ScaloraError where none came through."""
-    failed = [result["error"] for _, result in sorted(results.items()) if "error" in result]
+    failed = [result["error"] for _, result in in_order(results) if "error" in result]
     if len(failed) == len(results):
         raise ScaloraError(
             f"every trial failed, the first with: {failed[0]}; mend it and add --retry to the same command (all: "
@@ -128,10 +128,10 @@ def _succeeded(results: Results, trial: Trial) -> bool:
 
 
 def _final(comparison: Comparison, results: Results) -> list[Trial]:
-    """The final trials of the contenders whose rate is settled."""
-    unsettled = {trial.contender for trial in comparison.tuning() if trial not in results}
-    rates = chosen_rates(results, comparison)
-    return comparison.final({contender: lr for contender, lr in rates.items() if contender not in unsettled})
+    """The final trials of the contenders whose tuning is done."""
+    waiting = {trial.contender for trial in comparison.tuning() if trial not in results}
+    found = chosen_settings(results, comparison).items()
+    return comparison.final({c: choice for c, choice in found if waiting.isdisjoint(comparison.settings[c])})
 
 
 def _figures(result: dict[str, Any]) -> str:

@@ -1,17 +1,18 @@
-"""From trials to statements: chosen rates, means and intervals, and whether a difference is more than noise."""
+"""From trials to statements: what is chosen, means and intervals, and whether a difference is more than noise."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from statistics import mean, median, stdev
 from typing import Any, Literal
 
 from scipy import stats
 
-from .plan import Comparison, Contender, Trial
+from .contender import Contender
+from .plan import Chosen, Comparison, Trial
 
 Results = Mapping[Trial, Mapping[str, Any]]
 
@@ -30,6 +31,7 @@ class Difference:
     """Paired difference to a baseline over common seeds, as improvement: positive is better."""
 
     value: float
+    error: float  # standard error; NaN for a single seed
     low: float  # 95 % interval, Student's t; infinite for a single seed
     high: float
     wins: int
@@ -53,42 +55,53 @@ def primary(results: Results) -> tuple[str, bool]:
     return (first["primary"], first["higher_is_better"]) if first else ("nll", False)
 
 
-def over_rates(results: Results, contender: Contender, metric: str) -> dict[float, list[float]]:
+def in_order(results: Results) -> list[tuple[Trial, Mapping[str, Any]]]:
+    """Trials and results, sorted by the trial."""
+    return sorted(results.items(), key=lambda item: item[0].order())
+
+
+def tuned(results: Results, settings: Sequence[Contender], metric: str) -> dict[Chosen, dict[int, float]]:
+    """Validation metric of what tuning tried of some settings, by seed; rates ascend, failed trials are missing."""
+    found: dict[Chosen, dict[int, float]] = defaultdict(dict)
+    ours = {t: r for t, r in results.items() if t.stage == "tune" and t.contender in settings}
+    for trial, result in sorted(ours.items(), key=lambda item: (settings.index(item[0].contender), *item[0][2:])):
+        if metric in result.get("after", ()):
+            found[Chosen(trial.contender, trial.lr)][trial.seed] = result["after"][metric]
+    return dict(found)
+
+
+def over_rates(results: Results, setting: Contender, metric: str) -> dict[float, list[float]]:
     """Validation metric over learning rate, one value per tuning seed; failed trials are missing."""
-    found: dict[float, list[float]] = defaultdict(list)
-    for trial, result in results.items():
-        mine = trial.stage == "tune" and trial.contender == contender
-        if mine and metric in result.get("after", ()):
-            found[trial.lr].append(result["after"][metric])
-    return dict(sorted(found.items()))
+    return {choice.lr: list(of.values()) for choice, of in tuned(results, [setting], metric).items()}
 
 
-def choose_rate(results: Results, contender: Contender, by: Literal["nll"] | None = None) -> float | None:
-    """The rate with the best mean validation metric, of equals the one with the lower nll; None where all failed.
+def choose_setting(results: Results, settings: Sequence[Contender], by: Literal["nll"] | None = None) -> Chosen | None:
+    """The setting and rate with the best mean validation metric, of equals with the lower nll; None where all failed.
 
     The metric is the one that decides the comparison, unless ``by`` says that the likelihood chooses.
     """
     metric, higher = (by, False) if by else primary(results)
     sign = 1 if higher else -1
-    quality = {lr: sign * mean(values) for lr, values in over_rates(results, contender, metric).items()}
-    nll = {lr: mean(values) for lr, values in over_rates(results, contender, "nll").items()}
-    return max(quality, key=lambda lr: (quality[lr], -nll.get(lr, 0.0)), default=None)
+    quality = {choice: sign * mean(of.values()) for choice, of in tuned(results, settings, metric).items()}
+    nll = {choice: mean(of.values()) for choice, of in tuned(results, settings, "nll").items()}
+    return max(quality, key=lambda choice: (quality[choice], -nll.get(choice, 0.0)), default=None)
 
 
-def chosen_rates(results: Results, comparison: Comparison) -> dict[Contender, float]:
-    """The rate of every contender's final runs: the fixed one, else the best tuned; without those that failed."""
+def chosen_settings(results: Results, comparison: Comparison) -> dict[Contender, Chosen]:
+    """What every contender's final runs take: the fixed rate, else the best tuned; without those that failed."""
     if comparison.fixed is not None:
-        return dict(comparison.fixed)
-    rates = {contender: choose_rate(results, contender, comparison.chosen_by) for contender in comparison.contenders}
-    return {contender: rate for contender, rate in rates.items() if rate is not None}
+        fixed = comparison.fixed
+        return {c: Chosen(comparison.settings[c][0], fixed[c]) for c in comparison.contenders if c in fixed}
+    found = {c: choose_setting(results, comparison.settings[c], comparison.chosen_by) for c in comparison.contenders}
+    return {contender: choice for contender, choice in found.items() if choice is not None}
 
 
-def final_runs(results: Results, contender: Contender, lr: float | None) -> dict[int, Mapping[str, Any]]:
-    """What the runs at the chosen rate left, by seed."""
+def final_runs(results: Results, choice: Chosen | None) -> dict[int, Mapping[str, Any]]:
+    """What the final runs at a choice left, by seed."""
     return {
         trial.seed: result
         for trial, result in sorted(results.items(), key=lambda item: item[0].seed)
-        if trial.stage == "final" and trial.contender == contender and trial.lr == lr and "error" not in result
+        if trial.stage == "final" and (trial.contender, trial.lr) == choice and "error" not in result
     }
 
 
@@ -128,27 +141,6 @@ def paired_difference(
         return None
     half = float("inf")
     if len(gains) > 1:
-        half = float(stats.t.ppf(0.975, len(gains) - 1)) * stdev(gains) / sqrt(len(gains))
-    return Difference(mean(gains), mean(gains) - half, mean(gains) + half, sum(gain > 0 for gain in gains), len(gains))
-
-
-def curve_verdict(results: Results, curve: Sequence[Contender]) -> str:
-    """Whether LoRA's best validation metric depends on its rank, in words."""
-    metric, higher = primary(results)
-    best: dict[int, Mean] = {}
-    for contender in curve:
-        lr = choose_rate(results, contender)
-        if lr is not None:
-            best[contender.rank] = summarize(over_rates(results, contender, metric)[lr])
-    if len(best) < 2:
-        return "LoRA's curve over rank was not measured."
-    low, high = best[min(best)], best[max(best)]
-    gain = (high.value - low.value) * (1 if higher else -1)
-    noise = sqrt(low.error**2 + high.error**2)
-    ranks = f"from rank {min(best)} to {max(best)} LoRA's best validation {metric} changes by {gain:+.4f}"
-    if not isfinite(noise):
-        return f"{ranks}; with one tuning seed that cannot be told from noise."
-    if gain <= 2 * noise:
-        flat = "so this task cannot separate these methods by rank"
-        return f"The curve is flat: {ranks} (two standard errors: {2 * noise:.4f}), {flat}."
-    return f"Rank matters here: {ranks} (two standard errors: {2 * noise:.4f})."
+        half = float(stats.t.ppf(0.975, len(gains) - 1)) * summarize(gains).error
+    value, error = mean(gains), summarize(gains).error
+    return Difference(value, error, value - half, value + half, sum(gain > 0 for gain in gains), len(gains))

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from html import escape
 from math import isfinite
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .plan import Comparison, Contender
+from .contender import Contender
+from .plan import Comparison
 from .statistics import (
     Difference,
     Mean,
     Results,
-    chosen_rates,
+    chosen_settings,
     final_runs,
     over_rates,
     paired_difference,
@@ -59,9 +60,10 @@ class TextTable:
 
 @dataclass(frozen=True)
 class ContenderRow:
-    """What a contender reached at its chosen rate, and what it took."""
+    """What a contender reached at what was chosen for it, and what it took."""
 
     contender: Contender
+    setting: Mapping[str, Any]  # option → its chosen value, of those for which several were tried
     lr: float
     quality: Mean  # of the test metric, over seeds
     difference: Difference | None  # to the baseline; None for itself and where they share no seed
@@ -69,12 +71,13 @@ class ContenderRow:
     time: float | None  # seconds per step relative to the baseline's; None where they never met on one machine
     memory: float | None  # peak bytes, likewise
     disk: float  # bytes of the saved adapter
-    validation: Mapping[float, float]  # learning rate → mean validation metric; failed trials are missing
+    validation: Mapping[float, float]  # learning rate → mean validation metric there; failed trials are missing
 
 
 # Field → its column's title, and its text. {baseline} is who the others are held against.
 _FIELDS: dict[str, tuple[str, Callable[[ContenderRow], str]]] = {
     "contender": ("method", lambda row: str(row.contender)),
+    "setting": ("chosen", lambda row: setting_text(row.setting)),
     "lr": ("lr", lambda row: f"{row.lr:g}"),
     "quality": ("test {metric}", lambda row: _quality(row.quality)),
     "seeds": ("seeds", lambda row: str(row.quality.n)),
@@ -110,7 +113,11 @@ class ComparisonTable:
         return ComparisonTable(self.metric, self.higher_is_better, self.baseline, self.rates, rows)
 
     def text(self, *fields: str, rates: bool = False) -> TextTable:
-        """Some fields as text, and with ``rates`` the validation metric at each rate of the grid."""
+        """Some fields as text, and with ``rates`` the validation metric at each rate, at the chosen setting.
+
+        Without a grid beside that of the rates nothing else is chosen, and there is no such column.
+        """
+        fields = tuple(name for name in fields if name != "setting" or any(row.setting for row in self.rows))
         titles = [_FIELDS[name][0].format(metric=self.metric, baseline=self.baseline) for name in fields]
         shown = self.rates if rates else ()
         rows = [
@@ -133,20 +140,22 @@ class ComparisonTable:
 def comparison_table(comparison: Comparison, results: Results, baseline: Contender | None = None) -> ComparisonTable:
     """The figures of every contender, held against `baseline`; without one, against LoRA."""
     metric, higher = primary(results)
-    chosen = chosen_rates(results, comparison)
+    chosen = chosen_settings(results, comparison)
     base = baseline or lora_of(comparison)
-    runs = {c: final_runs(results, c, chosen.get(c)) for c in (*comparison.contenders, base)}
+    runs = {c: final_runs(results, chosen.get(c)) for c in (*comparison.contenders, base)}
     values = {c: {seed: run["after"][metric] for seed, run in found.items()} for c, found in runs.items()}
     rows = []
     for contender in comparison.contenders:
         ours, theirs = list(runs[contender].values()), list(runs[base].values())
         if not ours:
             continue
-        found = over_rates(results, contender, metric)
+        choice = chosen[contender]
+        found = over_rates(results, choice.contender, metric)
         rows.append(
             ContenderRow(
                 contender,
-                chosen[contender],
+                comparison.varied(contender, choice),
+                choice.lr,
                 summarize(list(values[contender].values())),
                 paired_difference(values[contender], values[base], higher_is_better=higher)
                 if contender != base
@@ -166,6 +175,11 @@ def lora_of(comparison: Comparison) -> Contender:
     same = Contender("lora", comparison.recipe.method.rank)
     others = [c for c in comparison.contenders if c.method == "lora"]
     return same if same in comparison.contenders or not others else others[0]
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """Options and their values."""
+    return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
 def _quality(m: Mean) -> str:

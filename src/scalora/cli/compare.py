@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -21,13 +21,20 @@ def compare(
     recipe_path: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Model, data and budget that all share.")],
     methods: Annotated[
         str,
-        typer.Option(help="Who competes, separated by commas; method@rank for a rank of its own, e.g. lora,lora@16."),
+        typer.Option(
+            help="Who competes, separated by commas: method:option=value@rank, e.g. lora,lora@16. Of several values, "
+            "written option=value/value, the best is chosen."
+        ),
     ] = "lora,scalora-i",
     lr: Annotated[
         str, typer.Option(help="One grid of learning rates for all, separated by commas.")
     ] = "3e-4,1e-3,3e-3",
-    seeds: Annotated[int, typer.Option(help="Final runs per method at its chosen rate.")] = 3,
-    tuning_seeds: Annotated[int, typer.Option(help="Runs per method and rate when choosing.")] = 1,
+    alpha: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads it at run time)
+        typer.Option(help="A grid of LoRA's alpha, tuned beside the rate, for the recipe's rank; its own by default."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Final runs per method at its chosen setting.")] = 3,
+    tuning_seeds: Annotated[int, typer.Option(help="Runs per setting and rate when choosing.")] = 1,
     output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
     curve: Annotated[bool, typer.Option(help="First measure LoRA over rank 1 to 32: does rank matter here?")] = True,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
@@ -46,7 +53,8 @@ def compare(
         recipe = load_recipe(recipe_path, set_ or [])
         quiet()
         require("compare", "optuna", "scipy")
-        from ..arena.plan import CURVE_RANKS, Comparison, Contender, parse_contender
+        from ..arena.contender import Contender, parse_contender
+        from ..arena.plan import CURVE_RANKS, Comparison
         from ..arena.run import check_comparison, run_comparison
         from ..arena.settle import settle_precision
 
@@ -56,10 +64,11 @@ def compare(
         comparison = Comparison(
             recipe,
             tuple(parse_contender(text.strip(), recipe.method.rank) for text in methods.split(",")),
-            tuple(_rate(text) for text in lr.split(",")),
+            _numbers("--lr", lr, "3e-4,1e-3"),
             tuple(range(seeds)),
             tuple(range(tuning_seeds)),
             tuple(Contender("lora", rank) for rank in CURVE_RANKS) if curve else (),
+            alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
         console, folder = Console(), Path(output)
         command = shlex.join(["scalora", *sys.argv[1:]])
@@ -78,10 +87,11 @@ def compare(
         console.print(f"report: {folder / REPORT}   every trial: {folder / RESULTS}", highlight=False)
 
 
-def _rate(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ScaloraError(
-            f"--lr {text!r} is no number: give learning rates separated by commas, e.g. 3e-4,1e-3"
-        ) from None
+def _numbers(name: str, text: str, example: str) -> tuple[float, ...]:
+    numbers = []
+    for each in text.split(","):
+        try:
+            numbers.append(float(each))
+        except ValueError:
+            raise ScaloraError(f"{name} {each!r} is no number: separate numbers by commas, e.g. {example}") from None
+    return tuple(numbers)

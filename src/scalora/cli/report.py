@@ -75,11 +75,9 @@ def _damage_of(file: Path) -> Iterator[None]:
 
 def show_comparison(console: Console, record: ComparisonRecord) -> None:
     """A comparison's table for the terminal, and what it says in words."""
-    from ..arena.statistics import curve_verdict
     from ..arena.table import comparison_table
 
     table = comparison_table(record.comparison, record.results)
-    console.print(table.text("contender", "lr", "quality", "difference", "verdict", "time").terminal())
-    curve = record.comparison.curve
-    for line in ([curve_verdict(record.results, curve)] if curve else []) + table.in_words():
+    console.print(table.text("contender", "setting", "lr", "quality", "difference", "verdict", "time").terminal())
+    for line in [record.admission.sentence, *table.in_words()]:
         console.print(line, highlight=False)

@@ -14,7 +14,7 @@ from ..common.errors import ScaloraError
 from .method import Adapted, Method, MethodSpec, Spectrum
 from .peft_any import PEFT_PREFIX, peft_method
 
-__all__ = ["Adapted", "Method", "MethodSpec", "Spectrum", "all_methods", "build_method"]
+__all__ = ["Adapted", "Method", "MethodSpec", "Spectrum", "all_methods", "build_method", "method_class"]
 
 
 @cache
@@ -30,11 +30,20 @@ def build_method(spec: MethodSpec) -> Method:
     Raises:
         ScaloraError: there is none of that name, or an option is wrong.
     """
-    if spec.name.lower().startswith(PEFT_PREFIX):
-        return peft_method(spec.name)(spec)
+    return method_class(spec.name)(spec)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, by the name that a recipe gives it.
+
+    Raises:
+        ScaloraError: there is none of that name.
+    """
+    if name.lower().startswith(PEFT_PREFIX):
+        return peft_method(name)
     known = all_methods()
-    if spec.name not in known:
-        near = get_close_matches(spec.name, known, n=1)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)} or {PEFT_PREFIX}<TYPE>"
-        raise ScaloraError(f"method.name is {spec.name!r}: {hint}")
-    return known[spec.name](spec)
+        raise ScaloraError(f"method.name is {name!r}: {hint}")
+    return known[name]

@@ -23,6 +23,7 @@ class Full(Method):
     name = "full"
     summary = "full fine-tuning: the weights of the targeted modules themselves"
     lr_factor = 0.1
+    has_alpha = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         targets = find_targets(model, self.spec, head)

@@ -86,6 +86,7 @@ class Method(ABC):
     Options: ClassVar[type[BaseModel]] = NoOptions
     Wrapper: ClassVar[type[nn.Module] | None] = None  # its own layers around linear ones, where it has such
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's
+    has_alpha: ClassVar[bool] = True  # alpha means something to it
 
     def __init__(self, spec: MethodSpec) -> None:
         self.spec = spec
@@ -98,6 +99,11 @@ class Method(ABC):
             raise ScaloraError(
                 f"method.options.{field_name} of {self.name}: {first['msg']} (its options: {known})"
             ) from error
+
+    @property
+    def alpha(self) -> float | None:
+        """LoRA's alpha as it is used; None where the method has none."""
+        return self.spec.scaled_alpha if self.has_alpha else None
 
     @abstractmethod
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -74,6 +74,7 @@ class Mora(Method):
     summary = "MoRA (2405.12130): one square matrix in LoRA's number of parameters"
     Options = MoraOptions
     Wrapper = MoraLinear
+    has_alpha = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         assert isinstance(self.options, MoraOptions)

@@ -42,10 +42,15 @@ class PeftMethod(Method):
         fields = {f.name for f in dataclasses.fields(self.config_class)}
         kind = self.name.removeprefix(PEFT_PREFIX).lower()
         recipe: dict[str, Any] = {"r": spec.rank}
-        recipe |= dict.fromkeys(("alpha", "lora_alpha", f"{kind}_alpha"), spec.alpha) if spec.alpha else {}
+        recipe |= dict.fromkeys(_alphas(kind), spec.alpha) if spec.alpha else {}
         recipe |= dict.fromkeys(("module_dropout", f"{kind}_dropout"), spec.dropout) if spec.dropout else {}
         self.fields = {name: value for name, value in recipe.items() if name in fields}
         self.fields |= self.options.model_dump(exclude_unset=True)
+
+    @property
+    def alpha(self) -> float | None:
+        """The recipe's, where it names one; else PEFT's own default holds."""
+        return self.spec.alpha if self.has_alpha else None
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         try:
@@ -87,8 +92,14 @@ def peft_method(name: str) -> type[PeftMethod]:
         if f.name not in _OURS
     }
     options: type[BaseModel] = create_model(f"{kind}Options", __config__=ConfigDict(extra="forbid"), **defaults)
-    about = {"name": PEFT_PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "Options": options}
-    return type(kind, (PeftMethod,), {**about, "config_class": config_class, "__doc__": about["summary"]})
+    about = {"name": PEFT_PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "config_class": config_class}
+    about["has_alpha"] = any(name in config_class.__dataclass_fields__ for name in _alphas(kind.lower()))
+    return type(kind, (PeftMethod,), {**about, "Options": options, "__doc__": about["summary"]})
+
+
+def _alphas(kind: str) -> tuple[str, ...]:
+    """What configs call LoRA's alpha."""
+    return "alpha", "lora_alpha", f"{kind}_alpha"
 
 
 def peft_types() -> dict[str, type[PeftConfig]]:

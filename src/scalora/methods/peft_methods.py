@@ -80,6 +80,7 @@ class Hira(Method):
     name = "hira"
     summary = "HiRA (ICLR 2025), as PEFT has it: W + W∘(BA)"
     lr_factor = 10.0
+    has_alpha = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         config = HiraConfig(
