@@ -40,8 +40,10 @@ def run_trial(comparison: Comparison, trial: Trial, heartbeat: Callable[[], None
         return _run(folder, order, heartbeat, every)
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
-    """Load what a recipe names, in a process of its own, so that this one does not keep it; lines about its data.
+def check_recipe(recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
+    """Load what a recipe names, in a process of its own, so that this one does not keep it.
+
+    Lines about its data, and digests of all that is read (:class:`~scalora.runs.inputs.Inputs`, encoded).
 
     Raises:
         ScaloraError: something would fail in every trial alike; the message names it.
@@ -51,7 +53,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         answer = _run(folder, {"recipe": content}, lambda: None, 60.0)
     if "error" in answer:
         raise ScaloraError(answer["error"])
-    return answer["notes"]
+    return answer["notes"], answer["inputs"]
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def _follow(recipe: Recipe, split: Literal["validation", "test"] | None = None, 
     from ..runs.training import train
 
     if split is None:
-        return {"notes": check(recipe)}
+        return check(recipe)
     metrics = train(recipe, split=split, baseline=False, ranks=ranks).metrics
     losses = [[entry["step"], entry["loss"]] for entry in metrics["log"] if "loss" in entry]
     return {key: metrics[key] for key in KEPT} | {"losses": losses}
