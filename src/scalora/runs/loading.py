@@ -103,10 +103,8 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
 
 
-def check(recipe: Recipe) -> list[str]:
+def check(recipe: Recipe) -> Loaded:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
-
-    Returns what is worth reading about the data, a line each.
 
     Raises:
         ScaloraError: as :func:`load_inputs` and :func:`made_ready`, or no module is targeted.
@@ -114,7 +112,7 @@ def check(recipe: Recipe) -> list[str]:
     loaded = load_inputs(recipe)
     made_ready(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
     find_targets(loaded.model, recipe.method, loaded.task.head)
-    return loaded.task.notes
+    return loaded
 
 
 @contextmanager
