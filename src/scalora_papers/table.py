@@ -87,13 +87,17 @@ def measure(
         for problem in problems
     }  # fmt: skip
     settled = {name: settle_precision(each, setting.folder / name) for name, each in comparisons.items()}
-    for name, (comparison, _) in settled.items():  # the last set's data must not be found wanting after hours
-        check_comparison(comparison, setting.folder / name, retry=setting.retry, log=setting.log)
+    inputs = {  # of all at first: the last set's data must not be found wanting after hours
+        name: check_comparison(comparison, setting.folder / name, retry=setting.retry, log=setting.log)
+        for name, (comparison, _) in settled.items()
+    }
     found = {}
     for name, (comparison, choice) in settled.items():
         setting.log(f"{name}: {comparison.recipe.model}; precision: {choice}")
         folder = setting.folder / name
-        record = run_comparison(comparison, folder, command=setting.command, retry=setting.retry, log=setting.log)
+        record = run_comparison(
+            comparison, folder, command=setting.command, retry=setting.retry, log=setting.log, inputs=inputs[name]
+        )
         found[name] = Measured(comparison, record.results)
     return found
 

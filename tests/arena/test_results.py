@@ -103,7 +103,7 @@ def test_a_clone_goes_on_from_results_alone(record, tmp_path, monkeypatch):
     """Without the queue that git does not carry nothing is run again, and what is new is."""
     calls = []
     monkeypatch.setattr(run, "write_report", lambda *arguments: None)
-    monkeypatch.setattr(run, "check_recipe", lambda recipe: [])
+    monkeypatch.setattr(run, "check_recipe", lambda recipe: ([], None))
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     write_comparison(record, tmp_path / "out")
     more = dataclasses.replace(record.comparison, seeds=(0, 1, 2))

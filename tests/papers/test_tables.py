@@ -44,7 +44,7 @@ def trials(monkeypatch):
         }  # fmt: skip
 
     monkeypatch.setattr(run, "run_trial", fake)
-    monkeypatch.setattr(run, "check_recipe", lambda recipe: [])
+    monkeypatch.setattr(run, "check_recipe", lambda recipe: ([], None))
     monkeypatch.setattr(run, "write_report", lambda *arguments: None)
     return seen
 
@@ -108,7 +108,7 @@ def test_damaged_data_of_the_last_set_are_found_before_the_first_trial(trials, t
     def refuse(recipe):
         if "RTE" in recipe.task.data.train:
             raise ScaloraError("train.tsv, line 553: 1 fields")
-        return []
+        return [], None
 
     monkeypatch.setattr(run, "check_recipe", refuse)
     with pytest.raises(ScaloraError, match="line 553"):

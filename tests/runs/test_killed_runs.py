@@ -166,7 +166,7 @@ def test_the_shell_of_a_run_killed_before_its_first_checkpoint_is_no_obstacle(tm
     recipe = workspace.lay(tmp_path)
     shell = tmp_path / "run"
     (shell / "checkpoints" / "checkpoint-4").mkdir(parents=True)
-    for name in ("recipe.yaml", ".lock", "checkpoints/checkpoint-4/optimizer.pt"):
+    for name in ("recipe.yaml", "inputs.json", ".lock", "checkpoints/checkpoint-4/optimizer.pt"):
         (shell / name).write_text("")
     train(load_recipe(recipe))
     assert is_sealed(shell / "checkpoints" / "checkpoint-8")

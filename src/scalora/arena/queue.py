@@ -49,6 +49,17 @@ class TrialQueue:
         self.study.set_user_attr("recipe", recipe)
         if kept:
             self._seed(kept.results)
+            if self.inputs is None and kept.inputs is not None:
+                self.keep_inputs(kept.inputs)
+
+    @property
+    def inputs(self) -> Any:
+        """Digests of what the trials read; None where an earlier version began, or no trial."""
+        return self.study.user_attrs.get("inputs")
+
+    def keep_inputs(self, inputs: Any) -> None:
+        """Note what all trials must read."""
+        self.study.set_user_attr("inputs", inputs)
 
     def _seed(self, results: Results) -> None:
         """Add what results.json has and this queue lacks: successes, and failures of trials that it never saw."""

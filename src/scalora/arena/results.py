@@ -30,6 +30,7 @@ class ComparisonRecord:
     command: str
     git_revision: str | None
     environment: Mapping[str, Any]
+    inputs: Any = None  # digests of what all trials read, where this is known
 
     @property
     def chosen(self) -> dict[Contender, Chosen]:
@@ -82,6 +83,7 @@ def encode_comparison(record: ComparisonRecord) -> dict[str, Any]:
         "git_revision": record.git_revision,
         "environment": dict(record.environment),
         "recipe": comparison.recipe.model_dump(mode="json"),
+        **({} if record.inputs is None else {"inputs": record.inputs}),
         "contenders": [str(contender) for contender in comparison.contenders],
         "rates": list(comparison.rates),
         **({"alphas": list(comparison.alphas)} if comparison.alphas else {}),  # earlier comparisons had no such grid
@@ -123,7 +125,9 @@ def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecor
             tuple(said.get("alphas", ())),
         )
         results = dict(_decode_trial(line, said.get("environments", ())) for line in said["trials"])
-        return ComparisonRecord(comparison, results, said["command"], said["git_revision"], said["environment"])
+        return ComparisonRecord(
+            comparison, results, said["command"], said["git_revision"], said["environment"], said.get("inputs")
+        )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ScaloraError(f"{file} is damaged ({reason}): restore it, or name another folder") from error

@@ -12,6 +12,7 @@ from ..common.disk_layout import QUEUE, REPORT, RESULTS
 from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
+from ..runs.inputs import Inputs
 from .plan import Comparison, Trial
 from .queue import HEARTBEAT, TrialQueue
 from .report import write_report
@@ -25,7 +26,7 @@ _REPORT = 30.0  # seconds at least between one report and the next while trials 
 
 
 def run_comparison(
-    comparison: Comparison, folder: Path, *, command: str, retry: bool = False, log: Log = print
+    comparison: Comparison, folder: Path, *, command: str, retry: bool = False, log: Log = print, inputs: Any = None
 ) -> ComparisonRecord:
     """Run what is missing of a comparison in ``folder``; what its results.json holds then.
 
@@ -38,11 +39,15 @@ def run_comparison(
         command: how it was called, for the record.
         retry: run failed trials again.
         log: takes lines on progress.
+        inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
 
     Raises:
         ScaloraError: the folder holds a comparison of another recipe, or every trial failed.
     """
     queue = TrialQueue(folder, comparison)
+    if inputs is not None:
+        _refuse_other(inputs, queue.inputs, folder)
+        queue.keep_inputs(inputs)
     try:
         _work(queue, comparison, folder, command, retry, log)
     finally:
@@ -66,27 +71,41 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
         log(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
 
 
-def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False, log: Log = print) -> None:
+def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False, log: Log = print) -> Any:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
 
-    `log` takes what is worth reading about the data.
+    `log` takes what is worth reading about the data. Digests of what is read; None where no trial is still to run.
 
     Raises:
-        ScaloraError: every trial would fail alike, or the folder takes no writing; the message says why.
+        ScaloraError: every trial would fail alike, the folder takes no writing, or its trials read other data, another
+            tokenizer or another base model; the message says which.
     """
     check_writable(folder, "--output")
+    begun, results = None, {}
     if (folder / QUEUE).exists() or (folder / RESULTS).exists():
-        results = TrialQueue(folder, comparison).results()
+        queue = TrialQueue(folder, comparison)
+        begun, results = queue.inputs, queue.results()
         wanted = comparison.tuning() + _final(comparison, results)
         if all(t in results and not (retry and "error" in results[t]) for t in wanted):
-            return  # a report can be drawn anew where there is neither data nor model
-    for note in check_recipe(comparison.recipe):
+            return None  # a report can be drawn anew where there is neither data nor model
+    notes, inputs = check_recipe(comparison.recipe)
+    for note in notes:
         log(note)
+    _refuse_other(inputs, begun, folder)
+    if begun is None and results:
+        log(f"{folder} does not say what it began with: whether data, tokenizer and base model are the same is unknown")
+    return inputs
+
+
+def _refuse_other(inputs: Any, begun: Any, folder: Path) -> None:
+    if begun is not None:
+        way_out = "put back what it began with, or choose another --output"
+        Inputs(**inputs).refuse_other(begun, f"the comparison in {folder}", way_out)
 
 
 def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str) -> ComparisonRecord:
     """Write results.json and report.html from what is there; the former's content."""
-    record = ComparisonRecord(comparison, queue.results(), command, git_revision(), environment())
+    record = ComparisonRecord(comparison, queue.results(), command, git_revision(), environment(), queue.inputs)
     write_comparison(record, folder)
     write_report(record, folder / REPORT)
     return record
@@ -114,7 +133,8 @@ def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str,
         done = sum(t in results for t in wanted)
         label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
-        result = run_trial(comparison, trial, partial(queue.heartbeat, trial), HEARTBEAT) | {"git_revision": revision}
+        alive = partial(queue.heartbeat, trial)
+        result = run_trial(comparison, trial, alive, HEARTBEAT, queue.inputs) | {"git_revision": revision}
         queue.finish(trial, result)
         outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
         log(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")

@@ -25,10 +25,12 @@ KEPT = (
 )  # fmt: skip
 
 
-def run_trial(comparison: Comparison, trial: Trial, heartbeat: Callable[[], None], every: float) -> dict[str, Any]:
+def run_trial(
+    comparison: Comparison, trial: Trial, heartbeat: Callable[[], None], every: float, inputs: Any = None
+) -> dict[str, Any]:
     """Train and score one trial in a process of its own; its result, or ``{"error": reason}``.
 
-    `heartbeat` is called `every` so many seconds while it runs.
+    `heartbeat` is called `every` so many seconds while it runs. `inputs` are digests of what it must read, if known.
     """
     with _temporary_folder() as folder:
         final = trial.stage == "final"
@@ -36,12 +38,15 @@ def run_trial(comparison: Comparison, trial: Trial, heartbeat: Callable[[], None
             "recipe": comparison.trial_recipe(trial, str(folder / "run")).model_dump(mode="json"),
             "split": "test" if final else "validation",
             "ranks": final and comparison.ranks,  # the report shows them at the chosen rates only
+            "inputs": inputs,
         }
         return _run(folder, order, heartbeat, every)
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
-    """Load what a recipe names, in a process of its own, so that this one does not keep it; lines about its data.
+def check_recipe(recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
+    """Load what a recipe names, in a process of its own, so that this one does not keep it.
+
+    Lines about its data, and digests of all that is read (:class:`~scalora.runs.inputs.Inputs`, encoded).
 
     Raises:
         ScaloraError: something would fail in every trial alike; the message names it.
@@ -51,7 +56,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         answer = _run(folder, {"recipe": content}, lambda: None, 60.0)
     if "error" in answer:
         raise ScaloraError(answer["error"])
-    return answer["notes"]
+    return answer["notes"], answer["inputs"]
 
 
 @contextmanager
@@ -109,14 +114,18 @@ def _main(folder: Path) -> None:
     (folder / "answer.tmp").rename(folder / "answer.json")
 
 
-def _follow(recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False) -> dict[str, Any]:
+def _follow(
+    recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False, inputs: Any = None
+) -> dict[str, Any]:
     """Train and score on a split; without one only load."""
+    from ..runs.inputs import Inputs
     from ..runs.loading import check
     from ..runs.training import train
 
     if split is None:
-        return {"notes": check(recipe)}
-    metrics = train(recipe, split=split, baseline=False, ranks=ranks).metrics
+        loaded = check(recipe)
+        return {"notes": loaded.task.notes, "inputs": Inputs.of(loaded).encode()}
+    metrics = train(recipe, split=split, baseline=False, ranks=ranks, expected=inputs).metrics
     losses = [[entry["step"], entry["loss"]] for entry in metrics["log"] if "loss" in entry]
     return {key: metrics[key] for key in KEPT} | {"losses": losses}
 

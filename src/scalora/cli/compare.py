@@ -79,8 +79,8 @@ def compare(
             console.print(line, highlight=False)
 
         try:
-            check_comparison(comparison, folder, retry=retry, log=log)
-            record = run_comparison(comparison, folder, command=command, retry=retry, log=log)
+            inputs = check_comparison(comparison, folder, retry=retry, log=log)
+            record = run_comparison(comparison, folder, command=command, retry=retry, log=log, inputs=inputs)
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)

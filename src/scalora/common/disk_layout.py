@@ -9,7 +9,8 @@ STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
 # A run; and the last file of a folder that is complete.
-RECIPE, METRICS, CHECKPOINTS, ADAPTER = "recipe.yaml", "metrics.json", "checkpoints", "adapter"
+RECIPE, INPUTS, METRICS = "recipe.yaml", "inputs.json", "metrics.json"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 SEAL = "seal.json"
 
 # An adapter with layers of its own (mora, alpha-lora), and the state of α's optimizer in its checkpoints.

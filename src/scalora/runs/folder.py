@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,11 +15,12 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..common.disk_layout import ADAPTER, CHECKPOINTS, METRICS, RECIPE
+from ..common.disk_layout import ADAPTER, CHECKPOINTS, INPUTS, METRICS, RECIPE
 from ..common.errors import ScaloraError
-from ..common.files import damage, expand_user, is_sealed, write_text
+from ..common.files import damage, expand_user, is_sealed, write_json, write_text
 
 if TYPE_CHECKING:
+    from .inputs import Inputs
     from .precision import Precision
     from .recipe import Recipe  # itself slow to import
 
@@ -60,6 +62,26 @@ class RunFolder:
             raise ScaloraError(
                 f"output is {str(self.path)!r}, which cannot be written: {error.strerror or error}"
             ) from error
+
+    def settle(self, inputs: Inputs) -> str:
+        """Note what the run reads, or see that it reads what it began with; what is to be said of that, if anything.
+
+        Raises:
+            ScaloraError: data, tokenizer or base model are others than before.
+        """
+        file, said = self.path / INPUTS, ""
+        if self.checkpoint is not None and file.exists():
+            try:
+                stored = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                stored = None
+            whose = f"the run in {str(self.path)!r}"
+            inputs.refuse_other(stored, whose, "put back what it began with to resume, or start anew (--overwrite)")
+        elif self.checkpoint is not None:
+            said = f"{file} is not there: whether data, tokenizer and base model are still the same cannot be told"
+        with writing(self.path):
+            write_json(file, inputs.encode())
+        return said
 
     def release(self) -> None:
         """Let others in. Where the run came to nothing, without checkpoint or adapter, no shell stays behind."""
@@ -122,7 +144,8 @@ def _is_free(folder: Path) -> bool:
         return True
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
     shell = RECIPE in names and last_checkpoint(folder) is None
-    return names <= ({_LOCK, RECIPE, CHECKPOINTS, f".{RECIPE}.tmp"} if shell else {_LOCK})
+    ours = {RECIPE, INPUTS, CHECKPOINTS, f".{RECIPE}.tmp", f".{INPUTS}.tmp"}
+    return names <= ({_LOCK, *ours} if shell else {_LOCK})
 
 
 def _set_aside(folder: Path) -> Path:

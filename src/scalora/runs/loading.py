@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -16,7 +16,7 @@ from ..common.files import expand_user
 from ..methods.support.targets import find_targets
 from ..models.heads import find_heads
 from ..models.load import load_model
-from ..tasks import Task, build_task
+from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
@@ -34,9 +34,18 @@ class Loaded:
     model: Any
     tokenizer: Any  # None where the model reads vectors
     heads: list[str]  # names of modules that start at random
-    dataset: TokenDataset
+    datasets: dict[Split, TokenDataset]  # of every split that there is
     collator: Collator
-    validation: TokenDataset | None  # where the recipe evaluates while it trains
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """What is trained on."""
+        return self.datasets["train"]
+
+    @property
+    def validation(self) -> TokenDataset | None:
+        """What is looked at where the recipe evaluates while it trains."""
+        return self.datasets["validation"] if _evaluates(self.arguments) else None
 
 
 def load_inputs(recipe: Recipe) -> Loaded:
@@ -73,9 +82,9 @@ def load_inputs(recipe: Recipe) -> Loaded:
             f"head_learning_rate is {recipe.head_learning_rate:g}, but this model has no classification head that "
             "starts at random: leave it out"
         )
-    dataset, collator = task.train_dataset(tokenizer), task.collator(tokenizer, model)
-    validation = task.train_dataset(tokenizer, "validation") if _evaluates(arguments) else None
-    return Loaded(task, arguments, model, tokenizer, heads, dataset, collator, validation)
+    there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
+    datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
+    return Loaded(task, arguments, model, tokenizer, heads, datasets, task.collator(tokenizer, model))
 
 
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
@@ -94,10 +103,8 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
 
 
-def check(recipe: Recipe) -> list[str]:
+def check(recipe: Recipe) -> Loaded:
     """Load what a recipe names and train nothing: what fails here would fail with every method.
-
-    Returns what is worth reading about the data, a line each.
 
     Raises:
         ScaloraError: as :func:`load_inputs` and :func:`made_ready`, or no module is targeted.
@@ -105,7 +112,7 @@ def check(recipe: Recipe) -> list[str]:
     loaded = load_inputs(recipe)
     made_ready(loaded, AUTOCAST[decide(recipe.precision, recipe.training).precision])
     find_targets(loaded.model, recipe.method, loaded.task.head)
-    return loaded.task.notes
+    return loaded
 
 
 @contextmanager

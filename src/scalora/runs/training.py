@@ -20,11 +20,11 @@ from ..common.errors import ScaloraError
 from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
-from ..models.load import backbone_fingerprint
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
+from .inputs import Inputs
 from .loading import Loaded, load_inputs, made_ready, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
@@ -74,13 +74,17 @@ def train(
     baseline: bool = True,
     ranks: bool = True,
     watcher: Watcher | None = None,
+    expected: Any = None,
 ) -> RunResult:
     """Run a recipe and score it on ``split``, with ``baseline`` before training too (and on any validation data after).
 
     Without ``ranks`` the rank of the update is not measured: dense updates need an SVD of every layer, ten times a run.
 
-    Leaves in ``recipe.output``: recipe.yaml (resolved), adapter/, checkpoints/, metrics.json, curves.png, rank.png; or
-    nothing at all where the run fails before its first checkpoint.
+    ``expected`` are digests of what must be read (:class:`~scalora.runs.inputs.Inputs`, encoded): other data, another
+    tokenizer or another base model are refused.
+
+    Leaves in ``recipe.output``: recipe.yaml (resolved), inputs.json, adapter/, checkpoints/, metrics.json, curves.png,
+    rank.png; or nothing at all where the run fails before its first checkpoint.
 
     Raises:
         ScaloraError: bad input, with one clear message.
@@ -96,7 +100,7 @@ def train(
     recipe = recipe.model_copy(update={"precision": choice.precision})
     run_folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
     try:
-        return _train(recipe, choice, run_folder, split, baseline, ranks, watcher or Watcher())
+        return _train(recipe, choice, run_folder, split, baseline, ranks, watcher or Watcher(), expected)
     except KeyboardInterrupt:
         raise Interrupted(last_checkpoint(run_folder.path)) from None
     finally:
@@ -111,6 +115,7 @@ def _train(
     baseline: bool,
     ranks: bool,
     watcher: Watcher,
+    expected: Any,
 ) -> RunResult:
     folder, method = run_folder.path, build_method(recipe.method)
 
@@ -119,7 +124,11 @@ def _train(
     loaded = load_inputs(recipe)
     for note in loaded.task.notes:
         watcher.say(note)
-    base = backbone_fingerprint(loaded.model)
+    inputs = Inputs.of(loaded)
+    if expected is not None:
+        inputs.refuse_other(expected, "the comparison", "put back what it began with")
+    if said := run_folder.settle(inputs):
+        watcher.say(said)
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
 
@@ -190,7 +199,8 @@ def _train(
         "truncated": {"train": dataset.truncated, split: after.truncated},
         "events": _events(adapted),
         "log": log,
-        "base_fingerprint": base,
+        "base_fingerprint": inputs.base_model,
+        "inputs": inputs.encode(),
         "environment": environment(),
     }
     with writing(folder):
