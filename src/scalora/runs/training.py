@@ -21,6 +21,7 @@ from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
 from ..models.load import backbone_fingerprint
+from ..models.origin import origin, random_modules
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
@@ -119,6 +120,10 @@ def _train(
     loaded = load_inputs(recipe)
     for note in loaded.task.notes:
         watcher.say(note)
+    if random := random_modules(loaded.model):
+        watcher.say(f"started at random, trained and saved as a whole: {', '.join(random)}")
+    if overrides := origin(loaded.model).overrides:
+        watcher.say(f"config: what is saved is for the base with {dict(overrides)}, and for no other")
     base = backbone_fingerprint(loaded.model)
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
@@ -191,6 +196,7 @@ def _train(
         "events": _events(adapted),
         "log": log,
         "base_fingerprint": base,
+        "class_names": task.class_names,
         "environment": environment(),
     }
     with writing(folder):
@@ -245,7 +251,7 @@ def set_head_rate(optimizer: Optimizer, model: nn.Module, heads: Collection[str]
         heads: names of the head's modules in the plain model; wrappers may have put names before and behind them.
         lr: the rate before any schedule, which must be built after this.
     """
-    within = {id(p) for name, p in model.named_parameters() if not set(heads).isdisjoint(name.split("."))}
+    within = {id(p) for name, p in model.named_parameters() if any(f".{head}." in f".{name}" for head in heads)}
     for group in list(optimizer.param_groups):
         head = [p for p in group["params"] if id(p) in within]
         if head:
