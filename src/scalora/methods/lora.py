@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,7 +16,8 @@ from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
 from ..layers.peft_lora import find_layers
-from ..models.heads import HEADS, Head, peft_loading_lines
+from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
+from ..models.origin import origin
 from .method import Adapted, Method, MethodSpec, Spectrum
 
 
@@ -45,17 +47,24 @@ def lora_config(spec: MethodSpec, head: Head, **options: Any) -> LoraConfig:
     )
 
 
-def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec) -> PeftModel:
-    """PEFT's model around ``model``.
+def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec, head: Head) -> PeftModel:
+    """PEFT's model around ``model``, which trains and saves as a whole what started at random there.
 
     Raises:
         ScaloraError: no module matches, or PEFT refuses the configuration; the message says why.
     """
+    heads = [name for name, _ in find_heads(model, head)]
+    # By the task type PEFT adds its own list: the names of most heads.
+    own = getattr(config, "modules_to_save", None)
+    if more := [name for name in heads if name not in (*HEADS[head].modules, *(own or ()))]:
+        config.modules_to_save = [*(own or ()), *more]  # pyright: ignore[reportAttributeAccessIssue]
     try:
         peft_model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         if "target" not in reason.lower():
+            if "modules_to_save" in reason:
+                reason += "; leave what is trained as a whole out of method.target_modules, by naming the others"
             raise ScaloraError(f"method {spec.name}: PEFT refuses it: {reason}") from error
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ScaloraError(
@@ -63,6 +72,12 @@ def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec) -> PeftMo
             f"{', '.join(linear) or 'none'}"
         ) from error
     assert isinstance(peft_model, PeftModel)
+    for name in heads:
+        if not isinstance(peft_model.get_base_model().get_submodule(name), ModulesToSaveWrapper):
+            raise ScaloraError(
+                f"method {spec.name}: {name} starts at random, but PEFT does not train it as a whole with this method: "
+                "choose another"
+            )
     return peft_model
 
 
@@ -72,7 +87,7 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
     Raises:
         ScaloraError: no such modules, or the rank exceeds a weight's dimensions.
     """
-    peft_model = wrap(model, lora_config(spec, head, **options), spec)
+    peft_model = wrap(model, lora_config(spec, head, **options), spec, head)
     for layer in find_layers(peft_model):
         m, n = layer.lora_B.shape[0], layer.lora_A.shape[1]
         if spec.rank > min(m, n):
@@ -86,7 +101,18 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
 def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = joined_factors) -> list[str]:
     """Save one plain LoRA adapter of these factors; the lines that load it with plain PEFT."""
     save_plain_lora(model, path, factors)
-    return peft_loading_lines(head, path, model.config.num_labels)
+    return said_beside(head, path, model)
+
+
+def said_beside(head: Head, path: Path, model: PeftModel) -> list[str]:
+    """The lines that load a saved adapter with plain PEFT; in its README.md too where its base is not as it lies."""
+    lines = peft_loading_lines(head, path, model)
+    if overrides := origin(model).overrides:
+        values = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        text = [f"This adapter is for its base model loaded with {values}, and for no other.", "", *lines]
+        with Path(path, "README.md").open("a", encoding="utf-8") as file:
+            file.write("\n".join(["", *text, ""]))
+    return lines
 
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
-from ..models.heads import HEADS, Head, peft_loading_lines
-from .lora import wrap
+from ..models.heads import HEADS, Head
+from .lora import said_beside, wrap
 from .method import Adapted, Method, MethodSpec, Spectrum
 
 PEFT_PREFIX = "peft:"
@@ -61,7 +61,7 @@ class PeftMethod(Method):
             )
         except (TypeError, ValueError) as error:
             raise ScaloraError(f"method.options of {self.name}: {' '.join(str(error).split())}") from error
-        peft_model = wrap(model, config, self.spec)
+        peft_model = wrap(model, config, self.spec, head)
         callbacks = [_Allocate()] if hasattr(peft_model.base_model, "update_and_allocate") else []
         return merged_adapted(peft_model, head, callbacks)
 
@@ -118,7 +118,7 @@ def merged_adapted(model: PeftModel, head: Head, callbacks: Sequence[TrainerCall
 
     def save(path: Path) -> list[str]:
         model.save_pretrained(str(path))
-        return peft_loading_lines(head, path, model.config.num_labels)
+        return said_beside(head, path, model)
 
     return Adapted(model, save, lambda: merged_spectra(model), [*callbacks])
 

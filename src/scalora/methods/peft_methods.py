@@ -35,7 +35,7 @@ class Dora(Method):
     summary = "DoRA (2402.09353): LoRA of the direction, a trained magnitude per row"
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
-        return merged_adapted(wrap(model, lora_config(self.spec, head, use_dora=True), self.spec), head)
+        return merged_adapted(wrap(model, lora_config(self.spec, head, use_dora=True), self.spec, head), head)
 
 
 class PissaOptions(BaseModel):
@@ -89,7 +89,7 @@ class Hira(Method):
             target_modules=self.spec.target_modules,
             task_type=HEADS[head].task_type,
         )
-        peft_model = wrap(model, config, self.spec)
+        peft_model = wrap(model, config, self.spec, head)
         fuse_hira(peft_model)
         return merged_adapted(peft_model, head)
 

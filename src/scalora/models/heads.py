@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+
+from .origin import origin, random_modules
 
 Head = Literal["causal-lm", "sequence-classification"]
 
@@ -27,7 +29,7 @@ class HeadFacts:
     labelled: bool
     """Whether it has num_labels outputs, and so may start at random."""
     modules: tuple[str, ...] = ()
-    """Parts of the names of the modules that start at random: PEFT's list."""
+    """Parts of the names of the modules that PEFT trains as a whole by itself."""
     outputs: tuple[str, ...] = ()
     """Last parts of the names of the layers whose rows are the outputs."""
 
@@ -38,7 +40,8 @@ HEADS: dict[Head, HeadFacts] = {
     ),
     "sequence-classification": HeadFacts(
         "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "SEQ_CLS",
-        ("ForSequenceClassification", "Classifier"), True, ("classifier", "score"), ("classifier", "score", "out_proj"),
+        ("ForSequenceClassification", "Classifier"), True, ("classifier", "score"),
+        ("classifier", "score", "out_proj", "logits_proj", "linear_out"),
     ),
 }  # fmt: skip
 
@@ -74,9 +77,19 @@ def head_of_architecture(name: str) -> Head:
 
 
 def find_heads(model: nn.Module, head: Head) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a plain model that start at random and must be trained whatever the method is."""
+    """Names and modules of a plain model that must be trained as a whole, whatever the method is.
+
+    They are the classification head, and all else that started at random: poolers, layers before the head.
+    """
     parts = HEADS[head].modules
-    yield from ((name, module) for name, module in model.named_children() if any(part in name for part in parts))
+    named = [name for name, _ in model.named_children() if any(part in name for part in parts)]
+    others = [name for name in random_modules(model) if not is_within(name, named)]
+    yield from ((name, model.get_submodule(name)) for name in (*named, *others))
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter, by its name, is one of the modules or lies in one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def is_output(parameter: str, head: Head) -> bool:
@@ -91,8 +104,9 @@ def loading_lines(head: Head, path: Path) -> list[str]:
     return [f"from transformers import {auto}", f"model = {auto}.from_pretrained({str(path)!r})", "model.eval()"]
 
 
-def peft_loading_lines(head: Head, path: Path, num_labels: int) -> list[str]:
-    """Lines of Python that load a PEFT adapter, and its base model with it, with plain PEFT."""
+def peft_loading_lines(head: Head, path: Path, model: nn.Module) -> list[str]:
+    """Lines of Python that load a PEFT adapter of ``model``, and its base model as it was, with plain PEFT."""
     auto = f"AutoPeft{HEADS[head].auto.removeprefix('Auto')}"
-    labels = f", num_labels={num_labels}" if HEADS[head].labelled else ""
-    return [f"from peft import {auto}", f"model = {auto}.from_pretrained({str(path)!r}{labels})", "model.eval()"]
+    labels = {"num_labels": model.config.num_labels} if HEADS[head].labelled else {}  # pyright: ignore
+    given = "".join(f", {name}={value!r}" for name, value in {**labels, **origin(model).options}.items())
+    return [f"from peft import {auto}", f"model = {auto}.from_pretrained({str(path)!r}{given})", "model.eval()"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ..common.errors import ScaloraError
 from ..common.files import damage, digest, expand_user, is_sealed, seal
 from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
+from .origin import OUTPUTS, Origin, changes_function, find_random, origin, set_origin, set_outputs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -27,6 +30,7 @@ def load_model(
     *,
     head: Head,
     num_labels: int | None = None,
+    class_names: Sequence[str] | None = None,
     dtype: str = "float32",
     config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
@@ -35,12 +39,15 @@ def load_model(
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
     A dense network has no tokenizer (None). Any other's pads on the right and always has a pad token. A classification
-    head that the source lacks starts at random; a language-modelling head that it lacks is an error.
+    head that the source lacks starts at random, as does its pooler; a language-modelling head that it lacks is an
+    error. What started so, and what the base must be loaded with, is the model's :func:`~.origin.origin`.
 
     Args:
         source: a packaged alias (`packaged.ASSETS`), a folder with config.json, a .gguf file, or a hub id.
         head: what the model shall compute.
         num_labels: outputs of a classification head (1 for regression); only there, and needed there.
+        class_names: of the head's outputs, none for regression: they and the loss they need replace whatever the
+            source's configuration says of its own. None leaves that as it is.
         dtype: 'float32', 'bfloat16', 'float16', or 'auto' for that of the source.
         config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
@@ -62,10 +69,16 @@ def load_model(
     from . import digits as dense  # noqa: F401  # makes its class known to transformers
 
     options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": attn_implementation}
+    config = config or {}
     try:
-        configuration: Any = AutoConfig.from_pretrained(path)
+        original: Any = AutoConfig.from_pretrained(path)
+        configuration: Any = copy.deepcopy(original)
         _check_kind(source, configuration, head)
-        for name, value in (config or {}).items():
+        for name, value in config.items():
+            if name in OUTPUTS and HEADS[head].labelled:
+                raise ScaloraError(
+                    f"config: {name} follows from the task: leave it out, and name classes in task.labels"
+                )
             if not hasattr(configuration, name):
                 raise ScaloraError(
                     f"config: the configuration of {source!r} has no {name!r}; it has {_names(configuration)}"
@@ -73,34 +86,43 @@ def load_model(
             setattr(configuration, name, value)
         # A network that reads vectors has no tokenizer.
         tokenizer = None if configuration.model_type == "scalora-dense" else _tokenizer(source, path, need_tokenizer)
+        needed, random = {}, frozenset()
+        if num_labels is not None:
+            needed = set_outputs(configuration, original, num_labels, class_names)
+        model, report = auto_class(head).from_pretrained(
+            path,
+            config=configuration,
+            output_loading_info=True,
+            ignore_mismatched_sizes=HEADS[head].labelled,
+            **options,
+        )
+        random = frozenset()
         if HEADS[head].labelled:
-            configuration.num_labels = num_labels
-            model = auto_class(head).from_pretrained(
-                path, config=configuration, ignore_mismatched_sizes=True, **options
+            random = find_random(model, report, source, config)
+            needed |= {"ignore_mismatched_sizes": True} if report["mismatched_keys"] else {}
+        elif report["missing_keys"]:
+            raise ScaloraError(
+                f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
+                "needs; give a checkpoint that was saved with its language-modelling head"
             )
-        else:
-            model, report = auto_class(head).from_pretrained(
-                path, config=configuration, output_loading_info=True, **options
-            )
-            if report["missing_keys"]:
-                raise ScaloraError(
-                    f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
-                    "needs; give a checkpoint that was saved with its language-modelling head"
-                )
     except ScaloraError:
         raise
     except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
         raise _cannot_load(source, error) from error
+    overrides = changes_function(config, original)
+    set_origin(model, Origin(random, {**needed, **overrides}, overrides))
     return model, tokenizer and _with_padding(source, model, tokenizer)
 
 
 def backbone_fingerprint(model: nn.Module) -> str:
     """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
 
-    A classification head may have started at random and does not count.
+    A classification head may have started at random and does not count, nor does a pooler that has.
     """
-    backbone = getattr(model, "base_model", model)
-    return fingerprint(backbone.named_parameters(), type(getattr(model, "config", None)).__name__)
+    backbone, random = getattr(model, "base_model", model), origin(model).random
+    skipped = {id(parameter) for name, parameter in model.named_parameters() if name in random}
+    kept = ((name, parameter) for name, parameter in backbone.named_parameters() if id(parameter) not in skipped)
+    return fingerprint(kept, type(getattr(model, "config", None)).__name__)
 
 
 def _resolve(source: str) -> str:

@@ -65,8 +65,8 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     set_seed(arguments.seed)  # a classification head starts at random
     model, tokenizer = load_model(
-        recipe.model, head=task.head, num_labels=task.num_labels, dtype=recipe.dtype,
-        config=recipe.config, attn_implementation=recipe.attn_implementation,
+        recipe.model, head=task.head, num_labels=task.num_labels, class_names=task.class_names,
+        dtype=recipe.dtype, config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
     if arguments.label_smoothing_factor and task.head == "causal-lm":
         raise ScaloraError(

@@ -20,6 +20,7 @@ from ..common.errors import ScaloraError
 from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
+from ..models.origin import origin, random_modules
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
@@ -129,6 +130,10 @@ def _train(
         inputs.refuse_other(expected, "the comparison", "put back what it began with")
     if said := run_folder.settle(inputs):
         watcher.say(said)
+    if random := random_modules(loaded.model):
+        watcher.say(f"started at random, trained and saved as a whole: {', '.join(random)}")
+    if overrides := origin(loaded.model).overrides:
+        watcher.say(f"config: what is saved is for the base with {dict(overrides)}, and for no other")
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
 
@@ -201,6 +206,7 @@ def _train(
         "log": log,
         "base_fingerprint": inputs.base_model,
         "inputs": inputs.encode(),
+        "class_names": task.class_names,
         "environment": environment(),
     }
     with writing(folder):
@@ -255,7 +261,7 @@ def set_head_rate(optimizer: Optimizer, model: nn.Module, heads: Collection[str]
         heads: names of the head's modules in the plain model; wrappers may have put names before and behind them.
         lr: the rate before any schedule, which must be built after this.
     """
-    within = {id(p) for name, p in model.named_parameters() if not set(heads).isdisjoint(name.split("."))}
+    within = {id(p) for name, p in model.named_parameters() if any(f".{head}." in f".{name}" for head in heads)}
     for group in list(optimizer.param_groups):
         head = [p for p in group["params"] if id(p) in within]
         if head:

@@ -61,6 +61,10 @@ class ClassificationTask(Task):
     def num_labels(self) -> int:
         return 1 if self.spec.regression else len(self.labels)
 
+    @property
+    def class_names(self) -> list[str]:
+        return [] if self.spec.regression else self.labels
+
     @cached_property
     def labels(self) -> list[str]:
         """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""

@@ -153,6 +153,11 @@ class Task(ABC):
         """Outputs of a classification head; None for a causal language model."""
         return None
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of a classification head's outputs, none for regression; None where the task has no names for them."""
+        return None
+
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""

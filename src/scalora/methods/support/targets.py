@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...common.errors import ScaloraError
-from ...models.heads import HEADS, Head, find_heads
+from ...models.heads import HEADS, Head, find_heads, is_within
 from ..method import MethodSpec
 
 
 def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """The linear modules that ``target_modules`` names, the classification head left out.
+    """The linear modules that ``target_modules`` names, without those that are trained as a whole.
 
     Raises:
         ScaloraError: there are none.
@@ -29,7 +29,7 @@ def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[t
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and name.split(".", 1)[0] not in heads
+        and not is_within(name, heads)
         and check_target_module_exists(config, name)
     ]
     if not found:

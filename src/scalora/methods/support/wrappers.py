@@ -18,6 +18,7 @@ from ...common.disk_layout import SETTINGS, TENSORS
 from ...common.errors import ScaloraError
 from ...common.files import replace_folder
 from ...models.heads import HEADS, Head, find_heads
+from ...models.origin import origin
 from ..method import MethodSpec, Spectrum
 from .targets import find_targets
 
@@ -100,6 +101,7 @@ def save_wrapped(
         "method": method,
         "base": model.name_or_path,
         "head": head,
+        "base_config": dict(origin(model).overrides),
         "num_labels": model.config.num_labels if HEADS[head].labelled else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "modules": list(wrappers),

@@ -11,6 +11,7 @@ from ...common.disk_layout import REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
 from ...models.load import backbone_fingerprint, load_model
+from ...models.origin import origin
 from ...tasks import build_task, task_class
 from ..recipe import parse_recipe
 from .artefact import Artefact, read_tensors
@@ -33,12 +34,15 @@ class Base:
         self.artefact, recipe = artefact, artefact.made_by or {}
         self.head: Head = head_of(artefact)
         self.num_labels = _num_labels(artefact, self.head) if HEADS[self.head].labelled else None
-        self.config = recipe.get("config") or {}
+        self.class_names = _class_names(artefact, self.num_labels)
+        # Of an adapter with layers of its own outside of its run: what its file says.
+        self.config: dict[str, Any] = recipe.get("config") or artefact.config.get("base_config") or {}
         self.attention: str | None = recipe.get("attn_implementation")
         # A bare adapter does not say what it was trained in: the base's own dtype, as PEFT would load it.
         self.dtype: str = recipe.get("dtype") or artefact.config.get("dtype") or "auto"
         self.need_tokenizer = need_tokenizer
         self.fingerprint: str | None = None
+        self.overrides: dict[str, Any] = {}  # without which it computes something else
         self.padded_tokenizer: Any = None
         self.path = ""  # where transformers has found it
 
@@ -50,8 +54,9 @@ class Base:
         """
         try:
             model, tokenizer = load_model(
-                self.source, head=self.head, num_labels=self.num_labels, dtype=self.dtype, config=self.config,
-                attn_implementation=self.attention, need_tokenizer=self.need_tokenizer,
+                self.source, head=self.head, num_labels=self.num_labels, class_names=self.class_names,
+                dtype=self.dtype, config=self.config, attn_implementation=self.attention,
+                need_tokenizer=self.need_tokenizer,
             )  # fmt: skip
         except ScaloraError as error:
             raise ScaloraError(f"{error}; a base model that has moved is named by --base (Python: base=)") from error
@@ -61,6 +66,7 @@ class Base:
                 f"the base model {self.source!r} has the fingerprint {self.fingerprint}, but "
                 f"{self.artefact.fingerprint} was trained: give the right one with --base (Python: base=)"
             )
+        self.overrides = dict(origin(model).overrides)
         self.padded_tokenizer, self.path = tokenizer, model.name_or_path
         return model.eval()
 
@@ -121,3 +127,14 @@ def _num_labels(artefact: Artefact, head: Head) -> int:
             f"{artefact.folder} holds no classification head, so nothing tells how many labels there are"
         )
     return build_task(parse_recipe(artefact.made_by).task).num_labels or 2
+
+
+def _class_names(artefact: Artefact, num_labels: int | None) -> list[str] | None:
+    """What the run called its classes; None where there was no run, and the base's own configuration has to do."""
+    record = artefact.metrics or artefact.export or {}
+    if num_labels is None or artefact.made_by is None or "class_names" in record:
+        return record.get("class_names")
+    try:  # an unfinished run has no record yet
+        return build_task(parse_recipe(artefact.made_by).task).class_names
+    except ScaloraError:  # its data may be gone; the base's own names may be those of other classes
+        return [f"LABEL_{i}" for i in range(num_labels)] if num_labels > 1 else []

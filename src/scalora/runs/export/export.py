@@ -93,6 +93,11 @@ def export(
         source = Base(artefact, base, need_tokenizer=artefact.recipe is not None)
         log(f"loading {artefact.folder}")
         trained = restore(artefact, source)
+        if to != "merged" and source.overrides:
+            raise ScaloraError(
+                f"{artefact.folder} was trained on a base with other values than its own (config: {source.overrides}): "
+                f"a {to} export would be put on the base without them, which computes something else; use --to merged"
+            )
         before = probe(trained.model)
         if not before.isfinite().all():
             raise ScaloraError(
@@ -252,6 +257,7 @@ def _record(
         "steps": artefact.step,
         "base": base.source,
         "base_fingerprint": base.fingerprint,
+        "class_names": base.class_names,
         "recipe": artefact.recipe,
         "scores": artefact.scores,
         "layers": {name: kept._asdict() for name, kept in done.kept.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...methods import all_methods
 from ...methods.support.wrappers import Wrapper, load_wrapped, merge
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
 from ...models.heads import auto_class, find_heads
+from ...models.origin import origin, set_origin
 from .artefact import Artefact, read_tensors
 from .base_model import Base, head_of
 
@@ -52,6 +53,7 @@ class RestoredWrapped(Restored):
         self.saved = read_tensors(artefact.folder / TENSORS)
         self.model = base.load()
         self.parameters = {name for name, _ in self.model.named_parameters()}
+        check_random(artefact, self.model, self.saved)
         try:
             load_wrapped(self.model, artefact.config, self.saved, method.Wrapper)
         except (AttributeError, RuntimeError) as error:
@@ -78,9 +80,10 @@ class RestoredWhole(Restored):
     """A whole model: what full fine-tuning and accumulate='base' leave."""
 
     def __init__(self, artefact: Artefact, base: Base) -> None:
-        base.load()  # is it there, and the right one?
+        original = base.load()  # is it there, and the right one?
         self.base = base
         self.model = load_whole(artefact)
+        set_origin(self.model, origin(original))  # of what started at random there is no difference
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -131,9 +134,21 @@ def load_delta(folder: Path, base: Base) -> PreTrainedModel:
     parameters = dict(model.named_parameters())
     for name, delta in read_tensors(folder / DELTA).items():
         parameters[name].copy_(parameters[name].float() + delta)
-    for name, value in (read_tensors(folder / REPLACED) if (folder / REPLACED).is_file() else {}).items():
+    replaced = read_tensors(folder / REPLACED) if (folder / REPLACED).is_file() else {}
+    check_random(base.artefact, model, replaced)
+    for name, value in replaced.items():
         parameters[name].copy_(value)
     return model
+
+
+def check_random(artefact: Artefact, model: PreTrainedModel, saved: Collection[str]) -> None:
+    """Raise ScaloraError where a parameter started at random, whose name in the base is not among those saved."""
+    if lost := sorted(origin(model).random.difference(saved)):
+        raise ScaloraError(
+            f"{artefact.folder} does not hold {lost[0]}, which its base model {model.name_or_path!r} does not hold "
+            "either: it was drawn at random for training and is lost, so the trained model cannot be restored; train "
+            "again, with that module trained and saved as a whole (PEFT: modules_to_save)"
+        )
 
 
 def does_not_fit(artefact: Artefact, base: Base, reason: str) -> ScaloraError:

@@ -25,7 +25,7 @@ from ...methods.peft_any import merged_update
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
 from .artefact import Artefact, read_factors, read_tensors
 from .base_model import Base
-from .restored import Restored, RestoredWhole, RestoredWrapped, does_not_fit
+from .restored import Restored, RestoredWhole, RestoredWrapped, check_random, does_not_fit
 
 
 def restore(artefact: Artefact, base: Base) -> Restored:
@@ -56,6 +56,7 @@ class _Peft(Restored):
         self.tied = _tied(model)
         self.shared = {name for names in self.tied for name in names}
         self.saved = read_tensors(artefact.folder / WEIGHTS)
+        check_random(artefact, model, {name.removeprefix(PREFIX) for name in self.saved})
         try:
             self.model = self._adapted(model, artefact)
         except (RuntimeError, ValueError) as error:

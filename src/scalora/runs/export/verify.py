@@ -29,8 +29,13 @@ def probe(model: Any) -> Tensor:
     if config.model_type == "scalora-dense":
         inputs = {"inputs_embeds": torch.rand(8, config.widths[0], generator=generator)}
     else:
-        length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+        most = getattr(config, "max_position_embeddings", None) or 16  # XLNet's -1 means any
+        length = min(16, most) if most > 0 else 16
         ids = torch.randint(0, config.get_text_config().vocab_size, (4, length), generator=generator)
+        if config.is_encoder_decoder and isinstance(ending := config.eos_token_id, int):
+            # The classifiers of BART and T5 read the row's last end-of-text token, of which all rows must have as many.
+            ids[ids == ending] = (ending + 1) % config.get_text_config().vocab_size
+            ids[:, -1] = ending
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with _in_float32(model):
         return model(**inputs).logits
