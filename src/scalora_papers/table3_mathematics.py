@@ -59,12 +59,13 @@ def paper_problems(setting: Setting) -> list[Problem]:
     training = {
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "num_train_epochs": 2, "bf16": True,
     }  # fmt: skip
+    data = {"train": "meta-math/MetaMathQA", "form": "published"}
     tests = {"GSM8K": "openai/gsm8k:main", "MATH": "HuggingFaceH4/MATH-500"}
     return [
         Problem(
             name,
             _recipe(
-                setting, name, "google/gemma-3-12b-pt", {"train": "meta-math/MetaMathQA", "test": test}, training,
+                setting, name, "google/gemma-3-12b-pt", data | {"test": test}, training,
                 dtype="bfloat16", dropout=0.05, max_length=256,
             ),
             dict.fromkeys(MATHEMATICS_CONTENDERS, _PAPER_RATE),

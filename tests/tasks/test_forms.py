@@ -66,7 +66,10 @@ LABELS = {"BoolQ": "answer", "WinoGrande": "answer", "ARC": "answerKey", "OpenBo
 @pytest.mark.parametrize("name", HUB)
 def test_hub_forms(tmp_path, name):
     row, expected = HUB[name]
-    assert plain(load(tokenized.write_jsonl(tmp_path / "x.jsonl", [row]))[0]) == expected
+    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [row])
+    assert plain(load(path, form="published")[0]) == expected
+    if name != "SIQA":
+        assert plain(load(path)[0]) == expected
 
 
 def test_parquet_is_as_the_hub_has_it(tmp_path):
@@ -284,4 +287,51 @@ def test_mathematics_gets_question_and_answer(tmp_path):
     assert load(path, ("question", "answer"))[0] == {"question": "1+1?", "answer": "It is 2. The answer is: 2"}
     problem = {"problem": "$1+1$?", "solution": r"It is $\boxed{2}$.", "answer": "2", "subject": "Algebra"}
     path = tokenized.write_jsonl(tmp_path / "math.jsonl", [problem])
-    assert load(path, ("question", "answer"))[0]["answer"].endswith("$.\nThe answer is: 2")
+    assert load(path, ("question", "answer"), form="published")[0]["answer"].endswith("$.\nThe answer is: 2")
+
+
+OWN = {
+    "MATH": (("problem", "answer"), {"problem": "1+1?", "solution": "Add.", "answer": "2"}),
+    "MetaMathQA": (
+        ("question", "answer"),
+        {"query": "a", "response": "b", "type": "c", "question": "q", "answer": "d"},
+    ),
+    "BoolQ": (("passage", "question", "answer"), HUB["BoolQ"][0]),
+    "PIQA": (("question", "answer", "sol1"), {**HUB["PIQA"][0], "question": "Q", "answer": "A"}),
+    "SIQA": (("context", "question", "label"), HUB["SIQA"][0]),
+    "HellaSwag": (("question", "label"), {**HUB["HellaSwag"][0], "question": "Q"}),
+    "WinoGrande": (("sentence", "option1", "answer"), HUB["WinoGrande"][0]),
+    "ARC": (("question", "answer"), {**HUB["ARC"][0], "answer": "A"}),
+    "OpenBookQA": (("question", "answer"), {**HUB["OpenBookQA"][0], "question": "Q", "answer": "A"}),
+    "commonsense": (("instruction", "answer"), {"instruction": "x\nAnswer format: a/b", "answer": "a"}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_files_own_columns_count_where_none_is_lacking(tmp_path, name):
+    asked, row = OWN[name]
+    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [row])
+    assert load(path, asked) == [{column: row[column] for column in asked}]
+
+
+REPLACED = {
+    "MATH": (("question", "answer"), OWN["MATH"][1], "answer"),
+    "MetaMathQA": (("question", "answer"), {"query": "a", "response": "b", "type": "c", "answer": "d"}, "answer"),
+    "BoolQ": (("question", "answer", "before"), HUB["BoolQ"][0], "answer"),
+    "PIQA": (("question", "answer"), {**HUB["PIQA"][0], "answer": "A"}, "answer"),
+    "SIQA": (PLAIN, HUB["SIQA"][0], "question"),
+    "HellaSwag": (PLAIN, {**HUB["HellaSwag"][0], "question": "Q"}, "question"),
+    "WinoGrande": (("before", "answer"), HUB["WinoGrande"][0], "answer"),
+    "ARC": (PLAIN, {**HUB["OpenBookQA"][0], "question": "Q"}, "question"),
+    "commonsense": (("question", "answer"), {key: record("BoolQ")[key] for key in ("instruction", "answer")}, "answer"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_text_of_the_files_own_is_never_replaced_unasked(tmp_path, name):
+    asked, row, column = REPLACED[name]
+    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(ScaloraError, match=rf"a column '{column}' of its own.* the {name} data.*form: published"):
+        load(path, asked)
+    taken = load(path, [each for each in asked if each != "before"] or asked, form="published")[0]
+    assert taken[column] != row[column]

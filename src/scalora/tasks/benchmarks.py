@@ -73,13 +73,17 @@ class _Commonsense(NamedTuple):
     """By length where lm-evaluation-harness reports acc_norm, which divides by the characters of a choice."""
     extra: dict[str, Any] = {}
     """More of the task section."""
+    replaces: bool = False
+    """Whether its form has other texts in a column of the set's own, and so must be asked for."""
 
 
 COMMONSENSE = {
     # Both forms have true first.
-    "BoolQ": _Commonsense("boolq", "google/boolq", "validation", "boolq", extra={"choices": [" yes", " no"]}),
+    "BoolQ": _Commonsense(
+        "boolq", "google/boolq", "validation", "boolq", extra={"choices": [" yes", " no"]}, replaces=True
+    ),
     "PIQA": _Commonsense("piqa", "baber/piqa", "validation", "piqa", "length"),
-    "SIQA": _Commonsense("social_i_qa", "lighteval/siqa", "validation", "social_iqa"),
+    "SIQA": _Commonsense("social_i_qa", "lighteval/siqa", "validation", "social_iqa", replaces=True),
     "HellaSwag": _Commonsense("hellaswag", "Rowan/hellaswag", "validation", "hellaswag", "length"),
     "WinoGrande": _Commonsense(
         "winogrande", "allenai/winogrande:winogrande_xl", "validation", "winogrande", extra={"continuation": "{after}"}
@@ -181,9 +185,10 @@ def commonsense_task(
     facts: _Commonsense = _known("commonsense set", name, COMMONSENSE)
     folder = f"commonsense/{facts.folder}"
     source = _files(data, f"{folder}/train.json", f"{folder}/test.json") if data else _hub(facts.hub, facts.test_split)
+    form = {"form": "published"} if facts.replaces else {}
     return {
         "kind": "multiple_choice",
-        "data": source | _sizes(train_size, validation_size, test_size),
+        "data": source | _sizes(train_size, validation_size, test_size) | form,
         "prompt": (_JSON_PROMPTS if data else PROMPTS)[name],
         "normalize": facts.normalize,
         "max_length": max_length or 256,

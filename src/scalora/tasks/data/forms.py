@@ -6,12 +6,15 @@ them. What an instruction of that JSON runs together, or leaves out, cannot be h
 activity are part of the question (so they are in rows from the hub, that both read the same), and BoolQ has no passage.
 
 MetaMathQA and MATH get `question` and `answer`, the solution with its result at the end, as GSM8K has them.
+
+A file may look like a published set and be none. So its rows stay as they are unless the recipe asks for plain columns
+that the file lacks. A text of the file's own that the recipe asks for is not replaced unless that is asked for by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ...common import packaged
@@ -21,16 +24,29 @@ from .values import shown
 Row = dict[str, Any]
 
 
-def adapt(source: str, rows: list[Row], where: Callable[[int], str]) -> list[Row]:
-    """Plain columns for rows in a published form; other rows as they are.
+_SUPPLIED = {"question", "choices", "answer", "before", "after"}
+"""The plain columns that forms may have."""
 
-    `where` tells the place of a row, by its number from 1, for messages.
+
+def adapt(
+    source: str, rows: list[Row], where: Callable[[int], str], asked: Collection[str], *, published: bool = False
+) -> list[Row]:
+    """Plain columns for rows in a published form, where the recipe asks for some that the file lacks; else the rows.
+
+    Args:
+        source: the file, hub id or alias of a packaged set, which always is in its form.
+        rows: as they were read.
+        where: the place of a row, by its number from 1, for messages.
+        asked: the columns that the recipe asks for.
+        published: take the form's columns in any case, the file's own of the same name notwithstanding.
 
     Raises:
-        ScaloraError: a row is not in the form of the others, or its label is hidden.
+        ScaloraError: a row is not in the form of the others, its label is hidden, or a text that the recipe asks for
+            would be replaced.
     """
+    own = set().union(*rows)
     form = _form_of(source, rows)
-    if form is None:
+    if form is None or not (published or source in packaged.ASSETS or (set(asked) - own) & _SUPPLIED):
         return rows
     name, adapter = form
     adapted = []
@@ -46,7 +62,31 @@ def adapt(source: str, rows: list[Row], where: Callable[[int], str]) -> list[Row
             raise ScaloraError(
                 f"{where(number)}: not in the form of the {name} data ({error!s:.200}): {shown(row, 500)}"
             ) from error
+    if not published and source not in packaged.ASSETS:
+        _refuse_replaced(name, rows, adapted, where, asked, own)
     return adapted
+
+
+def _refuse_replaced(
+    name: str, rows: list[Row], adapted: list[Row], where: Callable[[int], str], asked: Collection[str], own: set[str]
+) -> None:
+    """Raise ScaloraError where a text or label that the recipe asks for would be another, by the form of that name."""
+    kept = own & set(asked)
+    if "choices" in asked and ("choices" not in own or any(isinstance(row.get("choices"), dict) for row in rows)):
+        kept -= {"choices", "answer"}  # an answer among choices that the file lacks has no other meaning
+    for number, (row, plain) in enumerate(zip(rows, adapted, strict=True), 1):
+        for column in sorted(kept & row.keys()):
+            if _text(row[column]) != _text(plain[column]):
+                raise ScaloraError(
+                    f"{where(number)}: the file has a column {column!r} of its own, {shown(row[column])}, and seems to "
+                    f"be the {name} data, in whose form that is {shown(plain[column])}: to take the form set "
+                    "task.data.form: published; to take the file's own ask for none that it lacks "
+                    f"({', '.join(sorted(set(asked) - own))}); it has {', '.join(row)}"
+                )
+
+
+def _text(value: Any) -> str:
+    return str(value).strip()
 
 
 def _form_of(source: str, rows: list[Row]) -> tuple[str, Callable[[Row], Row]] | None:

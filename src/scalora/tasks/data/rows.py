@@ -57,6 +57,8 @@ class DataSpec(BaseModel):
     """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
     values: dict[str, list[str | bool | int]] = {}
     """Our name -> all that the column may hold; a row with another value is refused, by its place in the file."""
+    form: Literal["published"] | None = None
+    """Whether a file in the form of a published set has that form's columns instead of its own. None: beside them."""
     missing: Literal["refuse", "keep"] = "refuse"
     """What becomes of labels and texts that are empty or say NaN, None, NA, …: keep takes them as they stand."""
     seed: int = 0
@@ -180,8 +182,9 @@ def _load(
     table = _read(name, source, spec)
     if not table.rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
-    rows = adapt(source, table.rows, lambda number: table.place(source, number))
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
+    published = spec.form == "published"
+    rows = adapt(source, table.rows, lambda number: table.place(source, number), wanted.values(), published=published)
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
     kept = []
     for number, row in enumerate(rows, 1):
