@@ -147,6 +147,13 @@ def test_classes_are_called_as_the_task_calls_them(laid, tmp_path, method):
     exec("\n".join(run.loading), names)
     found = [names["model"], scalora.load(run.folder), scalora.load(run.folder / "checkpoints" / "checkpoint-4")]
     found += [scalora.load(export(run.folder, to=form).folder) for form in ("merged", "delta")]
+    if method == "lora":
+        exported = export(run.folder, to="lora").folder
+        for folder in (exported, run.folder / "adapter"):  # an adapter itself has no place for names
+            lines = (folder / "README.md").read_text().split("```")[1].removeprefix("python")
+            exec(lines.replace("path/to/this/folder", str(folder)), names)
+            found.append(names["model"])
+        found.append(scalora.load(exported))
     data.unlink()  # a run remembers its classes
     found.append(scalora.load(run.folder))
     for model in found:

@@ -105,14 +105,17 @@ def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = join
 
 
 def said_beside(head: Head, path: Path, model: PeftModel) -> list[str]:
-    """The lines that load a saved adapter with plain PEFT; in its README.md too where its base is not as it lies."""
-    lines = peft_loading_lines(head, path, model)
-    if overrides := origin(model).overrides:
-        values = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
-        text = [f"This adapter is for its base model loaded with {values}, and for no other.", "", *lines]
+    """The lines that load a saved adapter with plain PEFT; in its README.md too where its base needs more than a name.
+
+    Then the base must be given values, or names of classes, that an adapter has no place for.
+    """
+    if origin(model).options:
+        lines = peft_loading_lines(head, Path("path/to/this/folder"), model)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", *text, ""]))
-    return lines
+            file.write(
+                "\n".join(["", "This adapter needs its base model loaded so:", "", "```python", *lines, "```", ""])
+            )
+    return peft_loading_lines(head, path, model)
 
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:

@@ -21,6 +21,7 @@ from ...common.errors import ScaloraError
 from ...common.files import expand_user, replace_folder, write_json
 from ...engine.plain_lora import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
 from ...layers.peft_lora import find_layers
+from ...methods.lora import said_beside
 from ...models.heads import auto_class
 from .artefact import Artefact, find_artefact, read_factors
 from .base_model import Base
@@ -200,6 +201,7 @@ def _check_rank(artefact: Artefact, rank: int) -> None:
 
 def _write_lora(trained: Restored, folder: Path, base: Base, truncation: Truncation | None) -> dict[str, Kept]:
     write_plain_lora(folder, *plain_lora(trained.model, truncation or joined_factors))
+    said_beside(base.head, folder, trained.model)
     if truncation is not None:
         return {name.removeprefix(PREFIX): kept for name, kept in truncation.kept.items()}
     ranks = {layer.name: joined_factors(layer)[0].shape[1] for layer in find_layers(trained.model)}
