@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
+from ..common.numeric import numbers_only
 from ..models.heads import Head
 
 
@@ -21,10 +22,13 @@ class MethodSpec(BaseModel):
     """The ``method`` section of a recipe."""
 
     model_config = ConfigDict(extra="forbid")
+    _numbers = model_validator(mode="before")(numbers_only)
 
     name: str = Field(description="One of `scalora methods`.")
     rank: int = Field(default=8, ge=1, description="r: columns of the trained adapters.")
-    alpha: float | None = Field(default=None, gt=0, description="LoRA's alpha; None is twice the rank.")
+    alpha: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="LoRA's alpha; None is twice the rank."
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA's dropout.")
     target_modules: str | list[str] = Field(
         default="all-linear", description="Names of the modules to adapt, a regular expression, or 'all-linear'."
@@ -90,6 +94,10 @@ class Method(ABC):
 
     def __init__(self, spec: MethodSpec) -> None:
         self.spec = spec
+        try:
+            numbers_only(self.Options, spec.options)
+        except ValueError as error:
+            raise ScaloraError(f"method.options.{error}") from None
         try:
             self.options = self.Options(**spec.options)
         except ValidationError as error:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..common.errors import ScaloraError
+from ..common.numeric import NO_NUMBER, numbers_only
 from ..methods import MethodSpec
 from ..tasks import TaskSpec, all_tasks
 from .precision import Precision
@@ -24,6 +25,7 @@ class Recipe(BaseModel):
     """Everything that decides the outcome of a run."""
 
     model_config = ConfigDict(extra="forbid")
+    _numbers = model_validator(mode="before")(numbers_only)
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
@@ -150,6 +152,8 @@ def _explain(error: Any) -> str:
         near = get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name!r}; {hint}"
+    if error["type"] == NO_NUMBER:
+        return ".".join((*location, error["msg"]))
     if error["type"] == "missing":
         return f"key {name!r} is missing"
     if error["type"].startswith("union_tag"):

@@ -11,6 +11,9 @@ from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from ..common.numeric import refuse_no_number
 
 # What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
 _DEFAULTS: dict[str, Any] = {
@@ -110,6 +113,10 @@ def _value(name: str, given: Any, kind: Any) -> Any:
         given = "no"  # which YAML takes for a truth value
     if choices and isinstance(given, str) and given not in choices[0]:
         raise ValueError(f"{name} is {given!r}: choose one of {', '.join(choices[0])}")
+    try:
+        refuse_no_number(name, given, kind)
+    except PydanticCustomError as error:
+        raise ValueError(str(error)) from None
     try:
         value = TypeAdapter(kind).validate_python(given)
     except ValidationError as error:

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from torch.utils.data import Dataset
 
 from ..common.errors import ScaloraError
+from ..common.numeric import numbers_only
 from ..models.heads import Head
 from .data.rows import DataSpec, PlacedRow, Splits, load_splits
 from .data.values import flaw
@@ -117,6 +118,7 @@ class BaseTaskSpec(BaseModel, frozen=True, extra="forbid"):
 
     kind: str
     data: DataSpec
+    _numbers = model_validator(mode="before")(numbers_only)
 
 
 class Task(ABC):

@@ -21,10 +21,10 @@ _SEPARATORS = {"\t": ("tabs", "name it .tsv"), "|": ("|", "separate its cells by
 
 
 def read_csv(path: Path, positions: Collection[str] = ()) -> SourceTable:
-    """Comma-separated text, or separated by semicolons as Excel writes it where numbers have a comma."""
-    text = read_text(path)
+    """Comma-separated text, or separated by semicolons as Excel writes it, or as a first line `sep=;` says."""
+    text, declared = _declared(read_text(path))
     head = re.sub(r'"[^"]*"', "", next((line for _, line in read_lines(text)), ""))
-    delimiter = ";" if ";" in head and "," not in head else ","
+    delimiter = declared or (";" if ";" in head and "," not in head else ",")
     return _table(path, _quoted(path, text, delimiter), positions)
 
 
@@ -33,7 +33,9 @@ def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
 
     Then no quote has a meaning; but a row that is too short and has one open goes on in the next line.
     """
-    text = read_text(path)
+    text, declared = _declared(read_text(path))
+    if declared not in (None, "\t"):
+        raise ScaloraError(f"{path}, line 1: it says that cells are separated by {declared!r}: name the file .csv")
     # Without the cells that are enclosed as they should be: between their quotes, tabs and line ends are text.
     opening = _opening(r"\t")
     rest = re.sub(rf'{opening}"[^"]*(?:""[^"]*)*"[^\S\t\r\n]*(?=[\t\r\n]|$)', "", text)
@@ -41,6 +43,12 @@ def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
     if '"' in rest and not never_closed:
         return _table(path, _plain(list(read_lines(text))), positions)
     return _table(path, _quoted(path, text, "\t"), positions)
+
+
+def _declared(text: str) -> tuple[str, str | None]:
+    """The text with a first line such as `sep=;` empty, by which Excel is told the separator; and the latter."""
+    found = re.match(r'("?)sep=([^\r\n"])\1(?=\r|\n|$)', text, re.IGNORECASE)
+    return (text[found.end() :], found[2]) if found else (text, None)
 
 
 def seems_separated(cells: Sequence[str]) -> str:

@@ -13,11 +13,12 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...common import packaged
 from ...common.errors import ScaloraError
 from ...common.files import expand_user
+from ...common.numeric import numbers_only
 from .delimited import seems_separated
 from .documents import STDLIB, read_folder, read_matching, stdlib_documents
 from .forms import Row, adapt
@@ -39,6 +40,7 @@ class DataSpec(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+    _numbers = model_validator(mode="before")(numbers_only)
 
     train: str
     validation: str | None = None
