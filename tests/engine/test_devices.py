@@ -63,22 +63,21 @@ def _fsdp2(rank, folder):
             torch.testing.assert_close(models.logits(plain, kind), models.logits(alone, kind), rtol=0, atol=1e-6)
 
 
-def test_a_refresh_equals_that_of_one_process():
-    spawn(_refresh)
+@pytest.mark.parametrize("refresh", two_processes.REFRESHES, ids=["weights", "inputs"])
+def test_a_refresh_equals_that_of_one_process(refresh):
+    spawn(_refresh, refresh)
 
 
-def _refresh(rank):
+def _refresh(rank, refresh):
     for kind, accumulate in CASES:
-        reference = two_processes.alone(kind, accumulate, two_processes.REFRESH)[1]
+        reference = two_processes.alone(kind, accumulate, refresh)[1]
         model = two_processes.model(kind)
         optimizer = two_processes.optimizer(model)
-        handle = scalora.attach(model, optimizer, two_processes.config(accumulate, two_processes.REFRESH))
+        handle = scalora.attach(model, optimizer, two_processes.config(accumulate, refresh))
         two_processes.train(DistributedDataParallel(model), optimizer, kind, rank)
         handles = [handle]
         for options in ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
-            sharded, optimizer, other = two_processes.sharded(
-                kind, accumulate, refresh=two_processes.REFRESH, **options
-            )
+            sharded, optimizer, other = two_processes.sharded(kind, accumulate, refresh=refresh, **options)
             two_processes.train(sharded, optimizer, kind, rank)
             handles.append(other)
         for each in handles:

@@ -20,7 +20,11 @@ def recorded(handle):
     seen = {layer.name: [] for layer in handle.layers}
 
     def listen(name, x, result):
-        result.register_hook(lambda g: seen[name].append(x.detach()[(g != 0).any(-1)]))
+        def keep(g):
+            sizes = g.abs().amax(-1)
+            seen[name].append(x.detach()[sizes > 1e-5 * sizes.max()])  # a first token's query has none but rounding
+
+        result.register_hook(keep)
 
     for layer in handle.layers:
         layer.module.register_forward_hook(lambda _, args, out, name=layer.name: listen(name, args[0], out))

@@ -40,12 +40,13 @@ def _enter(rank, processes, store, function, args):
 MICRO = 2  # micro-batches per optimizer step
 STEPS = 7  # with rank and capacity 3 the accumulated columns are recompressed before the sixth
 REFRESH = 4  # and refreshed before the fifth
+REFRESHES = (REFRESH, {"refresh": REFRESH, "metric": "inputs"})
 
 
 def config(accumulate, refresh=None):
-    return ScaLoraConfig(
-        interval=1, refresh=refresh, accumulate=accumulate, capacity=3 if accumulate == "adapter" else None
-    )
+    """``refresh``: its period, or all fields that it has."""
+    fields = refresh if isinstance(refresh, dict) else {"refresh": refresh}
+    return ScaLoraConfig(interval=1, accumulate=accumulate, capacity=3 if accumulate == "adapter" else None, **fields)
 
 
 def model(kind, dtype=torch.float64):

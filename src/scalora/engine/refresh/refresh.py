@@ -118,7 +118,10 @@ class Refresh:
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
         random = torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
-        return self.moments.metrics[index].whiten(random) if self.moments else random
+        if self.moments is None:
+            return random
+        metric = self.moments.metrics[index]
+        return metric.whiten(random.to(metric.U))
 
     def refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
         """New adapters from Q (m×k) and Z = GᵀQ (n×k) of every layer; one without a usable sketch keeps its own."""
