@@ -40,7 +40,7 @@ def _result(comparison, trial, *_, calls=None):
 def calls(monkeypatch):
     found = []
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: _result(c, t, calls=found))
-    monkeypatch.setattr(run, "check_recipe", lambda recipe: [])
+    monkeypatch.setattr(run, "check_recipe", lambda recipe: ([], None))
     monkeypatch.setattr(run, "write_report", lambda *arguments: None)
     return found
 

@@ -18,6 +18,7 @@ from ..models.heads import find_heads
 from ..models.load import load_model
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
+from ..tasks.positions import check_positions
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
 from .precision import AUTOCAST, decide
@@ -84,6 +85,8 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
+    writes = getattr(task.spec, "max_new_tokens", None) if getattr(task.spec, "answer", None) else None
+    check_positions(model, datasets, getattr(task.spec, "max_length", None), writes)
     return Loaded(task, arguments, model, tokenizer, heads, datasets, task.collator(tokenizer, model))
 
 

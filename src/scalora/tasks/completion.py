@@ -59,7 +59,11 @@ class CompletionTask(Task):
             template.check(row, keep_missing=self.data.missing == "keep")
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        return examples(*self._pairs(tokenizer, split))
+        pairs, truncated = self._pairs(tokenizer, split)
+        dataset = examples(pairs, truncated)
+        if self.answer is not None and split != "train":
+            dataset.longest_prompt = max(map(len, self._prompts(tokenizer, split, pairs)))
+        return dataset
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """`nll`: minus the mean log-likelihood (nats) of a completion token, over all tokens of the split.

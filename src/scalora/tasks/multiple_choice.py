@@ -82,7 +82,10 @@ class MultipleChoiceTask(Task):
         answers = [self._answer(row, own) for row, own in zip(rows, choices, strict=True)]
         read = self._encode(tokenizer, [self._texts(row, own) for row, own in zip(rows, choices, strict=True)], rows)
         right = [pairs[answer] for pairs, answer in zip(read, answers, strict=True)]
-        return examples(*truncate_prompts(right, self.spec.max_length, rows))
+        dataset = examples(*truncate_prompts(right, self.spec.max_length, rows))
+        scored = max(len(prompt) + len(following) - 1 for pairs in read for prompt, following in pairs)
+        dataset.longest = max(dataset.longest, min(self.spec.max_length, scored))
+        return dataset
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """Metrics of the choices' likelihoods given the prompt.

@@ -71,12 +71,15 @@ class Score:
 class TokenDataset(Dataset):
     """Tokenised examples without padding: dicts of `input_ids`, `labels` (and `token_type_ids` where a model has them).
 
-    `truncated` counts the examples that were cut to max_length.
+    `truncated` counts the examples that were cut to max_length. `longest` is the most tokens that the model reads at a
+    time in learning or scoring these rows, and `longest_prompt` the most that it goes on writing after.
     """
 
     def __init__(self, examples: list[dict[str, Any]], truncated: int) -> None:
         self.examples = examples
         self.truncated = truncated
+        self.longest = max((len(example.get("input_ids", ())) for example in examples), default=0)
+        self.longest_prompt = 0
 
     def __len__(self) -> int:
         return len(self.examples)
