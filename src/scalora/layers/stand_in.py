@@ -272,6 +272,7 @@ def stand_in(module: LoraLayer) -> StandIn:
     own = vars(module).get("forward")
     adopted = adopt(module, StandIn)  # pyright: ignore[reportArgumentType]
     adopted.accumulated = nn.ModuleDict()
+    adopted.torn = False  # of its own from the start: a compiled pass would be compiled again
     if own is not None:
         _reconnect(adopted)
     return adopted
