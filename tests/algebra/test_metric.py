@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora.algebra.directions import dense_svd, optimal_adapters, range_basis
-from scalora.algebra.metric import DAMPING, metric_adapters, no_metric, nystrom_metric
+from scalora.algebra.metric import DAMPING, InputMetric, metric_adapters, no_metric, nystrom_metric
 
 SEEDS = st.integers(0, 999)
 
@@ -30,8 +30,7 @@ def looked(C, k, times, seed=0, factor=1.0):
     basis = range_basis(torch.randn(len(C), k, generator=torch.Generator().manual_seed(seed), dtype=C.dtype))
     metric = no_metric(basis)
     for _ in range(times):
-        metric = nystrom_metric(metric.U, factor * C @ metric.U, factor * C.trace())
-        assert metric is not None
+        metric = nystrom_metric(metric, factor * C @ metric.U, factor * C.trace())
     return metric
 
 
@@ -81,7 +80,16 @@ def test_adapters_are_those_of_the_whitened_gradient_and_know_their_gradients(m,
     torch.testing.assert_close(new.grad_B, G.mT @ new.A)
 
 
-def test_nothing_to_go_by_is_no_metric():
-    basis = torch.eye(4)[:, :2]
-    for product, trace in ((0.0, 0.0), (torch.nan, 1.0), (1.0, torch.inf)):
-        assert nystrom_metric(basis, torch.full((4, 2), product), torch.tensor(trace)) is None
+def test_a_layer_with_nothing_to_go_by_keeps_its_metric_beside_others_that_change():
+    C = torch.stack([moments(8, seed) for seed in range(4)])
+    each = [looked(c, 3, 2, seed) for seed, c in enumerate(C)]
+    former = InputMetric(*map(torch.stack, zip(*each, strict=True)))
+    products, traces = C @ former.U, C.diagonal(dim1=1, dim2=2).sum(1)
+    products[0], traces[0] = 0.0, 0.0
+    products[1, 2, 1], traces[2] = torch.nan, torch.inf
+    found = nystrom_metric(former, products, traces)
+    for kept in range(3):
+        for new, old in zip(found, former, strict=True):
+            assert torch.equal(new[kept], old[kept])
+    alone = nystrom_metric(each[3], C[3] @ each[3].U, C[3].trace())
+    torch.testing.assert_close((found.e[3], found.tail[3]), (alone.e, alone.tail))

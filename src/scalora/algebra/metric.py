@@ -47,26 +47,31 @@ def no_metric(basis: Float[Tensor, "n k"]) -> InputMetric:
 
 
 def nystrom_metric(
-    basis: Float[Tensor, "n k"], product: Float[Tensor, "n k"], trace: Float[Tensor, ""]
-) -> InputMetric | None:
-    """The metric from C Φ and the trace of C, both up to one factor; None where there is nothing finite to go by.
+    former: InputMetric, product: Float[Tensor, "*batch n k"], trace: Float[Tensor, "*batch"]
+) -> InputMetric:
+    """The metric from C Φ and the trace of C, both up to one factor; the former one where they are nothing finite.
 
     Args:
-        basis: Φ, orthonormal columns.
+        former: its U is Φ.
         product: C Φ.
         trace: of C.
     """
-    n, k = basis.shape
-    if not bool(torch.isfinite(product).all() & torch.isfinite(trace) & (trace > 0)):
-        return None
-    basis, product = basis.double(), product.double() * (n / trace.double())
-    core = basis.mT @ product
+    n, k = product.shape[-2:]
+    usable = torch.isfinite(product).all(-1).all(-1) & torch.isfinite(trace) & (trace > 0)
+    basis = former.U.double()
+    # Where there is nothing to go by, the identity is computed with, and not returned: nobody waits for the device.
+    scaled = torch.where(usable[..., None, None], product.double() * (n / trace.double())[..., None, None], basis)
+    core = basis.mT @ scaled
     w, V = torch.linalg.eigh((core + core.mT) / 2)
-    root = torch.where(w > 1e-6 * w[-1], w.clamp_min(1e-300).rsqrt(), 0.0)
-    U, sigma, _ = torch.linalg.svd(product @ (V * root), full_matrices=False)
+    root = torch.where(w > 1e-6 * w[..., -1:], w.clamp_min(1e-300).rsqrt(), 0.0)
+    U, sigma, _ = torch.linalg.svd(scaled @ (V * root[..., None, :]), full_matrices=False)
     e = sigma.square()
-    tail = (n - e.sum()).clamp_min(0) / max(1, n - k)
-    return InputMetric(*(t.to(trace.dtype) for t in (U, e, tail)))
+    tail = (n - e.sum(-1)).clamp_min(0) / max(1, n - k)
+    return InputMetric(
+        torch.where(usable[..., None, None], U.to(former.U), former.U),
+        torch.where(usable[..., None], e.to(former.e), former.e),
+        torch.where(usable, tail.to(former.tail), former.tail),
+    )
 
 
 def metric_adapters(

@@ -13,6 +13,7 @@ from ...layers.adopt import adopt
 from ...layers.input_sketch import InputSketch
 from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
+from ..groups import grouped
 from .leaves import Leaves
 
 DIRECTIONS = 32  # eigenvectors that are followed, at most
@@ -21,7 +22,7 @@ DIRECTIONS = 32  # eigenvectors that are followed, at most
 class Moments:
     """Metrics by layer, none at first; each look begins from the eigenvectors that the one before has found."""
 
-    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, layers: list[AdapterLayer]) -> None:
         self.layers = layers
         self.metrics = [_start(layer, index) for index, layer in enumerate(layers)]
         self.looking = False
@@ -44,8 +45,11 @@ class Moments:
             return
         self._leaves.gather()
         totals = self._leaves.totals()
-        for i, (product, trace) in enumerate(zip(totals[::2], totals[1::2], strict=True)):
-            self.metrics[i] = nystrom_metric(self.metrics[i].U, product, trace) or self.metrics[i]
+        for group in grouped(self.layers):
+            products, traces = (torch.stack([totals[2 * i + part] for i in group.members]) for part in (0, 1))
+            found = nystrom_metric(self.stacked(group.members), products, traces)
+            for i, *parts in zip(group.members, *found, strict=True):
+                self.metrics[i] = InputMetric(*(part.contiguous() for part in parts))
         self.detach()
 
     def detach(self) -> None:
