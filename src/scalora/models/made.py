@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common import packaged
-from ..common.errors import ScaloraError
 
 
 def made_once(name: str, save: Callable[[Path], None]) -> Path:
@@ -23,12 +22,7 @@ def made_once(name: str, save: Callable[[Path], None]) -> Path:
     folder = packaged.cache_dir() / "made" / name
     if folder.exists():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ScaloraError(
-            f"SCALORA_CACHE: cannot write to {folder.parent} ({error}); set it to a folder you own"
-        ) from error
+    packaged.make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
         save(Path(temporary) / "model")
         try:
