@@ -70,6 +70,7 @@ class ContenderRow:
     trainable: int
     time: float | None  # seconds per step relative to the baseline's; None where they never met on one machine
     memory: float | None  # peak bytes, likewise
+    held: float | None  # bytes of what is trained, gradients, optimizer and store; None in results of before they were
     disk: float  # bytes of the saved adapter
     validation: Mapping[float, float]  # learning rate → mean validation metric there; failed trials are missing
 
@@ -87,6 +88,7 @@ _FIELDS: dict[str, tuple[str, Callable[[ContenderRow], str]]] = {
     "trainable": ("trainable", lambda row: f"{row.trainable:,}"),
     "time": ("time ratio", lambda row: _ratio(row.time)),
     "memory": ("memory ratio", lambda row: _ratio(row.memory)),
+    "held": ("held", lambda row: "" if row.held is None else f"{row.held / 2**20:.1f} MiB"),
     "disk": ("on disk", lambda row: f"{row.disk / 2**20:.1f} MiB"),
 }
 EVERY_FIELD = tuple(_FIELDS)
@@ -163,6 +165,7 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 ours[0]["trainable_parameters"],
                 relative_cost(ours, theirs, "seconds_per_step"),
                 relative_cost(ours, theirs, "peak_memory_bytes"),
+                mean(run["held_bytes"] for run in ours) if all(run.get("held_bytes") for run in ours) else None,
                 mean(run["adapter_bytes"] for run in ours),
                 {rate: mean(of_seeds) for rate, of_seeds in found.items()},
             )

@@ -21,7 +21,7 @@ from .plan import Comparison, Trial
 # What is kept of a run's metrics: what the report shows.
 KEPT = (
     "split", "after", "primary", "higher_is_better", "steps", "train_seconds", "seconds_per_step", "peak_memory_bytes",
-    "trainable_parameters", "parameters", "adapter_bytes", "rank", "ranks", "environment",
+    "held_bytes", "trainable_parameters", "parameters", "adapter_bytes", "rank", "ranks", "environment",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
 from .folder import RunFolder, last_checkpoint, saved_precision, writing
+from .held import HeldBytes, weight_bytes
 from .inputs import Inputs
 from .loading import Loaded, load_inputs, made_ready, setting_up
 from .plots import draw_curves, draw_rank
@@ -144,7 +145,9 @@ def _train(
         )  # fmt: skip
 
     set_seed(arguments.seed)  # adapters start alike, whatever was drawn before
+    base_bytes = weight_bytes(model)
     adapted = method.adapt(model, task.head)
+    held = HeldBytes(adapted, base_bytes)
     before = None
     if baseline:
         watcher.phase("scoring before training")
@@ -159,7 +162,7 @@ def _train(
     tracker = [RankTracker(adapted.spectra)] if ranks else []
     sealed = SealCheckpoints(arguments.save_total_limit)
     arguments.save_total_limit = None  # Trainer would delete an older checkpoint before the new one is complete
-    watching = [StableOrder(), timer, *tracker, stop, *watcher.callbacks, StopOnNonFinite(), sealed]
+    watching = [StableOrder(), timer, *tracker, held, stop, *watcher.callbacks, StopOnNonFinite(), sealed]
     started = time.perf_counter()
     try:
         with writing(folder), setting_up(timer):
@@ -196,6 +199,7 @@ def _train(
         "train_seconds": seconds,
         "seconds_per_step": timer.median(),
         "peak_memory_bytes": peak_memory(),
+        "held_bytes": held.found,
         "trainable_parameters": trainable,
         "parameters": total,
         "adapter_bytes": sum(p.stat().st_size for p in (folder / ADAPTER).rglob("*") if p.is_file()),

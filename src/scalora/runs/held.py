@@ -1,0 +1,51 @@
+"""Bytes that training holds beside the frozen base: where "a LoRA of equal memory" is looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..engine.trainer import ScaLoraCallback
+from ..methods import Adapted
+
+
+class HeldBytes(TrainerCallback):
+    """Counts, in the last step, what is trained, its gradients, the optimizer's state, and what store and refresh keep.
+
+    Args:
+        adapted: what is trained.
+        base: bytes of the base model's parameters, as it was before it was adapted.
+    """
+
+    def __init__(self, adapted: Adapted, base: int) -> None:
+        self.adapted, self.base = adapted, base
+        self.found: int | None = None  # until the last step, and where a resumed run had no step left
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step < state.max_steps and not control.should_training_stop:
+            return
+        gradients = sum(p.nbytes for p in self.adapted.model.parameters() if p.requires_grad)
+        # Weights that a method trains themselves are held once, as the base's.
+        beside = max(0, weight_bytes(self.adapted.model) - self.base)
+        handles = [c.handle for c in self.adapted.callbacks if isinstance(c, ScaLoraCallback) and c.handle]
+        kept = [dict(kwargs["optimizer"].state), [handle.state_dict() for handle in handles]]
+        self.found = beside + gradients + sum(tensor.nbytes for tensor in _tensors(kept))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _tensors(value)

@@ -1,0 +1,41 @@
+"""Bytes that training holds beside the frozen base, counted by hand."""
+
+import pytest
+
+from helpers import workspace
+from scalora.runs.recipe import load_recipe
+from scalora.runs.training import train
+
+COUNTERS = 4 * 64  # of an optimizer's steps, one float per trained tensor
+
+
+def held(folder, *options):
+    return train(load_recipe(workspace.lay(folder), [*options, "training.save_strategy='no'"])).metrics
+
+
+@pytest.mark.parametrize(("method", "copies"), [("lora", 4), ("full", 3)])
+def test_trained_tensors_have_a_gradient_and_two_moments(tmp_path, method, copies):
+    """And are themselves held beside the base, where they are not the base's own weights."""
+    metrics = held(tmp_path, f"method={{name: {method}, rank: 2}}")
+    exact = copies * 4 * metrics["trainable_parameters"]
+    assert 0 < metrics["held_bytes"] - exact <= COUNTERS
+
+
+def test_what_a_store_and_a_refresh_keep_is_held(tmp_path):
+    def of(name, method, **options):
+        (tmp_path / name).mkdir()
+        return held(
+            tmp_path / name,
+            f"method={{name: {method}, rank: 2}}",
+            *(f"method.options.{k}={v}" for k, v in options.items()),
+        )
+
+    plain = of("plain", "lora")
+    lora, adapters = plain["held_bytes"], 4 * plain["trainable_parameters"]
+    slack = 0.2 * adapters  # factors and constants
+    columns = (3 + 4 * 2) / 2  # capacity, and room for four events more, in units of the rank
+    store = of("adapter", "scalora-i", interval=2, capacity=3)["held_bytes"]
+    assert lora + columns * adapters <= store <= lora + columns * adapters + slack
+    assert lora <= of("base", "scalora-i", interval=2, accumulate="base")["held_bytes"] <= lora + slack
+    sketches = of("refresh", "scalora-refresh", refresh=2, accumulate="base")["held_bytes"]
+    assert lora + 2 * adapters <= sketches <= lora + 2 * adapters + slack  # 2r columns of each side
