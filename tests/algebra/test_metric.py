@@ -26,6 +26,11 @@ def dense(C):
     return size, (V * e.rsqrt()) @ V.mT
 
 
+def output(C, A, B):
+    """Mean of |a (bᵀx)|² over inputs, of every pair of columns."""
+    return torch.stack([a.square().sum() * (b @ C @ b) for a, b in zip(A.mT, B.mT, strict=True)])
+
+
 def looked(C, k, times, seed=0, factor=1.0):
     basis = range_basis(torch.randn(len(C), k, generator=torch.Generator().manual_seed(seed), dtype=C.dtype))
     metric = no_metric(basis)
@@ -60,8 +65,10 @@ def test_where_all_inputs_are_alike_it_is_theorem_1(m, n, r, seed):
     Q = range_basis(G @ torch.randn(n, min(m, n), generator=generator, dtype=torch.float64))
     alike = looked(torch.eye(n, dtype=torch.float64), 2, 1, seed)
     found, wanted = metric_adapters(Q, G.mT @ Q, alike, r, c), optimal_adapters(dense_svd(G), r, c)
-    for one, other in zip(found, wanted, strict=True):  # signs are free
-        torch.testing.assert_close(one @ one.mT, other @ other.mT, rtol=1e-6, atol=1e-8)
+    # But for the size of A: a step of B has n entries where one of A has m.
+    of_A = (m / n) ** 0.5
+    for one, other, size in zip(found, wanted, (of_A, 1.0, 1.0, of_A), strict=True):  # signs are free
+        torch.testing.assert_close(one @ one.mT, size**2 * other @ other.mT, rtol=1e-6, atol=1e-8)
 
 
 @given(m=st.integers(5, 9), n=st.integers(5, 9), r=st.integers(1, 2), seed=SEEDS)
@@ -72,8 +79,10 @@ def test_adapters_are_those_of_the_whitened_gradient_and_know_their_gradients(m,
     svd = dense_svd(G @ whitening)
     Q = range_basis(G @ torch.randn(n, min(m, n), generator=generator, dtype=torch.float64))
     new = metric_adapters(Q, G.mT @ Q, looked(C, n, 1, seed), r, torch.tensor(2.0, dtype=torch.float64))
-    A, B = 2**0.5 * svd.U[:, 0 : 2 * r : 2], whitening @ svd.V[:, 1 : 2 * r : 2]
+    A, B = svd.U[:, 0 : 2 * r : 2], whitening @ svd.V[:, 1 : 2 * r : 2]
     B = B * (2 * size / (B * (C @ B)).sum(0)).sqrt()
+    turned = output(C, A, torch.sign(G.mT @ A)).clamp_min(DAMPING * n * size)
+    A = A * (output(C, torch.ones(m, r), B) / turned).sqrt()
     torch.testing.assert_close(new.A @ new.A.mT, A @ A.mT, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(new.B @ new.B.mT, B @ B.mT, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(new.grad_A, G @ new.B)

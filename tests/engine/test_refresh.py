@@ -166,17 +166,20 @@ def test_the_new_adapters_are_those_of_theorem_1(monkeypatch):
             assert cosine > 0.999
 
 
-def test_the_optimizers_state_starts_anew_and_the_first_steps_are_short():
-    model, optimizer, handle = attached(every=WARMUP + 2)
-    models.train(model, optimizer, "llama", WARMUP + 2)
+@pytest.mark.parametrize("every", [5, 12])
+def test_the_optimizers_state_starts_anew_and_the_first_steps_are_short(every):
+    model, optimizer, handle = attached(every=every)
+    short = every // 6
+    assert handle.refresh.warmup == min(short, WARMUP)
+    models.train(model, optimizer, "llama", every)
     layer = handle.layers[0]
-    for count in range(1, WARMUP + 2):
+    for count in range(1, short + 2):
         model(**models.batch("llama", 7)).loss.backward()
         seen = {}
         hook = optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.update(A=layer.A.clone()))  # after ours
         optimizer.step()
         hook.remove()
-        state, share = optimizer.state[layer.A], min(1.0, count / (WARMUP + 1))
+        state, share = optimizer.state[layer.A], min(1.0, count / (short + 1))
         assert state["step"] == count
         m, v = state["exp_avg"] / (1 - 0.9**count), state["exp_avg_sq"] / (1 - 0.999**count)
         full = 3e-3 * (m / (v.sqrt() + 1e-8) + 1e-2 * seen["A"])  # AdamW's decay is shortened too

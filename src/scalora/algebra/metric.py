@@ -3,7 +3,11 @@
 A column b of B adds s·a·(bᵀx) to the output. Along directions that all inputs share, such as their mean, that is large,
 and so is the gradient; what tells one input from another lies elsewhere. With C the mean of xxᵀ and λ the mean of its
 diagonal, M = ((C + δλI)/λ)^½ makes all directions of the input alike: the directions for Ã and B̃ are those of G M⁻¹,
-back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's. Derived; the damping δ is measured.
+back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's.
+
+A column a of Ã adds s·a·(dᵀx) when its partner in B moves by d. Adam's first steps have entries of one size, d ∝ sign(Gᵀa),
+and all inputs share that direction too: with |a| = |b| it would move the output far more than b does, in a way that tells
+no input from another. So a is sized to move it by as much. Derived; the damping δ is measured.
 
 C is never formed. Its leading eigenvectors come from C Φ (n×k; Nyström), Φ being those of last time, so that they get
 better from one time to the next; what is left of its trace is spread over all other directions.
@@ -83,10 +87,14 @@ def metric_adapters(
 ) -> Directions:
     """Ã and B̃ of Theorem 1 in the inputs' metric from Q with orthonormal columns and Z = GᵀQ, and their gradients.
 
-    A column of Ã has squared norm c; one of B̃ the energy of a random column of that norm.
+    A column of B̃ has the energy of a random column of squared norm c. One of Ã is such that a step of its partner in B,
+    each entry as long as those of a step of A, changes the layer's output by as much as that step does.
     """
+    m, n = Q.shape[-2], Z.shape[-2]
     svd = sketched_svd(Q, metric.whiten(Z))
-    root = c.to(Z.dtype).sqrt()[..., None, None]
     A, B = svd.U[..., 0 : 2 * rank : 2], metric.whiten(svd.V[..., 1 : 2 * rank : 2])
-    A, B = root * A, root * B / metric.energy(B).sqrt()[..., None, :]
+    # Along directions without energy a step would seem to do nothing: they count as damped, as in the metric.
+    energy = metric.energy((Z @ (Q.mT @ A)).sign()).clamp_min(DAMPING * n)
+    root = c.to(Z.dtype).sqrt()[..., None, None]
+    A, B = root * A * (m / energy).sqrt()[..., None, :], root * B / metric.energy(B).sqrt()[..., None, :]
     return Directions(A, B, Q @ (Z.mT @ B), Z @ (Q.mT @ A))

@@ -3,8 +3,9 @@
 All steps between two refreshes gather sketches of the gradient (:mod:`.sketch`): the first half GΩ, the second, on
 other batches, GᵀQ, each of 2r columns. At the refresh, before the optimizer's update, the adapters become singular
 directions of QZᵀ, s(AB^T − ÃB̃ᵀ) goes to the store so that the model's function stays, Ã and B̃ get the gradients that
-the sketches hold, and the optimizer's state of these two matrices starts anew. The steps after it are shortened, the
-first to 1/(WARMUP + 1): Adam's first steps from an empty state are all of full length, whatever the gradient.
+the sketches hold, and the optimizer's state of these two matrices starts anew. Where N is long enough, w = N/6 steps
+after it, at most WARMUP, are shortened, the first to 1/(w + 1): Adam's first steps from an empty state are all of full
+length, whatever the gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..whole import whole
 from .moments import Moments
 from .sketch import Sketch
 
-WARMUP = 4  # steps after a refresh that are shortened
+WARMUP = 4  # steps after a refresh that are shortened, at most; and at most a sixth of all
 
 
 class _Part(NamedTuple):
@@ -69,7 +70,8 @@ class Refresh:
         self.constants = constants  # c/s² per layer
         self.sketch = Sketch(self.layers)
         self.moments = Moments(self.layers) if metric == "inputs" else None
-        self.since = WARMUP  # steps since the last refresh, as far as it matters
+        self.warmup = min(WARMUP, every // 6)
+        self.since = self.warmup  # steps since the last refresh, as far as it matters
         self.steps: list[int] = []  # at which adapters were refreshed
         self._before: list[Tensor] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -99,7 +101,7 @@ class Refresh:
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
             # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
             self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
-        if self.since < WARMUP:
+        if self.since < self.warmup:
             self._before = [
                 local_shard(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())
             ]
@@ -109,7 +111,7 @@ class Refresh:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._before:
             params = [local_shard(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
-            share = (self.since + 1) / (WARMUP + 1)
+            share = (self.since + 1) / (self.warmup + 1)
             torch._foreach_copy_(params, [torch.lerp(b, p, share) for b, p in zip(self._before, params, strict=True)])
             self._before = []
 
