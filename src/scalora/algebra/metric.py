@@ -5,9 +5,9 @@ and so is the gradient; what tells one input from another lies elsewhere. With C
 diagonal, M = ((C + δλI)/λ)^½ makes all directions of the input alike: the directions for Ã and B̃ are those of G M⁻¹,
 back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's.
 
-A column a of Ã adds s·a·(dᵀx) when its partner in B moves by d. Adam's first steps have entries of one size, d ∝ sign(Gᵀa),
-and all inputs share that direction too: with |a| = |b| it would move the output far more than b does, in a way that tells
-no input from another. So a is sized to move it by as much. Derived; the damping δ is measured.
+A column a of Ã adds s·a·(dᵀx) when its partner in B moves by d. Adam's first steps have entries of one size,
+d ∝ sign(Gᵀa), and lie along what all inputs share: with |a| = |b| they would move the output far more than b does, and
+for all inputs alike. So a is sized to move it by as much. Derived; the damping δ is measured.
 
 C is never formed. Its leading eigenvectors come from C Φ (n×k; Nyström), Φ being those of last time, so that they get
 better from one time to the next; what is left of its trace is spread over all other directions.
