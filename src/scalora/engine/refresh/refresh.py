@@ -24,7 +24,7 @@ from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
 from ..config import RefreshMetric
 from ..groups import Gathered, Group, gather_group, grouped
-from ..stores import Move, Store
+from ..stores import Store, whole_updates
 from ..whole import whole
 from .moments import Moments
 from .sketch import Sketch
@@ -137,9 +137,10 @@ class Refresh:
         )
         share = (before / after).sqrt()
         with whole(self.layers):
-            # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
-            self.store.receive([_move(1.0, part.layers, part.now.A, part.now.B) for part in parts], spare=2)
-            self.store.receive([_move(-1.0, part.layers, part.new.A, part.new.B) for part in parts])
+            self.store.exchange(
+                [whole_updates(part.layers, part.now.A, part.now.B) for part in parts],
+                [whole_updates(part.layers, part.new.A, part.new.B) for part in parts],
+            )
             for part in parts:
                 self._replace(part, share.to(part.now.A.dtype))
 
@@ -184,11 +185,6 @@ class Refresh:
         self.sketch.load_state_dict(state["sketch"])
         if self.moments:
             self.moments.load_state_dict(state["moments"])
-
-
-def _move(sign: float, layers: list[AdapterLayer], A: Tensor, B: Tensor) -> Move:
-    """sign·s·A Bᵀ of layers of one shape."""
-    return Move(layers, A, A.new_full((len(layers), A.shape[-1]), sign, dtype=torch.float64), B)
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from .adapter import AdapterStore
 from .base_weights import BaseStore
-from .store import Move, Store, whole_update
+from .store import Move, Store, whole_update, whole_updates
 
-__all__ = ["AdapterStore", "BaseStore", "Move", "Store", "whole_update"]
+__all__ = ["AdapterStore", "BaseStore", "Move", "Store", "whole_update", "whole_updates"]

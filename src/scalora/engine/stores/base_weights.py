@@ -50,6 +50,19 @@ class BaseStore(Store):
             self._add(layers, only_where(valid, A), d, only_where(valid, B))
         mark_written(self.layers)
 
+    def exchange(self, old: Sequence[Move], new: Sequence[Move]) -> None:
+        """Both at once: a weight is far larger than what is added to it, and read and written as a whole."""
+        both = (
+            Move(
+                a.layers,
+                torch.cat([a.A, b.A.to(a.A)], -1),
+                torch.cat([a.d, -b.d.to(a.d)], -1),
+                torch.cat([a.B, b.B.to(a.B)], -1),
+            )
+            for a, b in zip(old, new, strict=True)
+        )
+        self.receive(list(both))
+
     def _compensates(self, layer: AdapterLayer) -> bool:
         """Whether rounding is kept for this layer; asked anew each time, since a model may be cast in mid-run."""
         half = layer.base_weight.dtype in (torch.bfloat16, torch.float16)

@@ -26,6 +26,11 @@ def whole_update(layer: AdapterLayer, sign: float = 1.0) -> Move:
     return Move([layer], layer.A[None], layer.A.new_full((1, layer.rank), sign), layer.Bt.mT[None])
 
 
+def whole_updates(layers: Sequence[AdapterLayer], A: Tensor, B: Tensor) -> Move:
+    """s·A Bᵀ of layers of one shape: A (L, m, r) and B (L, n, r)."""
+    return Move(layers, A, A.new_ones((len(layers), A.shape[-1]), dtype=torch.float64), B)
+
+
 class Store(ABC):
     """Takes s·A diag(1 − α∘β) Bᵀ of each layer, so that the model's function does not change when A, B are rescaled."""
 
@@ -38,6 +43,17 @@ class Store(ABC):
             valid: 0-d; where it is false nothing changes, whatever A and B hold: 0·NaN is NaN.
             spare: so many calls more must fit afterwards before anything is compressed.
         """
+
+    def exchange(self, old: Sequence[Move], new: Sequence[Move]) -> None:
+        """Take over adapters' whole products and give up those of the adapters that take their place.
+
+        Args:
+            old: what the adapters were, to be added; no layer in two of them.
+            new: what they become, to be subtracted: the same layers in the same order, and as many columns.
+        """
+        # Compressed, where it must be, while it holds the update so far and no adapter's beginning.
+        self.receive(old, spare=2)
+        self.receive([move._replace(d=-move.d) for move in new])
 
     def discarded_share(self, like: Tensor) -> Tensor:
         """Norm of all that was discarded so far, relative to what was kept at that time; mean over layers, 0-d."""
