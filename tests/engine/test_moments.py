@@ -16,13 +16,12 @@ def attached(kind="llama", **options):
 
 
 def recorded(handle):
-    """The inputs of each layer whose outputs get a gradient, (T, n), by pass."""
+    """The inputs of each layer, each times the norm of its output's gradient, (T, n), by pass."""
     seen = {layer.name: [] for layer in handle.layers}
 
     def listen(name, x, result):
         def keep(g):
-            sizes = g.abs().amax(-1)
-            seen[name].append(x.detach()[sizes > 1e-5 * sizes.max()])  # a first token's query has none but rounding
+            seen[name].append((x.detach() * g.norm(dim=-1, keepdim=True)).flatten(0, -2))
 
         result.register_hook(keep)
 

@@ -1,7 +1,7 @@
 """A thin product with the second moments of a layer's inputs, gathered as gradients are (:mod:`.gradient_sketch`).
 
-Only inputs count whose output gets a gradient: padding does not. Some gradients are zero but for rounding, as that of a
-first token's query, which has one key to look at.
+An input counts by the squared gradient of its output. Padding has none. The first token, which in many models is far
+larger than all others and says nothing, has hardly any.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROUNDING = 1e-5  # of a pass's largest gradient
-
 
 class InputSketch(NamedTuple):
-    """Leaves that gather Σ x(xᵀΦ) (n×k) and Σ xᵀx (0-d) over inputs x as their ``.grad``."""
+    """Leaves that gather Σ w·x(xᵀΦ) (n×k) and Σ w·xᵀx (0-d) over inputs x as their ``.grad``; w = |g|², g (m) of x."""
 
     basis: Tensor  # Φ, n×k; fixed
     product: Tensor
@@ -38,6 +36,5 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, basis = ctx.saved_tensors
-        sizes = g.detach().abs().amax(-1).flatten()
-        x = x.flatten(0, -2).to(basis) * (sizes > ROUNDING * sizes.max())[:, None]
+        x = x.flatten(0, -2).to(basis) * torch.linalg.vector_norm(g.to(basis), dim=-1).flatten()[:, None]
         return g, None, None, x.mT @ (x @ basis), x.square().sum()
