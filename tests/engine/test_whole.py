@@ -81,6 +81,7 @@ def test_a_written_base_is_whole_again_with_its_weights_only(monkeypatch):
 def test_a_ctrl_c_waits_for_the_end_of_an_event(accumulate, monkeypatch):
     model, _, handle = attached(accumulate, interval=1)
     inner, expected = torch._foreach_mul_, models.logits(model, "llama")
+    handler = signal.getsignal(signal.SIGINT)  # the command line's, where its tests ran in this process before
 
     def interrupt(*arguments):
         signal.raise_signal(signal.SIGINT)
@@ -92,7 +93,7 @@ def test_a_ctrl_c_waits_for_the_end_of_an_event(accumulate, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             handle.rescale()
     torch.testing.assert_close(models.logits(model, "llama"), expected, rtol=0, atol=1e-5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("accumulate", STORES)
