@@ -1,7 +1,7 @@
 """Directions as a layer's inputs see them: their second moments, and Theorem 1 in the metric that these make.
 
 A column b of B adds s·a·(bᵀx) to the output. Along directions that all inputs share, such as their mean, that is large,
-and so is the gradient; what tells one input from another lies elsewhere. With C the weighted mean of xxᵀ and λ the mean of its
+and so is the gradient; what tells one input from another lies elsewhere. With C the (weighted) mean of xxᵀ and λ that of its
 diagonal, M = ((C + δλI)/λ)^½ makes all directions of the input alike: the directions for Ã and B̃ are those of G M⁻¹,
 back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's.
 
