@@ -1,9 +1,9 @@
 """Directions as a layer's inputs see them: their second moments, and Theorem 1 in the metric that these make.
 
-A column b of B adds s·a·(bᵀx) to the output. Along directions that all inputs share, such as their mean, that is large,
-and so is the gradient; what tells one input from another lies elsewhere. With C the (weighted) mean of xxᵀ and λ that of its
-diagonal, M = ((C + δλI)/λ)^½ makes all directions of the input alike: the directions for Ã and B̃ are those of G M⁻¹,
-back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's.
+A column b of B adds s·a·(bᵀx) to the output. Along directions that all inputs share, such as their mean, that is
+large, and so is the gradient; what tells one input from another lies elsewhere. With C the (weighted) mean of xxᵀ and
+λ that of its diagonal, M = ((C + δλI)/λ)^½ makes all directions of the input alike: the directions for Ã and B̃ are
+those of G M⁻¹, back in W's space, and b is sized so that the mean of (bᵀx)² is a random column's.
 
 A column a of Ã adds s·a·(dᵀx) when its partner in B moves by d. Adam's first steps have entries of one size,
 d ∝ sign(Gᵀa), and lie along what all inputs share: with |a| = |b| they would move the output far more than b does, and
