@@ -63,7 +63,7 @@ def _fsdp2(rank, folder):
             torch.testing.assert_close(models.logits(plain, kind), models.logits(alone, kind), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("refresh", two_processes.REFRESHES, ids=["weights", "inputs"])
+@pytest.mark.parametrize("refresh", two_processes.REFRESHES, ids=["plain", "white"])
 def test_a_refresh_equals_that_of_one_process(refresh):
     spawn(_refresh, refresh)
 

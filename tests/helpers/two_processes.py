@@ -40,7 +40,7 @@ def _enter(rank, processes, store, function, args):
 MICRO = 2  # micro-batches per optimizer step
 STEPS = 7  # with rank and capacity 3 the accumulated columns are recompressed before the sixth
 REFRESH = 4  # and refreshed before the fifth
-REFRESHES = (REFRESH, {"refresh": REFRESH, "metric": "inputs"})
+REFRESHES = (REFRESH, {"refresh": REFRESH, "coordinates": "white"})
 
 
 def config(accumulate, refresh=None):

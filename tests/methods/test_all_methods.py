@@ -180,8 +180,7 @@ def test_the_recipe_reaches_peft(tmp_path):
 
 def test_every_option_is_described():
     for name, cls in all_methods().items():
-        if not name.startswith("scalora") or name == "scalora-oracle":
-            assert all(field.description for field in cls.Options.model_fields.values()), name
+        assert all(field.description for field in cls.Options.model_fields.values()), name
 
 
 def test_prompts_are_not_listed():

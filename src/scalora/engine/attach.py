@@ -89,7 +89,7 @@ def prepare(model: nn.Module, config: ScaLoraConfig | Mapping[str, Any] | None =
     """
     config, layers = as_config(config), find_layers(model)
     if config.accumulate == "adapter":
-        make_room(model, layers, config.capacity)
+        make_room(model, layers, config.columns)
     else:
         carry(model, layers, None)
     write_and_read_beside(model)

@@ -12,7 +12,7 @@ from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError, named
 
 Accumulate = Literal["adapter", "base"]
-RefreshMetric = Literal["weights", "inputs"]
+Coordinates = Literal["plain", "white"]
 
 
 def _help(default: Any, text: str) -> Any:
@@ -36,17 +36,17 @@ class ScaLoraConfig:
     interval: int | None = _help(
         10,
         "Optimizer steps from one rescaling to the next; 1 is the paper's ScaLoRA, 10 its ScaLoRA-I. None: no column "
-        "is rescaled (with refresh).",
+        "is rescaled.",
     )
     refresh: int | None = _help(
         None,
         "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
         "(Theorem 1), the old ones' update kept. None: never.",
     )
-    metric: RefreshMetric = _help(
-        "weights",
-        "What a refresh measures directions by: 'weights' (Theorem 1 as published) or 'inputs' (what they add to the "
-        "layer's output, from a sketch of its inputs' second moments).",
+    coordinates: Coordinates = _help(
+        "plain",
+        "What the optimizer makes its steps in: 'plain' (the entries of the matrices) or 'white' (in which the layer's "
+        "inputs and the gradients of its outputs are alike in all directions, from sketches).",
     )
     scaling: ScalingMethod = _help(
         "paper",
@@ -76,11 +76,18 @@ class ScaLoraConfig:
             _require_int("interval", self.interval, 1)
         if self.refresh is not None:
             _require_int("refresh", self.refresh, 2)
-        if self.interval is None and self.refresh is None:
-            raise ScaloraError("interval and refresh are both None: that is plain LoRA; set one of them")
-        _require_choice("metric", self.metric, get_args(RefreshMetric))
-        if self.metric == "inputs" and self.refresh is None:
-            raise ScaloraError("metric is 'inputs' but refresh is None: it measures refreshes only; set refresh")
+        _require_choice("coordinates", self.coordinates, get_args(Coordinates))
+        if not self.has_events:
+            if self.coordinates == "plain":
+                raise ScaloraError(
+                    "interval and refresh are both None and coordinates is 'plain': that is plain LoRA; set one of them"
+                )
+            if self.accumulate == "base" or self.capacity is not None:
+                what = f"capacity is {self.capacity}" if self.accumulate == "adapter" else "accumulate is 'base'"
+                raise ScaloraError(
+                    f"{what}, but interval and refresh are both None, so that nothing is accumulated: set one of them, "
+                    "or leave it out"
+                )
         _require_choice("scaling", self.scaling, get_args(ScalingMethod))
         _require_choice("accumulate", self.accumulate, get_args(Accumulate))
         if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):
@@ -93,6 +100,16 @@ class ScaLoraConfig:
                 )
         if not (_is_number(self.floor) and 0 < self.floor < 1):
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
+
+    @property
+    def has_events(self) -> bool:
+        """Whether anything is moved out of the adapters."""
+        return self.interval is not None or self.refresh is not None
+
+    @property
+    def columns(self) -> int | None:
+        """``capacity``, or 0 where nothing is accumulated."""
+        return self.capacity if self.has_events else 0
 
 
 def as_config(value: ScaLoraConfig | Mapping[str, Any] | None) -> ScaLoraConfig:

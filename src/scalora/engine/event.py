@@ -33,6 +33,7 @@ from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
 from .same_run import refuse_other_run, warn_of_missing_state
 from .stores import AdapterStore, BaseStore, Move, Store
+from .white.steps import WhiteSteps
 from .whole import whole
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, weakref.ref[ScaLora]] = weakref.WeakKeyDictionary()  # by LoRA layer
@@ -71,7 +72,7 @@ class ScaLora:
             self.optimizer, self.layers, config.lipschitz
         )  # c/s² per layer; NaN until calibrated
         self.store: Store = (
-            AdapterStore(model, self.layers, config.capacity)
+            AdapterStore(model, self.layers, config.columns)
             if config.accumulate == "adapter"
             else BaseStore(model, self.layers)
         )
@@ -79,10 +80,12 @@ class ScaLora:
         self.knows_its_past = self.optimizer in _KNOWN  # or a state tells
         _KNOWN.add(self.optimizer)
         self.history = History()
+        self.white = WhiteSteps(self.layers, self.optimizer) if config.coordinates == "white" else None
         self.refresh = None
         if config.refresh is not None:
+            white = self.white.moments if self.white else None
             sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
-            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes, config.metric)
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes, white)
         self.own_passes = OwnPasses(self.layers)
         if former is not None:
             former.supersede()
@@ -116,8 +119,7 @@ class ScaLora:
                 module.watch()
         self.own_passes.stop()
         vars(self.optimizer).pop("__reduce_ex__", None)
-        if self.refresh:
-            self.refresh.detach()
+        self._detach_parts()
 
     def supersede(self) -> None:
         """Give the layers up to another optimizer's ScaLoRA; further steps of this one are refused."""
@@ -127,8 +129,12 @@ class ScaLora:
         )
         self.attached, self.superseded = False, True
         self.own_passes.stop()
-        if self.refresh:
-            self.refresh.detach()
+        self._detach_parts()
+
+    def _detach_parts(self) -> None:
+        for part in (self.refresh, self.white):
+            if part:
+                part.detach()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse_copy(protocol)
@@ -168,6 +174,7 @@ class ScaLora:
             "history": self.history.state(),
             "store": self.store.state_dict(),
             "refresh": self.refresh.state_dict() if self.refresh else None,
+            "white": self.white.moments.state_dict() if self.white else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -184,6 +191,8 @@ class ScaLora:
         self.store.load_state_dict(state["store"])
         if self.refresh:
             self.refresh.load_state_dict(state["refresh"])
+        if self.white:
+            self.white.moments.load_state_dict(state["white"])
 
     def _run(self) -> dict[str, Any]:
         """What a state must have in common with this run."""
@@ -215,9 +224,13 @@ class ScaLora:
             warn_of_missing_state(optimizer, self.layers)
         self.layers[0].module.watched = None  # pyright: ignore[reportAttributeAccessIssue]  # what is written now is ours
         with exact_matmul(self.constants.device):  # a step taken inside autocast, TF32 allowed for the model
+            if self.white:
+                self.white.before_step(self.step)
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
             if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
                 self.rescale()
+            if self.white:
+                self.white.remember()
         self.step += 1
 
     @torch.no_grad()
@@ -228,7 +241,8 @@ class ScaLora:
         finite, keep their columns.
         """
         groups = grouped(self.layers)
-        stacks = [stack_with_gram(group) for group in groups]
+        white = self.white.moments.for_members if self.white else lambda members: None
+        stacks = [stack_with_gram(group, white(group.members)) for group in groups]
         self.constants = self.constants.to(stacks[0].A.device)
         finite = self._gradients_finite(stacks)
         moves, scaled, record = [], [], Collector()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gram import Gram, gram_products
+from ..algebra.whitening import Whitening
 from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import gather_full, shard_of
 
@@ -63,10 +64,18 @@ def gather_group(group: Group) -> Gathered:
     return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
 
 
-def stack_with_gram(group: Group) -> Stacked:
-    """Adapters of one group and the products of adapters and gradients (a collective where they are sharded)."""
+def stack_with_gram(group: Group, coordinates: tuple[Whitening, Whitening] | None = None) -> Stacked:
+    """Adapters of one group and the products of adapters and gradients (a collective where they are sharded).
+
+    Args:
+        group: of L layers.
+        coordinates: of A and of B, stacked, that the gradients belong to; None: they are of A and B as they are.
+    """
     now = gather_group(group)
-    return Stacked(now.A, now.B, gram_products(*now))
+    A, B = now.A, now.B
+    if coordinates:
+        A, B = (side.color(X.to(side.U)) for side, X in zip(coordinates, (A, B), strict=True))
+    return Stacked(now.A, now.B, gram_products(A, B, now.grad_A, now.grad_B))
 
 
 def has_gradient(group: Group, finite: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ def carry_state(optimizer: Optimizer, params: Sequence[Tensor], factors: Sequenc
                 torch._foreach_mul_(tensors, multipliers)
 
 
+def linear_state(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
+    """What the optimizer keeps of a parameter that is a linear function of its gradients: means and sums of them."""
+    powers = state_powers(optimizer)
+    entries = optimizer.state.get(param, {}).items()
+    return [value for key, value in entries if powers.get(key) == 1 and key != "exp_inf" and value is not None]
+
+
 def innermost(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none."""
     refuse_flattened_optimizer(optimizer)

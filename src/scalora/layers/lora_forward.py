@@ -19,7 +19,7 @@ from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
-from .input_sketch import InputSketch, gather_inputs
+from .moment_sketch import MomentSketch, gather_moments
 from .products import Adapter, add_adapters, frozen_weight, merged_linear, merging_is_cheaper
 from .sharding import is_sharded
 
@@ -28,7 +28,7 @@ class LoraForward(nn.Module, LoraLayer):
     """Stands in for PEFT's LoRA layers: a shorter forward pass of plain linear ones, sketches of any's gradient."""
 
     sketch: GradientSketch | None = None
-    inputs: InputSketch | None = None
+    moments: MomentSketch | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
@@ -44,8 +44,8 @@ class LoraForward(nn.Module, LoraLayer):
         if torch.is_grad_enabled():
             if self.sketch is not None:
                 result = gather_sketch(result, x, self.sketch)
-            if self.inputs is not None:
-                result = gather_inputs(result, x, self.inputs)
+            if self.moments is not None:
+                result = gather_moments(result, x, self.moments)
         return result
 
     @property

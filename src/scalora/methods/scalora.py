@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,8 +25,11 @@ from .support.start import Start
 
 def _options(**preset: Any) -> type[BaseModel]:
     """ScaLoraConfig's fields with some defaults replaced, as a model that refuses unknown names."""
-    defaults: dict[str, Any] = {f.name: (Any, preset.get(f.name, f.default)) for f in fields(ScaLoraConfig)}
-    return create_model("ScaLoraOptions", __config__=ConfigDict(extra="forbid"), **defaults)
+    found: dict[str, Any] = {
+        f.name: (Any, Field(preset.get(f.name, f.default), description=f.metadata["help"]))
+        for f in fields(ScaLoraConfig)
+    }
+    return create_model("ScaLoraOptions", __config__=ConfigDict(extra="forbid"), **found)
 
 
 class ScaLoraI(Method):
@@ -100,6 +103,14 @@ class ScaLoraRefresh(ScaLoraI):
     Options = _options(interval=None, refresh=25)
 
 
+class WhiteLora(ScaLoraI):
+    """Nothing is rescaled, refreshed or accumulated: LoRA, with other steps."""
+
+    name = "white-lora"
+    summary = "LoRA with optimizer steps in white coordinates: inputs and output gradients alike in all directions"
+    Options = _options(interval=None, coordinates="white")
+
+
 @torch.no_grad()
 def _whole_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """What the layers multiply by: the base as it is, plus the adapter's product."""
@@ -119,4 +130,4 @@ def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     return loading_lines(head, path)
 
 
-METHODS = (ScaLoraMethod, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh)
+METHODS = (ScaLoraMethod, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh, WhiteLora)

@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...algebra.directions import Directions, optimal_adapters, range_basis, sketched_svd
-from ...algebra.metric import metric_adapters
+from ...algebra.whitening import white_adapters
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
-from ..config import RefreshMetric
 from ..groups import Gathered, Group, gather_group, grouped
 from ..stores import Store, whole_updates
+from ..white.moments import Moments
 from ..whole import whole
-from .moments import Moments
 from .sketch import Sketch
 
 WARMUP = 4  # steps after a refresh that are shortened, at most; and at most a sixth of all
@@ -54,7 +53,7 @@ class Refresh:
         store: Store,
         every: int,
         constants: Tensor,
-        metric: RefreshMetric,
+        white: Moments | None,
     ) -> None:
         for layer in layers:
             m, n = layer.A.shape[0], layer.Bt.shape[1]
@@ -69,7 +68,7 @@ class Refresh:
         self.every = every
         self.constants = constants  # c/s² per layer
         self.sketch = Sketch(self.layers)
-        self.moments = Moments(self.layers) if metric == "inputs" else None
+        self.white = white
         self.warmup = min(WARMUP, every // 6)
         self.since = self.warmup  # steps since the last refresh, as far as it matters
         self.steps: list[int] = []  # at which adapters were refreshed
@@ -79,15 +78,11 @@ class Refresh:
     def detach(self) -> None:
         self._hook.remove()
         self.sketch.close()
-        if self.moments:
-            self.moments.detach()
 
     @torch.no_grad()
     def before_step(self, step: int) -> bool:
         """To be called before every update, with the step's gradients in place; whether adapters were refreshed."""
         self.sketch.gather()
-        if self.moments:
-            self.moments.close()
         self.since += 1
         refreshed = step > 0 and step % self.every == 0 and self.sketch.side == "right"
         if refreshed:
@@ -96,11 +91,9 @@ class Refresh:
             self.since = 0
         if step % self.every == 0:
             self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
-            if self.moments:
-                self.moments.open()
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
             # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
-            self.sketch.open("right", [range_basis(_finite(Y)) * _is_finite(Y) for Y in self.sketch.close()])
+            self.sketch.open("right", [self._left(i, Y) for i, Y in enumerate(self.sketch.close())])
         if self.since < self.warmup:
             self._before = [
                 local_shard(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())
@@ -120,10 +113,18 @@ class Refresh:
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
         random = torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
-        if self.moments is None:
+        if self.white is None:
             return random
-        metric = self.moments.metrics[index]
-        return metric.whiten(random.to(metric.U))
+        inputs = self.white.of(index).inputs
+        return inputs.whiten(random.to(inputs.U))
+
+    def _left(self, index: int, Y: Tensor) -> Tensor:
+        """The basis of the second sketch of one layer, of what the first has found; zero where that overflowed."""
+        usable = _is_finite(Y)
+        if self.white is None:
+            return range_basis(_finite(Y)) * usable
+        outputs = self.white.of(index).outputs
+        return outputs.whiten(range_basis(outputs.whiten(_finite(Y)))) * usable
 
     def refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
         """New adapters from Q (m×k) and Z = GᵀQ (n×k) of every layer; one without a usable sketch keeps its own."""
@@ -149,8 +150,8 @@ class Refresh:
         now = gather_group(group)
         Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
         rank, c = now.A.shape[-1], self.constants[group.members].to(Z.device)
-        if self.moments:
-            new = metric_adapters(Q, Z, self.moments.stacked(group.members), rank, c)
+        if self.white:
+            new = white_adapters(Q, Z, *self.white.for_members(group.members), rank, c)
         else:
             new = optimal_adapters(sketched_svd(Q, Z), rank, c)
         usable = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
@@ -177,14 +178,11 @@ class Refresh:
             "since": self.since,
             "steps": list(self.steps),
             "sketch": self.sketch.state_dict(),
-            "moments": self.moments.state_dict() if self.moments else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.since, self.steps = int(state["since"]), list(state["steps"])
         self.sketch.load_state_dict(state["sketch"])
-        if self.moments:
-            self.moments.load_state_dict(state["moments"])
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ...layers.gradient_sketch import GradientSketch, Side
 from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import local_shard
-from .leaves import Leaves
+from ..leaves import Leaves
 
 
 class Sketch:

@@ -126,13 +126,16 @@ class AdapterStore(Store):
 
 
 def make_room(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:
-    """Let these layers carry ``capacity`` accumulated columns and ``slots`` times r more; those they have stay."""
+    """Let these layers carry ``capacity`` accumulated columns and ``slots`` times r more; those they have stay.
+
+    With a capacity of 0 there is no room at all.
+    """
     capacities = _capacities(layers, capacity)
-    carry(model, layers, [k + slots * layer.rank for k, layer in zip(capacities, layers, strict=True)])
+    carry(model, layers, [k and k + slots * layer.rank for k, layer in zip(capacities, layers, strict=True)])
 
 
 def _capacities(layers: Sequence[AdapterLayer], capacity: int | None) -> list[int]:
     """Of each layer; at most as many as the widest one has singular values, since none can use more."""
     # One limit for all: a narrow layer that is full earlier would let all be recompressed earlier.
     most = max(min(layer.A.shape[0], layer.Bt.shape[1]) for layer in layers)
-    return [min(capacity or 8 * layer.rank, most) for layer in layers]
+    return [min(8 * layer.rank if capacity is None else capacity, most) for layer in layers]

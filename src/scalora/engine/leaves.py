@@ -1,4 +1,4 @@
-"""Gradients of tensors that no model has (:mod:`layers.gradient_sketch`), summed over steps and processes."""
+"""Gradients of tensors that no model has, summed over steps and processes: the leaves of sketches."""
 
 from __future__ import annotations
 

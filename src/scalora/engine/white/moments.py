@@ -1,0 +1,148 @@
+"""The whitening of every layer's inputs and of its outputs' gradients, looked at in some steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...algebra.directions import range_basis
+from ...algebra.whitening import Whitening, no_whitening, nystrom
+from ...layers.adopt import adopt
+from ...layers.lora_forward import LoraForward
+from ...layers.moment_sketch import MomentSketch
+from ...layers.peft_lora import AdapterLayer
+from ..groups import grouped
+from ..leaves import Leaves
+
+DIRECTIONS = 32  # eigenvectors that are followed, at most
+FIRST = 3  # passes that are looked at one after the other at first
+EVERY = 10  # and then so many steps apart
+KEEP = 0.75  # of what was known, at most, when one more pass is looked at
+
+
+class White(NamedTuple):
+    """The white coordinates of one layer, or stacked those of layers of one shape."""
+
+    outputs: Whitening  # for A
+    inputs: Whitening  # for B
+
+    def at(self, i: int) -> White:
+        """Those of one layer of several."""
+        return White(*(Whitening(*(part[i] for part in side)) for side in self))
+
+
+class Moments:
+    """White coordinates by group of layers; each look begins from the eigenvectors that those before have found."""
+
+    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+        self.layers = list(layers)
+        self.groups = grouped(self.layers)
+        self.white = [_start(layers, group.members) for group in self.groups]
+        self.looks = 0
+        self.looking = False
+        self._place = {i: (g, j) for g, group in enumerate(self.groups) for j, i in enumerate(group.members)}
+        self._leaves = Leaves([])
+        self._modules = [adopt(layer.module, LoraForward) for layer in layers]  # pyright: ignore[reportArgumentType]
+
+    def of(self, index: int) -> White:
+        """Those of one layer."""
+        group, position = self._place[index]
+        return self.white[group].at(position)
+
+    def for_members(self, members: Sequence[int]) -> White:
+        """Stacked, those of layers of one shape."""
+        found = [self.of(i) for i in members]
+        return White(*(Whitening(*map(torch.stack, zip(*side, strict=True))) for side in zip(*found, strict=True)))
+
+    def open(self) -> None:
+        """Begin to look."""
+        sketches = []
+        for i, module in enumerate(self._modules):
+            Psi, Phi = (side.U for side in self.of(i))
+            leaves = (like.new_zeros(shape) for like, shape in ((Phi, Phi.shape), (Psi, Psi.shape), (Phi, ())))
+            module.moments = MomentSketch(Phi, Psi, *(leaf.requires_grad_() for leaf in leaves))
+            sketches.append(module.moments)
+        self._leaves = Leaves([leaf for sketch in sketches for leaf in sketch.leaves])
+        self.looking = True
+
+    @torch.no_grad()
+    def close(self) -> bool:
+        """What was seen since joins what was known, if there was a look; whether there was one. A collective.
+
+        A layer without a gradient learns nothing.
+        """
+        if not self.looking:
+            return False
+        self._leaves.gather()
+        totals = self._leaves.totals()
+        keep = min(self.looks / (self.looks + 1), KEEP)
+        for g, group in enumerate(self.groups):
+            of_inputs, of_outputs, trace = (
+                torch.stack([totals[3 * i + part] for i in group.members]) for part in range(3)
+            )
+            outputs, inputs = self.white[g]
+            found = nystrom(outputs, of_outputs, trace, keep), nystrom(inputs, of_inputs, trace, keep)
+            # Contiguous, as after a resume: in another layout some processors round products otherwise.
+            self.white[g] = White(*(Whitening(*(part.contiguous() for part in side)) for side in found))
+        self.looks += 1
+        self.detach()
+        return True
+
+    def detach(self) -> None:
+        """Look no more."""
+        for module in self._modules:
+            module.moments = None
+        self._leaves, self.looking = Leaves([]), False
+
+    def state_dict(self) -> dict[str, Any]:
+        """To be asked for between a step and the next pass, when nothing has been seen yet."""
+        named = ((layer.name, self.of(i)) for i, layer in enumerate(self.layers))
+        return {
+            "looks": self.looks,
+            "looking": self.looking,
+            "white": {
+                name: {
+                    side: {k: t.clone() for k, t in part._asdict().items()} for side, part in white._asdict().items()
+                }
+                for name, white in named
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for g, group in enumerate(self.groups):
+            saved, like = [state["white"][layer.name] for layer in group.layers], self.white[g].inputs.U
+            self.white[g] = White(
+                *(
+                    Whitening(
+                        *(torch.stack([each[side][part].to(like) for each in saved]) for part in Whitening._fields)
+                    )
+                    for side in White._fields
+                )
+            )
+        self.looks = int(state["looks"])
+        self.detach()
+        if state["looking"]:
+            self.open()
+
+
+def due(step: int) -> bool:
+    """Whether the pass after this step is looked at."""
+    return step + 1 < FIRST or (step > 0 and step % EVERY == 0)
+
+
+def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
+    """No whitening, and random bases: the same on every process and in a resumed run."""
+    sides = []
+    for side in (0, 1):
+        bases = []
+        for i in members:
+            size = layers[i].Bt.shape[1] if side else layers[i].A.shape[0]
+            generator = torch.Generator().manual_seed(7_368_787 + 2 * i + side)
+            bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator)))
+        like: Tensor = layers[members[0]].A
+        wide = torch.promote_types(like.dtype, torch.float32)
+        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous()))
+    return White(*sides)

@@ -1,0 +1,53 @@
+"""Thin products with the second moments of a layer's inputs and of its outputs' gradients, gathered in backward passes.
+
+One token's gradient is g xᵀ: an input counts by |g|², an output's gradient by |x|². Padding has no gradient. The first
+token, whose activations are in many models far larger than all others, has hardly any.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class MomentSketch(NamedTuple):
+    """Leaves that gather CΦ (n×k), DΨ (m×k) and the trace that C and D share (0-d) as their ``.grad``.
+
+    C = Σ|g|²xxᵀ and D = Σ|x|²ggᵀ over inputs x (n) and gradients g (m) of their outputs.
+    """
+
+    inputs: Tensor  # Φ, n×k; fixed
+    outputs: Tensor  # Ψ, m×k; fixed
+    of_inputs: Tensor
+    of_outputs: Tensor
+    trace: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.of_inputs, self.of_outputs, self.trace]
+
+
+def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch) -> Tensor:
+    """``result`` (…, m) as it is; backward adds to the leaves' gradients. x: (…, n)."""
+    return _Gather.apply(result, x, *sketch)  # pyright: ignore
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, result: Tensor, x: Tensor, inputs: Tensor, outputs: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, inputs, outputs)
+        return result.view_as(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, inputs, outputs = ctx.saved_tensors
+        x, y = x.flatten(0, -2).to(inputs), g.flatten(0, -2).to(outputs)
+        of_x, of_y = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, y))
+        x, y = x * of_y, y * of_x
+        return g, None, None, None, x.mT @ (x @ inputs), y.mT @ (y @ outputs), (of_x * of_y).square().sum()
