@@ -37,8 +37,8 @@ OVERVIEW = (
     ("random pairs, SmolLM2, rank 8", "smollm2-recall", "white-lora@8"),
     ("turned digits, dense network, rank 2", "digits", "scalora-i@2"),
     ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4"),
-    ("SST-2, MiniLM, rank 4", "reproduce/table1/SST-2", "scalora-i@4"),
     ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4"),
+    ("STS-B, MiniLM, rank 4", "reproduce/table1/STS-B", "scalora@4"),  # the only variant that ran there
     ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4"),
     ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2"),
 )

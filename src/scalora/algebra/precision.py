@@ -1,4 +1,4 @@
-"""Full float32 products inside an event, whatever autocast or TF32 are set to."""
+"""Precision inside an event: full float32 products whatever is set, and factors that an adapter can hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -35,3 +36,13 @@ def _full_precision() -> Generator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
+
+
+def representable(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor, float64, as the adapter's dtype will hold it.
+
+    In bf16 and fp16 a general factor would round every entry of the adapter; powers of two round none.
+    """
+    if torch.finfo(dtype).bits < 32:
+        return torch.exp2(torch.log2(factor).round())
+    return factor.to(dtype).double()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..algebra.gram import product_norm
-from ..algebra.precision import exact_matmul
+from ..algebra.precision import exact_matmul, representable
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
@@ -271,7 +271,7 @@ class ScaLora:
         c = torch.where(c.isnan() & usable, calibrate(stack.gram), c)
         self.constants[index] = c
         alpha, beta, kind = solve_scaling(stack.gram, c=c, method=self.config.scaling, floor=self.config.floor)
-        alpha, beta = (_representable(torch.where(usable[:, None], f, 1.0), stack.A.dtype) for f in (alpha, beta))
+        alpha, beta = (representable(torch.where(usable[:, None], f, 1.0), stack.A.dtype) for f in (alpha, beta))
         size = product_norm(stack.gram, torch.ones_like(alpha))
         moved = torch.where(size > 0, product_norm(stack.gram, 1 - alpha * beta) / size, 0.0)
         record.collect(group.members, alpha, beta, torch.where(usable, kind, 0), moved)
@@ -294,13 +294,3 @@ def _refuse_copy(protocol: Any) -> NoReturn:
         "an optimizer with ScaLoRA attached, and its handle, cannot be copied or pickled: copy the model and attach "
         "ScaLoRA to a new optimizer on it; states go over by state_dict() and load_state_dict()"
     )
-
-
-def _representable(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor, float64, as the adapter's dtype will hold it.
-
-    In bf16 and fp16 a general factor would round every entry of the adapter; powers of two round none.
-    """
-    if torch.finfo(dtype).bits < 32:
-        return torch.exp2(torch.log2(factor).round())
-    return factor.to(dtype).double()

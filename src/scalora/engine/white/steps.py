@@ -2,7 +2,8 @@
 
 Before the update the gradients of A and B become those of Ã = N A and B̃ = M B. The optimizer makes its step of them,
 and after it the step is taken back: ΔA = N⁻¹ΔÃ, ΔB = M⁻¹ΔB̃. The state is of the white coordinates, and column scaling
-carries it along as in plain ones. When the coordinates turn a little, once a look, the state stays what it was.
+carries it along as in plain ones. When the coordinates turn, once a look, means of gradients turn along; second moments
+stay what they were.
 """
 
 from __future__ import annotations
