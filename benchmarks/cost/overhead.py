@@ -3,9 +3,10 @@
     python -m benchmarks.cost.overhead --model smollm2 --precision bf16 --repeats 12
 
 Writes OUTPUT/MODEL-PRECISION.json. A step is forward, backward, clipping and AdamW; ScaLoRA's events are timed apart,
-as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. On a
-CPU it is the processor time of one thread (:mod:`benchmarks.cost.clock`). Peak memory is that of three steps in a
-process of its own, above what the imports take.
+as a mean that holds its share of recompressions, and added over the interval. Its store is in its steady state. Steps
+that look at second moments are timed apart too, and what they take more is added over the steps between them. On a CPU
+it is the processor time of one thread (:mod:`benchmarks.cost.clock`). Peak memory is that of three steps in a process
+of its own, above what the imports take.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from scalora.common import environment as provenance
 from scalora.engine.event import ScaLora
 from scalora.engine.stores.adapter import SLOTS, AdapterStore
+from scalora.engine.white.moments import EVERY
 from scalora.layers.hira_forward import HiraForward
 from scalora.layers.lora_forward import LoraForward
 from scalora.methods import MethodSpec, build_method
@@ -46,6 +48,7 @@ METHODS = (
     "lora",
     "scalora",
     "scalora-i",
+    "white-lora",
     "scalora:base",
     "scalora-i:base",
     "scalora-refresh",
@@ -81,13 +84,15 @@ class Runner:
             assert ours, f"{name}: there is no layer to give back to PEFT"
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.arguments = TrainingArguments(output_dir="unused", learning_rate=1e-4, use_cpu=device == "cpu")
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        own = self.adapted.optimizer
+        self.optimizer = own(self.arguments) if own else torch.optim.AdamW(self.trained, lr=1e-4)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         self.state, self.control = TrainerState(max_steps=10_000), TrainerControl()
         self._tell("on_train_begin")
         handles = [getattr(callback, "handle", None) for callback in self.adapted.callbacks]
         self.handle: ScaLora | None = next(filter(None, handles), None)
         self.events: list[float] = []  # seconds of each
+        self.looks: list[float] = []  # of each step that looked at second moments
         if self.handle is not None:
             self.handle.rescale = self._timed(self.handle.rescale)
             if self.handle.refresh is not None:
@@ -107,10 +112,19 @@ class Runner:
         loss.backward()
 
     def seconds(self, batch: dict[str, torch.Tensor]) -> float:
-        """Of one step, without the event in it."""
+        """Of one step that does not look, without the event in it."""
+        while self._looking:
+            self.looks.append(self._seconds(batch))
+        return self._seconds(batch)
+
+    def _seconds(self, batch: dict[str, torch.Tensor]) -> float:
         already, started = sum(self.events), now()
         self.step(batch)
         return now() - started - (sum(self.events) - already)
+
+    @property
+    def _looking(self) -> bool:
+        return self.handle is not None and self.handle.white is not None and self.handle.white.moments.looking
 
     def settle(self, batch: dict[str, torch.Tensor]) -> None:
         """Bring the store to where it is on average over a long run."""
@@ -128,14 +142,19 @@ class Runner:
             self.handle.rescale()
         self.optimizer.zero_grad()
 
+    def look_seconds(self, plain: float) -> float:
+        """What looks add per step, where a step without one takes `plain` seconds."""
+        return (sum(self.looks) / len(self.looks) - plain) / EVERY if self.looks else 0.0
+
     def event_seconds(self, batch: dict[str, torch.Tensor]) -> float:
         """Mean seconds of an event per step."""
         if self.handle is None:
             return 0.0
         interval, refresh = self.handle.config.interval, self.handle.refresh
+        if interval is None and refresh is None:
+            return 0.0
         if interval is None:
-            assert refresh is not None
-            return sum(self.events) / len(self.events) / refresh.every if self.events else math.nan
+            return sum(self.events) / len(self.events) / refresh.every if self.events else math.nan  # pyright: ignore
         self.events.clear()
         self.backward(batch)
         for _ in range(_MEASURED_EVENTS):
@@ -181,7 +200,12 @@ def measure(
     for runner in runners.values():
         while runner.handle is not None and runner.handle.refresh is not None and not runner.events:
             runner.step(make_batch(what, device, 0))  # until a refresh has been seen
-    return seconds, {name: runner.event_seconds(make_batch(what, device, 0)) for name, runner in runners.items()}
+    batch = make_batch(what, device, 0)
+    shares = {
+        name: runner.event_seconds(batch) + runner.look_seconds(median(seconds[name]))
+        for name, runner in runners.items()
+    }
+    return seconds, shares
 
 
 def peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -> int:

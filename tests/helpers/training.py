@@ -69,6 +69,7 @@ def trainer(adapted, kind, folder, dataset=None, callbacks=(), **options):
         arguments,
         train_dataset=adapted.split_train(dataset) if adapted.split_train else dataset,
         callbacks=[*adapted.callbacks, *callbacks],
+        optimizers=(adapted.optimizer(arguments) if adapted.optimizer else None, None),
     )
     made.remove_callback(PrinterCallback)
     return made

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..common.errors import ScaloraError
 from ..common.numeric import numbers_only
@@ -65,7 +66,8 @@ class Adapted:
     ``save`` writes what the user takes away into a folder that does not exist yet, and returns the lines of
     Python that load it. ``spectra`` yields (layer name, :class:`Spectrum`); whoever wants it calls ``remember`` before
     training. ``split_train`` is given the training set before training, where the method needs a part for itself, and
-    returns the rest.
+    returns the rest. ``optimizer`` makes the optimizer of all that is trained from Trainer's arguments, where the
+    method has its own; one that clips gradients itself sets their ``max_grad_norm`` to 0.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Adapted:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     split_train: Callable[[Any], Any] | None = None
     remember: Callable[[], None] | None = None
+    optimizer: Callable[[TrainingArguments], Optimizer] | None = None
 
 
 class NoOptions(BaseModel):

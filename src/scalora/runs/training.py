@@ -238,6 +238,7 @@ def _trainer(
         eval_dataset=loaded.validation,
         data_collator=loaded.collator,
         callbacks=[*adapted.callbacks, *callbacks],
+        optimizers=(adapted.optimizer(arguments) if adapted.optimizer else None, None),
         metrics=metrics,
     )
     trainer.remove_callback(PrinterCallback)  # the watcher tells what is logged
