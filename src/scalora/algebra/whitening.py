@@ -15,6 +15,7 @@ they get better from one look to the next; what is left of the trace is spread o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ class Whitening(NamedTuple):
     U: Float[Tensor, "*batch n k"]
     e: Float[Tensor, "*batch k"]
     tail: Float[Tensor, "*batch"]
+
+    def at(self, i: int | Sequence[int]) -> Whitening:
+        """One, or some, of several."""
+        index = i if isinstance(i, int) else list(i)
+        return Whitening(*(part[index] for part in self))
 
     def whiten(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M⁻¹X: a gradient into the white coordinates, or a step out of them."""

@@ -31,7 +31,7 @@ class White(NamedTuple):
 
     def at(self, i: int) -> White:
         """Those of one layer of several."""
-        return White(*(Whitening(*(part[i] for part in side)) for side in self))
+        return White(*(side.at(i) for side in self))
 
 
 class Moments:

@@ -56,13 +56,17 @@ class WhiteSteps:
     def _turn(self, former: Sequence[White]) -> None:
         """Means of gradients go over into the present coordinates: N⁻¹N' of the former N'. A collective."""
         for group, old, new in zip(self.moments.groups, former, self.moments.white, strict=True):
-            for i, layer in enumerate(group.layers):
-                for p, before, now in zip((layer.A, layer.Bt), old.at(i), new.at(i), strict=True):
-                    for state in linear_state(self.optimizer, p):
-                        X = gather_full([state])[0].to(before.U)
-                        X = X if p is layer.A else X.mT
-                        X = now.whiten(before.color(X))
-                        copy_into([state], [X if p is layer.A else X.mT])
+            for params, before, now, tall in (
+                ([layer.A for layer in group.layers], old.outputs, new.outputs, True),
+                ([layer.Bt for layer in group.layers], old.inputs, new.inputs, False),
+            ):
+                found = [(i, state) for i, p in enumerate(params) for state in linear_state(self.optimizer, p)]
+                if not found:
+                    continue
+                members, states = zip(*found, strict=True)
+                X = torch.stack(gather_full(states)).to(before.U)
+                X = now.at(members).whiten(before.at(members).color(X if tall else X.mT))
+                copy_into(states, [*(X if tall else X.mT)])
 
     def _begin(self) -> None:
         """Where A is still zero, B becomes M⁻¹B: what is drawn at random is drawn in white coordinates. A collective.
