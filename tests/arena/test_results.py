@@ -17,6 +17,7 @@ from scalora.arena.results import (
     decode_comparison,
     encode_comparison,
     read_comparison,
+    thinned,
     write_comparison,
 )
 from scalora.cli import app
@@ -43,16 +44,26 @@ def _first_format(record):
     return content
 
 
-def test_what_is_written_is_read_without_the_curves_of_tuning(record, tmp_path):
+def test_what_is_written_is_read_without_the_ranks_of_tuning(record, tmp_path):
     write_comparison(record, tmp_path / "out")
     found = read_comparison(tmp_path / "out")
     assert dataclasses.replace(found, results=record.results) == record
     for trial, result in record.results.items():
-        dropped = ("losses", "ranks") if trial.stage == "tune" else ()
+        dropped = ("ranks",) if trial.stage == "tune" else ()
         assert found.results[trial] == {key: value for key, value in result.items() if key not in dropped}
     lines = (tmp_path / "out" / "results.json").read_text().splitlines()
     assert sum('"stage"' in line for line in lines) == len(record.results) == 12
     assert sum('"processor"' in line for line in lines) == 2  # the last writer's, and that of all trials
+
+
+def test_a_curve_of_tuning_is_thinned_once():
+    losses = [[step, 1 / step] for step in range(1, 31)]
+    found = thinned(losses)
+    assert len(found) <= 12
+    assert found[0] == [3, pytest.approx((1 + 1 / 2 + 1 / 3) / 3, rel=1e-3)]
+    assert found[-1][0] == 30
+    assert thinned(found) == found
+    assert thinned([]) == []
 
 
 @pytest.mark.parametrize("given", ["tuned", "curve", "fixed", "without ranks", "failed"])

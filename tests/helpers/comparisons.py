@@ -23,7 +23,7 @@ def fake_result(comparison, trial, *, calls=None, broken=None):
         return {"error": "out of memory"}
     value = 0.5 + 0.1 * (trial.lr == 1e-2) + 0.01 * trial.seed + 0.05 * (trial.contender.method == "scalora")
     costs = {"seconds_per_step": 1.0, "peak_memory_bytes": 100, "trainable_parameters": 10, "adapter_bytes": 5}
-    costs["held_bytes"] = 160
+    costs |= {"held_bytes": 160, "steps": 4}
     return {
         "environment": ENVIRONMENT,
         "after": {"accuracy": value, "nll": 1 - value}, "primary": "accuracy", "higher_is_better": True, **costs,

@@ -99,11 +99,16 @@ class Comparison:
         return {name: chosen[name] if name in chosen else _short(self._alpha(choice.contender)) for name in names}
 
     def tuning(self) -> list[Trial]:
-        """All tuning trials, the rank curve first, each rate for every setting before the next."""
+        """All tuning trials, the rank curve first, each rate for every setting before the next.
+
+        Rates go from the middle of the grid outwards: the sooner a good one is known, the sooner others are given up.
+        """
         if self.fixed is not None:
             return []
         order = dict.fromkeys(each for c in (*self.curve, *self.contenders) for each in self.settings[c])
-        return [Trial("tune", each, lr, seed) for each in order for lr in self.rates for seed in self.tuning_seeds]
+        rates, middle = sorted(self.rates), (len(self.rates) - 1) / 2
+        rates = [rates[i] for i in sorted(range(len(rates)), key=lambda i: abs(i - middle))]
+        return [Trial("tune", each, lr, seed) for each in order for lr in rates for seed in self.tuning_seeds]
 
     def final(self, chosen: Mapping[Contender, Chosen]) -> list[Trial]:
         """The final trials at what was chosen, seed by seed."""

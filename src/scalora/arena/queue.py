@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,27 +62,31 @@ class TrialQueue:
         self.study.set_user_attr("inputs", inputs)
 
     def _seed(self, results: Results) -> None:
-        """Add what results.json has and this queue lacks: successes, and failures of trials that it never saw."""
+        """Add what results.json has and this queue lacks: successes, and other ends of trials that it never saw."""
         mine, seen = self.results(), {_trial(frozen) for frozen in self._frozen()}
         for trial, result in results.items():
-            failed = "error" in result
-            if (trial not in seen) if failed else ("error" in mine.get(trial, {"error": ""})):
+            failed = "after" not in result
+            if (trial not in seen) if failed else ("after" not in mine.get(trial, ())):
                 self.study.add_trial(
                     optuna.trial.create_trial(
-                        state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                        state=_state(result),
                         value=None if failed else result["after"][result["primary"]],
                         user_attrs={"trial": _encode(trial), "result": dict(result)},
                     )
                 )
 
-    def enqueue(self, trials: list[Trial], *, retry: bool = False) -> None:
-        """Add those that are not there yet, those whose worker died, and with ``retry`` those that failed."""
+    def enqueue(self, trials: list[Trial], *, retry: bool = False, prune: bool = True) -> None:
+        """Add those that are not there yet, and those whose worker died.
+
+        With ``retry`` also those that failed, without ``prune`` those that were given up.
+        """
+        again = ends_to_repeat(retry, prune)
         settled: set[Trial] = set()
         for frozen in self._frozen():
             if frozen.state == TrialState.RUNNING and not _worker_lives(frozen):
                 self.study.tell(frozen.number, state=TrialState.FAIL)
             elif frozen.state not in (TrialState.FAIL, TrialState.PRUNED) or (
-                "result" in frozen.user_attrs and not retry
+                "result" in frozen.user_attrs and again.isdisjoint(frozen.user_attrs["result"])
             ):
                 settled.add(_trial(frozen))
         for trial in trials:
@@ -112,27 +116,30 @@ class TrialQueue:
             self.running[trial].set_user_attr("alive", [socket.gethostname(), os.getpid(), time.time()])
 
     def finish(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Keep the result of a trial this process has taken; one with an ``error`` counts as failed."""
+        """Keep the result of a trial this process has taken, whether it finished, failed or was given up."""
         asked = self.running.pop(trial)
         with suppress(UpdateFinishedTrialError):
             asked.set_user_attr("result", result)
-            if "error" in result:
-                self.study.tell(asked, state=TrialState.FAIL)
-            else:
-                self.study.tell(asked, result["after"][result["primary"]])
+            value = result["after"][result["primary"]] if "after" in result else None
+            self.study.tell(asked, value, state=_state(result))
 
     def results(self) -> dict[Trial, dict[str, Any]]:
-        """All results so far, failures included, except of a failed trial that is being tried again."""
+        """All results so far, failures included, except of a trial that is being tried again."""
         found: dict[Trial, dict[str, Any]] = {}
         for frozen in self._frozen():
             if "result" in frozen.user_attrs:
                 found[_trial(frozen)] = frozen.user_attrs["result"]
-            elif not frozen.state.is_finished() and "error" in found.get(_trial(frozen), ()):
+            elif not frozen.state.is_finished() and "after" not in found.get(_trial(frozen), ("after",)):
                 del found[_trial(frozen)]
         return found
 
     def _frozen(self) -> list[FrozenTrial]:
         return [f for f in self.study.get_trials(deepcopy=False) if "trial" in f.user_attrs]
+
+
+def ends_to_repeat(retry: bool, prune: bool) -> set[str]:
+    """The keys of results whose trials run again: failures with ``retry``, those given up without ``prune``."""
+    return {end for end, wanted in (("error", retry), ("given_up", not prune)) if wanted}
 
 
 def open_study(folder: Path) -> optuna.Study:
@@ -172,6 +179,13 @@ def _worker_lives(frozen: FrozenTrial) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _state(result: Mapping[str, Any]) -> TrialState:
+    """Optuna's word for how a trial ended."""
+    if "error" in result:
+        return TrialState.FAIL
+    return TrialState.PRUNED if "given_up" in result else TrialState.COMPLETE
 
 
 def _trial(frozen: FrozenTrial) -> Trial:

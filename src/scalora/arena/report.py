@@ -10,6 +10,7 @@ from ..common.files import write_text
 from . import figures
 from .contender import Contender
 from .plan import Chosen, Comparison
+from .pruning import given_up_sentence
 from .results import ComparisonRecord
 from .statistics import Results, choose_setting, in_order, over_rates
 from .table import EVERY_FIELD, TextTable, comparison_table, setting_text
@@ -45,6 +46,8 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
     pictures.append(("Quality over cost", figures.quality_over_cost(results, chosen, table.baseline, metric)))
     for heading, picture in pictures:
         parts.append(f"<h2>{escape(heading)}</h2>{picture}")
+    if given_up := given_up_sentence(results):
+        parts.append(f"<p>{escape(given_up)}</p>")
     if failures:
         lines = [(t.stage, str(t.contender), f"{t.lr:g}", str(t.seed), reason) for t, reason in failures]
         shown = TextTable("", ("stage", "method", "lr", "seed", "reason"), lines)

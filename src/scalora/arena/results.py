@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..common.disk_layout import RESULTS
@@ -18,7 +19,7 @@ from .plan import CURVE_RANKS, Chosen, Comparison, Trial
 from .statistics import Results, chosen_settings, in_order
 
 _FORMAT = 2  # the first had no number, an environment in every trial, and did not say who competed
-_CURVES = ("losses", "ranks")  # kept of final runs only: no page shows those of tuning
+_POINTS = 12  # of the loss of a tuning trial, which is kept for replays of what is given up; no page shows it
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,22 @@ def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecor
 
 
 def _encode_trial(trial: Trial, result: Mapping[str, Any], environments: list[Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in result.items() if trial.stage == "final" or key not in _CURVES}
+    kept = dict(result)
+    if trial.stage == "tune":
+        kept.pop("ranks", None)
+        kept |= {"losses": thinned(result["losses"])} if "losses" in result else {}
     if "environment" in kept:
         if kept["environment"] not in environments:
             environments.append(kept["environment"])
         kept["environment"] = environments.index(kept["environment"])
     return {"stage": trial.stage, "contender": str(trial.contender), "lr": trial.lr, "seed": trial.seed, **kept}
+
+
+def thinned(losses: Sequence[Sequence[float]]) -> list[list[float]]:
+    """A curve of at most so many points, each the mean of those around it, at the last one's step; four digits."""
+    each = max(1, -(-len(losses) // _POINTS))
+    parts = [losses[i : i + each] for i in range(0, len(losses), each)]
+    return [[part[-1][0], float(f"{mean(loss for _, loss in part):.4g}")] for part in parts]
 
 
 def _decode_trial(line: Mapping[str, Any], environments: Any) -> tuple[Trial, dict[str, Any]]:

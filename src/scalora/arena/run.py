@@ -14,7 +14,8 @@ from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from ..runs.inputs import Inputs
 from .plan import Comparison, Trial
-from .queue import HEARTBEAT, TrialQueue
+from .pruning import bars
+from .queue import HEARTBEAT, TrialQueue, ends_to_repeat
 from .report import write_report
 from .results import ComparisonRecord, write_comparison
 from .statistics import Results, chosen_settings, in_order
@@ -26,7 +27,14 @@ _REPORT = 30.0  # seconds at least between one report and the next while trials 
 
 
 def run_comparison(
-    comparison: Comparison, folder: Path, *, command: str, retry: bool = False, log: Log = print, inputs: Any = None
+    comparison: Comparison,
+    folder: Path,
+    *,
+    command: str,
+    retry: bool = False,
+    prune: bool = False,
+    log: Log = print,
+    inputs: Any = None,
 ) -> ComparisonRecord:
     """Run what is missing of a comparison in ``folder``; what its results.json holds then.
 
@@ -38,6 +46,7 @@ def run_comparison(
         folder: trials.sqlite3, results.json and report.html lie here.
         command: how it was called, for the record.
         retry: run failed trials again.
+        prune: give up tuning trials that are far behind (:mod:`~scalora.arena.pruning`); else those that were are run.
         log: takes lines on progress.
         inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
 
@@ -49,7 +58,7 @@ def run_comparison(
         _refuse_other(inputs, queue.inputs, folder)
         queue.keep_inputs(inputs)
     try:
-        _work(queue, comparison, folder, command, retry, log)
+        _work(queue, comparison, folder, command, retry, prune, log)
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
@@ -71,7 +80,9 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
         log(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
 
 
-def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = False, log: Log = print) -> Any:
+def check_comparison(
+    comparison: Comparison, folder: Path, *, retry: bool = False, prune: bool = False, log: Log = print
+) -> Any:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
 
     `log` takes what is worth reading about the data. Digests of what is read; None where no trial is still to run.
@@ -86,7 +97,8 @@ def check_comparison(comparison: Comparison, folder: Path, *, retry: bool = Fals
         queue = TrialQueue(folder, comparison)
         begun, results = queue.inputs, queue.results()
         wanted = comparison.tuning() + _final(comparison, results)
-        if all(t in results and not (retry and "error" in results[t]) for t in wanted):
+        again = ends_to_repeat(retry, prune)
+        if all(t in results and again.isdisjoint(results[t]) for t in wanted):
             return None  # a report can be drawn anew where there is neither data nor model
     notes, inputs = check_recipe(comparison.recipe)
     for note in notes:
@@ -111,16 +123,18 @@ def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str
     return record
 
 
-def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, log: Log) -> None:
+def _work(
+    queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, prune: bool, log: Log
+) -> None:
     """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
     tuning = comparison.tuning()
     planned = len(tuning) + len(comparison.contenders) * len(comparison.seeds)
     offered, written, revision = set(tuning), 0.0, git_revision()
-    queue.enqueue(tuning, retry=retry)
+    queue.enqueue(tuning, retry=retry, prune=prune)
     while True:
         results = queue.results()
         wanted = tuning + _final(comparison, results)
-        queue.enqueue([trial for trial in wanted if trial not in offered], retry=retry)
+        queue.enqueue([trial for trial in wanted if trial not in offered], retry=retry, prune=prune)
         offered.update(wanted)
         trial = queue.take([trial for trial in wanted if not _succeeded(results, trial)])
         results = queue.results()
@@ -134,9 +148,10 @@ def _work(queue: TrialQueue, comparison: Comparison, folder: Path, command: str,
         label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
         alive = partial(queue.heartbeat, trial)
-        result = run_trial(comparison, trial, alive, HEARTBEAT, queue.inputs) | {"git_revision": revision}
+        ahead = bars(comparison, results, trial) if prune else []
+        result = run_trial(comparison, trial, alive, HEARTBEAT, queue.inputs, ahead) | {"git_revision": revision}
         queue.finish(trial, result)
-        outcome = f"failed: {result['error']}" if "error" in result else _figures(result)
+        outcome = _outcome(result)
         log(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
         if time.monotonic() > written + _REPORT:
             _write(queue, comparison, folder, command)
@@ -154,5 +169,10 @@ def _final(comparison: Comparison, results: Results) -> list[Trial]:
     return comparison.final({c: choice for c, choice in found if waiting.isdisjoint(comparison.settings[c])})
 
 
-def _figures(result: dict[str, Any]) -> str:
+def _outcome(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"failed: {result['error']}"
+    if "given_up" in result:
+        end = result["given_up"]
+        return f"given up at step {end['step']} of {end['of']}: training loss {end['loss']:.4f} above {end['bar']:.4f}"
     return ", ".join(f"{name} {value:.4f}" for name, value in result["after"].items())

@@ -51,7 +51,7 @@ class Difference:
 
 def primary(results: Results) -> tuple[str, bool]:
     """Name of the metric that decides, and whether higher is better."""
-    first = next((r for r in results.values() if "error" not in r), None)
+    first = next((r for r in results.values() if "after" in r), None)
     return (first["primary"], first["higher_is_better"]) if first else ("nll", False)
 
 

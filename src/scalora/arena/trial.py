@@ -8,15 +8,18 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.errors import ScaloraError
 from ..runs.recipe import Recipe, parse_recipe
 from .plan import Comparison, Trial
+
+if TYPE_CHECKING:
+    from ..runs.giving_up import Bar
 
 # What is kept of a run's metrics: what the report shows.
 KEPT = (
@@ -26,11 +29,17 @@ KEPT = (
 
 
 def run_trial(
-    comparison: Comparison, trial: Trial, heartbeat: Callable[[], None], every: float, inputs: Any = None
+    comparison: Comparison,
+    trial: Trial,
+    heartbeat: Callable[[], None],
+    every: float,
+    inputs: Any = None,
+    bars: Sequence[Bar] = (),
 ) -> dict[str, Any]:
     """Train and score one trial in a process of its own; its result, or ``{"error": reason}``.
 
     `heartbeat` is called `every` so many seconds while it runs. `inputs` are digests of what it must read, if known.
+    A trial that is behind one of the `bars` ends there, with ``{"given_up": {"step", "of", "loss", "bar"}, "losses"}``.
     """
     with _temporary_folder() as folder:
         final = trial.stage == "final"
@@ -39,6 +48,7 @@ def run_trial(
             "split": "test" if final else "validation",
             "ranks": final and comparison.ranks,  # the report shows them at the chosen rates only
             "inputs": inputs,
+            "bars": bars,
         }
         return _run(folder, order, heartbeat, every)
 
@@ -115,17 +125,27 @@ def _main(folder: Path) -> None:
 
 
 def _follow(
-    recipe: Recipe, split: Literal["validation", "test"] | None = None, ranks: bool = False, inputs: Any = None
+    recipe: Recipe,
+    split: Literal["validation", "test"] | None = None,
+    ranks: bool = False,
+    inputs: Any = None,
+    bars: Sequence[Sequence[float]] = (),
 ) -> dict[str, Any]:
     """Train and score on a split; without one only load."""
+    from ..runs.giving_up import Bar, GivenUp, GiveUp
     from ..runs.inputs import Inputs
     from ..runs.loading import check
-    from ..runs.training import train
+    from ..runs.training import Watcher, train
 
     if split is None:
         loaded = check(recipe)
         return {"notes": loaded.task.notes, "inputs": Inputs.of(loaded).encode()}
-    metrics = train(recipe, split=split, baseline=False, ranks=ranks, expected=inputs).metrics
+    watcher = Watcher()
+    watcher.callbacks = (GiveUp([Bar(*bar) for bar in bars]),)
+    try:
+        metrics = train(recipe, split=split, baseline=False, ranks=ranks, watcher=watcher, expected=inputs).metrics
+    except GivenUp as end:
+        return {"given_up": {key: getattr(end, key) for key in ("step", "of", "loss", "bar")}, "losses": end.losses}
     losses = [[entry["step"], entry["loss"]] for entry in metrics["log"] if "loss" in entry]
     return {key: metrics[key] for key in KEPT} | {"losses": losses}
 

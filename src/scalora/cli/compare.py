@@ -38,6 +38,9 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
     curve: Annotated[bool, typer.Option(help="First measure LoRA over rank 1 to 32: does rank matter here?")] = True,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
+    prune: Annotated[
+        bool, typer.Option(help="Give up tuning trials that are far behind another setting of their method.")
+    ] = True,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
     ] = None,
@@ -79,8 +82,10 @@ def compare(
             console.print(line, highlight=False)
 
         try:
-            inputs = check_comparison(comparison, folder, retry=retry, log=log)
-            record = run_comparison(comparison, folder, command=command, retry=retry, log=log, inputs=inputs)
+            inputs = check_comparison(comparison, folder, retry=retry, prune=prune, log=log)
+            record = run_comparison(
+                comparison, folder, command=command, retry=retry, prune=prune, log=log, inputs=inputs
+            )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)

@@ -75,9 +75,10 @@ def _damage_of(file: Path) -> Iterator[None]:
 
 def show_comparison(console: Console, record: ComparisonRecord) -> None:
     """A comparison's table for the terminal, and what it says in words."""
+    from ..arena.pruning import given_up_sentence
     from ..arena.table import comparison_table
 
     table = comparison_table(record.comparison, record.results)
     console.print(table.text("contender", "setting", "lr", "quality", "difference", "verdict", "time").terminal())
-    for line in [record.admission.sentence, *table.in_words()]:
+    for line in filter(None, [record.admission.sentence, *table.in_words(), given_up_sentence(record.results)]):
         console.print(line, highlight=False)
