@@ -1,5 +1,6 @@
 """Every benchmark runs to its end with its default methods, on tiny models and data; none writes into the checkout."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -16,7 +17,8 @@ import yaml
 from peft.tuners import hira, lora
 from transformers import BertConfig, BertForSequenceClassification
 
-from helpers import tokenized, workspace
+from helpers import comparisons, tokenized, workspace
+from scalora.arena.results import ComparisonRecord, read_comparison, write_comparison
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -124,6 +126,40 @@ def peft_suite(patch, module):
 
     small(patch, module, subprocess=SimpleNamespace(run=run))
     return ["peft", "--accumulate", "base"], "peft_suite.json"
+
+
+def pruning(patch, module):
+    _lay_comparison(Path("comparison"))
+    return ["comparison"], "pruning.json"
+
+
+def _lay_comparison(folder):
+    """1e-2 ends better than 1e-3 in all its trials, and is ahead from the first third on where it comes first."""
+    folder.mkdir()
+    comparison = comparisons.small(Path())
+    results = {}
+    for trial in comparison.tuning():
+        slope = 0.1 if trial.lr == 1e-2 else 0.01
+        losses = [[step, 5 - slope * step] for step in range(1, 31)]
+        results[trial] = comparisons.fake_result(comparison, trial) | {"losses": losses, "steps": 30}
+    write_comparison(ComparisonRecord(comparison, results, "x", "abc", comparisons.ENVIRONMENT), folder)
+    return comparison
+
+
+def test_a_replay_counts_what_giving_up_saves_and_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("benchmarks.studies.pruning")
+    _lay_comparison(Path("comparison"))
+    record = read_comparison(Path("comparison"))
+    assert [case[1:5] for case in module.replay(record)] == [(2, 0, 0.0, True)] * 3  # the worse rate comes first
+    turned = dataclasses.replace(record.comparison, rates=(1e-4, 1e-3, 1e-2))
+    results = dict(record.results)
+    for trial in turned.tuning():
+        if trial not in results:
+            results[trial] = results[trial._replace(lr=1e-3)] | {"losses": [[s, 5.0] for s in range(1, 31)]}
+    cases = module.replay(dataclasses.replace(record, comparison=turned, results=results))
+    assert [case[1:3] for case in cases] == [(3, 1)] * 3
+    assert all(case.same and case.saved == pytest.approx(2 / 9) for case in cases)
 
 
 def refresh_figure(patch, module):
