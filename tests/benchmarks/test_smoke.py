@@ -162,11 +162,14 @@ def test_a_replay_counts_what_giving_up_saves_and_changes(tmp_path, monkeypatch)
     assert all(case.same and case.saved == pytest.approx(2 / 9) for case in cases)
 
 
-def refresh_figure(patch, module):
-    final = {"stage": "final", "lr": 1e-2, "losses": [[1, 2.0], [2, 1.0]]}
-    trials = [final | {"contender": name} for name in module.SHOWN for _ in range(2)]
-    Path("trials.json").write_text(json.dumps({"trials": trials}))
-    return ["--trials", "trials.json", "--output", "benchmarks/results/refresh.png"], "refresh.png"
+def loss_figures(patch, module):
+    comparison = _lay_comparison(Path("comparison"))
+    record = read_comparison(Path("comparison"))
+    finals = {trial: comparisons.fake_result(comparison, trial) for trial in comparison.final(record.chosen)}
+    write_comparison(dataclasses.replace(record, results=record.results | finals), Path("comparison"))
+    patch.setattr(module, "RESULTS", Path())
+    patch.setattr(module, "FIGURES", {"curves": ("comparison", {"lora@2": ("LoRA", "black")})})
+    return ["--output", "benchmarks/results"], "curves.png"
 
 
 def refresh_lab(patch, module):
