@@ -38,7 +38,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert {t.lr for t in calls if t.stage == "final"} == {1e-2}
     assert record.chosen == {c: Chosen(c, 1e-2) for c in comparison.contenders}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
     assert "src=" not in page  # self-contained
     assert "scalora@2: +0.0500" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,7 +15,9 @@ from matplotlib.figure import Figure
 
 from .contender import Contender
 from .plan import Chosen
-from .statistics import Mean, Results, final_runs, over_rates, relative_cost, summarize
+from .statistics import Mean, Results, final_runs, over_rates
+from .table import ComparisonTable
+from .verdict import COSTS, Cost, frontier
 
 _COLOURS = mpl.color_sequences["tab20"][::2] + mpl.color_sequences["tab20"][1::2]  # strong hues first
 _SIZE = (9.6, 5.4)
@@ -76,21 +79,33 @@ def ranks(results: Results, chosen: dict[Contender, Chosen]) -> str:
     return _svg(draw)
 
 
-def quality_over_cost(results: Results, chosen: dict[Contender, Chosen], base: Contender, metric: str) -> str:
-    """Test metric over seconds per step relative to `base`, of those that ran on the same hardware."""
+def quality_over_cost(table: ComparisonTable, cost: Cost) -> str:
+    """Test metric over a cost, of those for which it is known; a line joins the Pareto front, by means."""
+    front = frontier(table, cost)
 
     def draw(axis: Axes) -> None:
-        reference = final_runs(results, chosen.get(base)).values()
-        for contender, colour in _coloured(list(chosen)):
-            runs = final_runs(results, chosen[contender]).values()
-            cost = relative_cost(runs, reference, "seconds_per_step")
-            if cost is not None:
-                quality = summarize([run["after"][metric] for run in runs])
-                point = {"marker": "o", "capsize": 3, "color": colour, "label": str(contender)}
-                axis.errorbar([cost], [quality.value], yerr=[quality.error], **point)
-        axis.set(xlabel=f"seconds per step, {base} = 1", ylabel=f"test {metric}")
+        for row, (contender, colour) in zip(table.rows, _coloured([row.contender for row in table.rows]), strict=True):
+            if (at := getattr(row, cost)) is None:
+                continue
+            ahead = row in front
+            point = {"marker": "o", "capsize": 3, "color": colour, "label": str(contender)}
+            size = {"markersize": 9, "markeredgecolor": "black"} if ahead else {"markersize": 5, "alpha": 0.6}
+            error = row.quality.error if isfinite(row.quality.error) else 0.0
+            axis.errorbar([_unit(cost, at)], [row.quality.value], yerr=[error], **point, **size)
+        at, values = [_unit(cost, getattr(row, cost)) for row in front], [row.quality.value for row in front]
+        axis.plot(at, values, color="black", linewidth=0.8, linestyle="--", zorder=0, drawstyle="steps-post")
+        relative = "MiB" if cost == "disk" else f"{table.baseline} = 1"
+        axis.set(xlabel=f"{COSTS[cost]}, {relative}", ylabel=f"test {table.metric}")
+        axis.set_xscale("log" if cost == "disk" else "linear")
+        values = [row.quality.value for row in table.rows]
+        if not table.higher_is_better and 0 < 10 * min(values) < max(values):
+            axis.set_yscale("log")
 
     return _svg(draw)
+
+
+def _unit(cost: Cost, value: float) -> float:
+    return value / 2**20 if cost == "disk" else value
 
 
 def _over_steps(
@@ -129,4 +144,5 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "scalora"}):  # the same results give the same page, byte for byte
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    drawn = stream.getvalue()
+    return f"<figure>{drawn[drawn.index('<svg') :]}</figure>"

@@ -14,6 +14,7 @@ from .pruning import given_up_sentence
 from .results import ComparisonRecord
 from .statistics import Results, choose_setting, in_order, over_rates
 from .table import EVERY_FIELD, TextTable, comparison_table, setting_text
+from .verdict import COSTS, ranking_table, recommendation
 
 
 def write_report(record: ComparisonRecord, path: Path) -> None:
@@ -31,8 +32,12 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
     parts.append(f"<h2>Does rank matter here?</h2><p>{escape(ground.sentence)}</p>")
     if ground.points:
         parts.append(figures.rank_curve(ground.points, metric))
+    parts.append(f"<h2>What to take</h2><p>{escape(recommendation(table))}</p>")
     parts.append(f"<h2>Result</h2>{table.text(*EVERY_FIELD).html()}")
     parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in table.in_words())}</ul>")
+    parts.append(f"<h2>Ranking</h2>{ranking_table(table).html()}<p>{escape(_TIES)}</p>")
+    pictures = [figures.quality_over_cost(table, cost) for cost in COSTS]
+    parts.append(f"<h2>Quality over cost</h2>{''.join(pictures)}<p>{escape(_FRONT)}</p>")
     if comparison.fixed is None:
         parts.append(f"<h2>Validation {escape(metric)} over the learning rate</h2>")
         parts.append(figures.sensitivity(results, chosen, metric))
@@ -43,7 +48,6 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
     pictures = [("Learning curves", figures.learning_curves(results, chosen))]
     if comparison.ranks:
         pictures.append(("Rank of the accumulated update", figures.ranks(results, chosen)))
-    pictures.append(("Quality over cost", figures.quality_over_cost(results, chosen, table.baseline, metric)))
     for heading, picture in pictures:
         parts.append(f"<h2>{escape(heading)}</h2>{picture}")
     if given_up := given_up_sentence(results):
@@ -93,6 +97,16 @@ def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, 
     return f"{done} of {len(planned)} trials done. {rates if comparison.fixed is None else 'The rates were given.'}"
 
 
+_TIES = (
+    "One method is better than another by more than noise where their paired difference over seeds has a 95 % interval "
+    "above zero. Two of which neither is better cannot be told apart. A place is one more than there are methods that "
+    "are better. With many methods some intervals miss by chance."
+)
+_FRONT = (
+    "Large marks and the line are the Pareto front, by means: no other method is both at least as good and at least as "
+    "cheap. Costs are shown for methods that ran on hardware that the baseline ran on too."
+)
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
@@ -100,8 +114,17 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem aut
 table {{ border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }}
 caption {{ text-align: left; color: #666; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; }}
-pre {{ background: #f5f5f5; padding: .6rem; white-space: pre-wrap; }}
-svg {{ max-width: 100%; height: auto; }}
+pre {{ background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+figure {{ margin: 0; overflow-x: auto; }}
+svg {{ max-width: 100%; min-width: 36rem; height: auto; }}
+@media print {{
+  body {{ margin: 0; max-width: none; font-size: 11px; }}
+  table {{ display: table; font-size: 9px; }}
+  th, td {{ padding: .1rem .3rem; }}
+  figure, tr {{ break-inside: avoid; }}
+  h2 {{ break-after: avoid; }}
+  svg {{ min-width: 0; }}
+}}
 </style></head><body>
 {body}
 </body></html>

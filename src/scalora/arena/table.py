@@ -66,6 +66,7 @@ class ContenderRow:
     setting: Mapping[str, Any]  # option → its chosen value, of those for which several were tried
     lr: float
     quality: Mean  # of the test metric, over seeds
+    scores: Mapping[int, float]  # seed → test metric
     difference: Difference | None  # to the baseline; None for itself and where they share no seed
     trainable: int
     time: float | None  # seconds per step relative to the baseline's; None where they never met on one machine
@@ -159,6 +160,7 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 comparison.varied(contender, choice),
                 choice.lr,
                 summarize(list(values[contender].values())),
+                values[contender],
                 paired_difference(values[contender], values[base], higher_is_better=higher)
                 if contender != base
                 else None,

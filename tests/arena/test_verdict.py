@@ -1,0 +1,89 @@
+"""Ranking with ties, the Pareto front, and what a comparison recommends."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalora.arena.contender import Contender
+from scalora.arena.statistics import summarize
+from scalora.arena.table import ComparisonTable, ContenderRow
+from scalora.arena.verdict import COSTS, RULE, frontier, ranking, ranking_table, recommendation
+
+LORA = Contender("lora", 2)
+NOISE = (0.0, 0.01, -0.01)  # over seeds; every other seed is the same for all
+
+
+def _row(name, mean, time=1.0, memory=1.0, disk=10.0, seeds=3, shift=0):
+    scores = {seed: mean + NOISE[(seed + shift) % 3] for seed in range(seeds)}
+    return ContenderRow(
+        Contender(name, 2), {}, 1e-3, summarize(list(scores.values())), scores, None, 1, time, memory, None, disk, {}
+    )
+
+
+def _table(*rows, higher=True):
+    return ComparisonTable("accuracy" if higher else "nll", higher, LORA, (1e-3,), list(rows))
+
+
+def test_those_that_cannot_be_told_apart_share_a_place():
+    rows = _row("lora", 0.5), _row("good", 0.8), _row("level", 0.801, shift=1), _row("worst", 0.2)
+    found = ranking(_table(*rows))
+    assert [(str(p.row.contender), p.place) for p in found] == [
+        ("level@2", 1), ("good@2", 1), ("lora@2", 3), ("worst@2", 4)
+    ]  # fmt: skip
+    assert found[1].beaten == (LORA, Contender("worst", 2))
+    shown = ranking_table(_table(*rows))
+    assert shown.columns[1:] == ["method", "test accuracy", "better, by more than noise, than"]
+    assert shown.rows[2] == ["3", "lora@2", "0.5000 ± 0.0058", "worst@2"]
+    turned = ranking(_table(*rows, higher=False))
+    assert [p.place for p in turned] == [1, 2, 3, 3]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.none() | st.floats(0.5, 2)), min_size=1, max_size=8),
+    st.sampled_from(list(COSTS)),
+    st.booleans(),
+)
+def test_the_front_is_what_nothing_dominates(points, cost, higher):
+    rows = [_row(f"m{i}", value, **{cost: at}) for i, (value, at) in enumerate(points)]
+    front = frontier(_table(*rows, higher=higher), cost)
+    known = [row for row in rows if getattr(row, cost) is not None]
+    sign = 1 if higher else -1
+
+    def dominates(one, other):
+        gains = (sign * (one.quality.value - other.quality.value), getattr(other, cost) - getattr(one, cost))
+        return min(gains) >= 0 and max(gains) > 0
+
+    best = [row for row in known if not any(dominates(other, row) for other in known)]
+    assert {(row.quality.value, getattr(row, cost)) for row in front} == {
+        (row.quality.value, getattr(row, cost)) for row in best
+    }
+    assert all(one.quality.value != two.quality.value for one, two in itertools.pairwise(front))
+
+
+def test_of_those_level_with_the_best_the_cheapest_is_recommended():
+    rows = _row("lora", 0.5), _row("best", 0.81, time=1.5), _row("cheap", 0.8, time=1.02, shift=1), _row("fast", 0.4)
+    said = recommendation(_table(*rows))
+    assert said.startswith("Take cheap@2: test accuracy 0.8000, at 1.02 of lora@2's time a step and 1.00 of its peak")
+    assert "It cannot be told apart from best@2. The best mean is best@2's, 0.8100." in said
+    assert RULE in said
+    memory = _row("best", 0.81, memory=1.5), _row("cheap", 0.8, shift=1), _row("unknown", 0.79, time=None, shift=1)
+    said = recommendation(_table(*memory))
+    assert said.startswith("Take cheap@2")
+    assert said.endswith("Not known on the same hardware is what these cost: unknown@2.")
+
+
+def test_a_clear_winner_is_recommended_whatever_it_costs():
+    said = recommendation(_table(_row("lora", 0.5), _row("best", 0.8, time=3.0)))
+    assert said.startswith("Take best@2")
+    assert "It is better than all others by more than noise." in said
+    assert "at" not in recommendation(_table(_row("best", 0.8, time=None))).split(".")[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [((), "no method has finished"), ((_row("lora", 0.5, seeds=1),), "one seed")]
+)
+def test_without_evidence_nothing_is_recommended(rows, reason):
+    assert recommendation(_table(*rows)).startswith("Nothing can be recommended")
+    assert reason in recommendation(_table(*rows))
