@@ -20,6 +20,7 @@ FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
     "peft:BOFT": {}, "peft:MISS": {}, "peft:OFT": {"oft_block_size": 0}, "peft:ADALORA": {"total_step": 6},
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
+    "peft:GRALORA": {}, "peft:DELORA": {},
 }  # fmt: skip
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
 RESUMED = [
@@ -154,6 +155,7 @@ def test_full_refuses_half_precision():
     [
         ("peft:LOHAA", "did you mean peft:LOHA"),
         ("peft:PROMPT_TUNING", "no method of this PEFT that adapts weights"),
+        ("peft:lily", "refused: .*depends on the other rows"),
         ("relorra", "did you mean 'relora'"),
         ("xyzzy", "peft:<TYPE>"),
     ],
@@ -190,7 +192,7 @@ def test_every_option_is_described():
 
 def test_prompts_are_not_listed():
     assert "LOHA" in peft_types()
-    assert not {"PROMPT_TUNING", "PREFIX_TUNING", "POLY"} & set(peft_types())
+    assert not {"PROMPT_TUNING", "PREFIX_TUNING", "POLY", "LILY"} & set(peft_types())
 
 
 def test_the_command_line_lists_them_all():
