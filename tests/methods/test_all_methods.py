@@ -107,7 +107,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora"])
+GPT2 = ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "lora-fa", "lora-muon"]
+
+
+@pytest.mark.parametrize("name", GPT2)
 def test_gpt2_with_its_transposed_weights(name, tmp_path):
     adapted = training.adapt(name, "gpt2", tmp_path / "base")
     made = training.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)

@@ -9,6 +9,7 @@ from helpers import models, training
 from scalora import ScaloraError
 from scalora.layers.peft_lora import find_layers
 from scalora.methods.lora_muon import LoraMuonOptimizer
+from scalora.runs.training import set_head_rate
 
 
 def _polar(X):
@@ -102,6 +103,18 @@ def test_under_autocast_and_a_schedule_it_learns(tmp_path):
     losses = training.losses(made)
     assert losses[-1] < losses[0]
     assert all(group["lr"] == 0 for group in made.optimizer.param_groups)
+
+
+def test_a_rate_of_its_own_for_the_head(tmp_path):
+    adapted = training.adapt("lora-muon", "bert", tmp_path / "base")
+    made = training.trainer(adapted, "bert", tmp_path / "out", learning_rate=0.1, weight_decay=0.1)
+    set_head_rate(made.create_optimizer(), adapted.model, ["classifier"], 1e-3)
+    start = {n: p.detach().clone() for n, p in adapted.model.named_parameters() if p.requires_grad}
+    made.train()
+    for name, p in adapted.model.named_parameters():
+        if "classifier.modules_to_save" in name:
+            assert 0 < (p - start[name]).abs().max() < 6.1e-3  # six of AdamW's steps
+    assert len(made.optimizer.param_groups) == 3
 
 
 def test_alpha_changes_nothing_but_what_is_clipped(tmp_path):
