@@ -16,6 +16,7 @@ with install_import_hook("scalora.algebra", "beartype.beartype"):
     import scalora.algebra.reference
     import scalora.algebra.scaling
     import scalora.algebra.solvers
+    import scalora.algebra.spectral
     import scalora.algebra.whitening  # noqa: F401
 
 import pytest

@@ -14,13 +14,19 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
+    "lora+", "lora-fa", "lora-muon", "riemannian",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
     "peft:BOFT": {}, "peft:MISS": {}, "peft:OFT": {"oft_block_size": 0}, "peft:ADALORA": {"total_step": 6},
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
+    "peft:GRALORA": {}, "peft:DELORA": {},
 }  # fmt: skip
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
+RESUMED = [
+    "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora",
+    "lora+", "lora-fa", "lora-muon", "riemannian",
+]  # fmt: skip
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 
 
@@ -84,7 +90,7 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("name", ["relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
     outputs = []
@@ -101,7 +107,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora"])
+GPT2 = ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "lora-fa", "lora-muon"]
+
+
+@pytest.mark.parametrize("name", GPT2)
 def test_gpt2_with_its_transposed_weights(name, tmp_path):
     adapted = training.adapt(name, "gpt2", tmp_path / "base")
     made = training.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)
@@ -149,6 +158,7 @@ def test_full_refuses_half_precision():
     [
         ("peft:LOHAA", "did you mean peft:LOHA"),
         ("peft:PROMPT_TUNING", "no method of this PEFT that adapts weights"),
+        ("peft:lily", "refused: .*depends on the other rows"),
         ("relorra", "did you mean 'relora'"),
         ("xyzzy", "peft:<TYPE>"),
     ],
@@ -185,7 +195,7 @@ def test_every_option_is_described():
 
 def test_prompts_are_not_listed():
     assert "LOHA" in peft_types()
-    assert not {"PROMPT_TUNING", "PREFIX_TUNING", "POLY"} & set(peft_types())
+    assert not {"PROMPT_TUNING", "PREFIX_TUNING", "POLY", "LILY"} & set(peft_types())
 
 
 def test_the_command_line_lists_them_all():

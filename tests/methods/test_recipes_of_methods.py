@@ -9,11 +9,15 @@ from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train
 from scalora.tasks import build_task
 
+NAMES = [
+    "alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "peft:LOHA", "lora+", "riemannian", "lora-fa",
+    "lora-muon",
+]  # fmt: skip
 OPTIONS = {"alpha-lora": "{batch: 4, every: 2}", "relora": "{every: 3}", "mora": "{type: 1}"}
 
 
 @pytest.mark.parametrize("task", ["multiple_choice", "classification"])
-@pytest.mark.parametrize("name", ["alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "peft:LOHA"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_names_a_method(name, task, tmp_path):
     path = workspace.lay(tmp_path)
     overrides = workspace.classification(tmp_path) if task == "classification" else []

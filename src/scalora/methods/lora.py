@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..algebra.lowrank import singular_values
 from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
-from ..layers.peft_lora import find_layers
+from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
 from .method import Adapted, Method, MethodSpec, Spectrum
@@ -120,7 +120,12 @@ def said_beside(head: Head, path: Path, model: PeftModel) -> list[str]:
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:
     """Singular values of each layer's whole update, trained and accumulated."""
-    for layer in find_layers(model):
+    return layer_spectra(find_layers(model), factors)
+
+
+def layer_spectra(layers: Iterable[AdapterLayer], factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:
+    """Those of these layers."""
+    for layer in layers:
         P, Q = factors(layer)
         yield layer.name, Spectrum(singular_values(P.float(), Q.float()), P.shape[0], Q.shape[0])
 

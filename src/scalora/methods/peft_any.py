@@ -26,6 +26,10 @@ from .method import Adapted, Method, MethodSpec, Spectrum
 
 PEFT_PREFIX = "peft:"
 _OTHER = ("ADAPTION_PROMPT", "POLY", "SHADOW", "TRAINABLE_TOKENS")  # prompts, several tasks, a second model, embeddings
+_REFUSED = {
+    "LILY": "PEFT averages its router over all tokens and rows of a batch, so that what is scored depends on the other "
+    "rows, the padding and the tokens to come, and there is nothing to merge",
+}
 _OURS = {f.name for f in dataclasses.fields(PeftConfig)} | {"target_modules"}  # decided by the recipe, not by options
 
 
@@ -78,9 +82,11 @@ def peft_method(name: str) -> type[PeftMethod]:
     """The method class for ``peft:<TYPE>``; its options are the fields of PEFT's config.
 
     Raises:
-        ScaloraError: PEFT has no such type, or it trains prompts and not weights.
+        ScaloraError: PEFT has no such type, it trains prompts and not weights, or it cannot be scored.
     """
     kind = name[len(PEFT_PREFIX) :].upper()
+    if kind in _REFUSED:
+        raise ScaloraError(f"method.name is {name!r}, which is refused: {_REFUSED[kind]}; choose another")
     if kind not in peft_types():
         near = get_close_matches(kind, peft_types(), n=1)
         hint = f"did you mean {PEFT_PREFIX}{near[0]}?" if near else f"choose one of {', '.join(peft_types())}"
@@ -109,7 +115,7 @@ def peft_types() -> dict[str, type[PeftConfig]]:
         for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
         if not issubclass(config, PromptLearningConfig)
         and "target_modules" in config.__dataclass_fields__
-        and kind.value not in _OTHER
+        and kind.value not in (*_OTHER, *_REFUSED)
     }
 
 
