@@ -8,10 +8,11 @@ from transformers import get_linear_schedule_with_warmup
 
 from helpers import models, pairs, training
 from scalora import ScaloraError
+from scalora.methods.lora_pro import LoraProOptimizer
 from scalora.methods.lora_rite import LoraRiteOptimizer
 from scalora.runs.training import set_head_rate
 
-KINDS = {"lora-rite": LoraRiteOptimizer}
+KINDS = {"lora-pro": LoraProOptimizer, "lora-rite": LoraRiteOptimizer}
 
 
 def _rest(model):
