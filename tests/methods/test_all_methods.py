@@ -14,7 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
-    "lora-pro", "lora-rite",
+    "loft", "lora-pro", "lora-rite",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -87,8 +87,20 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize(
     "name",
-    ["relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora", "lora-pro", "lora-rite"],
-)
+    [
+        "relora",
+        "lora-ga",
+        "scalora-oracle",
+        "mora",
+        "alpha-lora",
+        "full",
+        "pissa",
+        "dora",
+        "loft",
+        "lora-pro",
+        "lora-rite",
+    ],
+)  # fmt: skip
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
     outputs = []
