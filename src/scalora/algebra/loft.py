@@ -57,11 +57,12 @@ def loft_step(moments: LoftMoments, eps: float, bound: float) -> Float[torch.Ten
 
     ``bound`` is :func:`adam_bound`: where rounding leaves too little of v, the entry is cut off there.
     """
-    Q = moments.basis
-    products = (Q[:, :, None] * Q[:, None, :]).flatten(1)
+    Q, r = moments.basis, moments.basis.shape[1]
+    i, j = torch.triu_indices(r, r, device=Q.device)
+    products = ((2 - (i == j).to(Q)) * Q[:, i] * Q[:, j]).mT  # v of one row is its second moments times these
     blocks = zip(moments.first.split(ROWS), moments.second.split(ROWS), strict=True)
     steps = [
-        (first @ Q.mT).div_((second.flatten(1) @ products.mT).clamp_(min=0).sqrt_().add_(eps)).clamp_(-bound, bound) @ Q
+        (first @ Q.mT).div_((second[:, i, j] @ products).clamp_(min=0).sqrt_().add_(eps)).clamp_(-bound, bound) @ Q
         for first, second in blocks
     ]
     return torch.cat(steps)

@@ -40,8 +40,8 @@ class LoraProOptimizer(PairOptimizer):
             (beta1, beta2), step = below.group["betas"], below.count()
             first = below.state["exp_avg"].lerp_(G, 1 - beta1)
             second = below.state["exp_avg_sq"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
-            root = (second / (1 - beta2**step)).sqrt_().add_(below.group["eps"])
-            N = (first / (1 - beta1**step)).div_(root)
+            N = (second / (1 - beta2**step)).sqrt_().add_(below.group["eps"])
+            torch.div(first, N, out=N).div_(1 - beta1**step)
             for side, direction in zip((below, above), least_steps(A, B, N, below.scale), strict=True):
                 side.move(direction)
 
