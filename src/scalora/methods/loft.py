@@ -22,7 +22,6 @@ class Loft(Lora):
     name = "loft"
     summary = "LoFT (2505.21289): LoRA by an optimizer that is AdamW at full rank"
     has_alpha = False  # all steps of W are the same
-    lr_factor = 0.3
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)

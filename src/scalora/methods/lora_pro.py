@@ -20,7 +20,6 @@ class LoraPro(Lora):
 
     name = "lora-pro"
     summary = "LoRA-Pro (2407.18242): LoRA that follows full fine-tuning's Adam, at its memory"
-    lr_factor = 0.1
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)

@@ -35,7 +35,6 @@ class LoraRite(Lora):
     name = "lora-rite"
     summary = "LoRA-RITE (2410.20625): LoRA by a transformation-invariant optimizer"
     Options = LoraRiteOptions
-    lr_factor = 0.3
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         assert isinstance(self.options, LoraRiteOptions)
