@@ -12,11 +12,15 @@ with install_import_hook("scalora.algebra", "beartype.beartype"):
     # Imported here so that the hook checks every shape; tests/algebra/test_shapes.py holds that it does.
     import scalora.algebra.directions
     import scalora.algebra.gram
+    import scalora.algebra.loft
+    import scalora.algebra.lora_pro
+    import scalora.algebra.lora_rite
     import scalora.algebra.lowrank
     import scalora.algebra.reference
     import scalora.algebra.scaling
     import scalora.algebra.solvers
     import scalora.algebra.spectral
+    import scalora.algebra.unmagnified
     import scalora.algebra.whitening  # noqa: F401
 
 import pytest

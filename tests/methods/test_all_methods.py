@@ -15,6 +15,7 @@ NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
     "lora+", "lora-fa", "lora-muon", "riemannian",
+    "loft", "lora-pro", "lora-rite",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -25,7 +26,7 @@ FROM_PEFT = {
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
 RESUMED = [
     "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora",
-    "lora+", "lora-fa", "lora-muon", "riemannian",
+    "lora+", "lora-fa", "lora-muon", "riemannian", "loft", "lora-pro", "lora-rite",
 ]  # fmt: skip
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 
