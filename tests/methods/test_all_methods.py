@@ -14,6 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
+    "reflora", "reflora-s",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -21,6 +22,9 @@ FROM_PEFT = {
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
 }  # fmt: skip
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
+RESUMED = [
+    "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora", "reflora", "reflora-s",
+]  # fmt: skip
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 
 
@@ -84,7 +88,7 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("name", ["relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
     outputs = []
