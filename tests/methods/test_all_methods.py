@@ -14,7 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
-    "reflora", "reflora-s", "balora", "stable-lora",
+    "reflora", "reflora-s", "balora", "stable-lora", "polar",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -24,7 +24,7 @@ FROM_PEFT = {
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
 RESUMED = [
     "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora", "reflora", "reflora-s",
-    "balora", "stable-lora",
+    "balora", "stable-lora", "polar",
 ]  # fmt: skip
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 

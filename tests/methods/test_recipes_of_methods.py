@@ -13,7 +13,9 @@ OPTIONS = {"alpha-lora": "{batch: 4, every: 2}", "relora": "{every: 3}", "mora":
 
 
 @pytest.mark.parametrize("task", ["multiple_choice", "classification"])
-@pytest.mark.parametrize("name", ["alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "peft:LOHA"])
+@pytest.mark.parametrize(
+    "name", ["alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "polar", "peft:LOHA"]
+)
 def test_a_recipe_names_a_method(name, task, tmp_path):
     path = workspace.lay(tmp_path)
     overrides = workspace.classification(tmp_path) if task == "classification" else []

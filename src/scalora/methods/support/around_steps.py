@@ -34,7 +34,6 @@ class AroundSteps(TrainerCallback):
         self.step = 0  # optimizer steps taken
         self.hooks: list[Any] = []
 
-    @torch.no_grad()
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.optimizer = innermost(kwargs["optimizer"])
         if self.carries_state:
