@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalora.algebra.landing import landing_field
+from scalora.algebra.landing import landing_field, nearest_orthonormal
 
 SIZES = {"n": st.integers(4, 20), "r": st.integers(1, 4), "seed": st.integers(0, 999)}
 
@@ -47,3 +47,19 @@ def test_the_penalty_leads_back(n, r, seed, penalty):
 def test_orthonormal_columns_without_a_gradient_stand_still(n, r, seed):
     Q = torch.linalg.qr(matrices(n, r, seed)[0]).Q
     assert landing_field(Q, torch.zeros_like(Q), 5e-3).abs().max() < 1e-14
+
+
+@given(**SIZES)
+def test_the_nearest_orthonormal_columns_are_those_of_the_dense_decomposition(n, r, seed):
+    X = matrices(n, r, seed)[0]
+    U, _, Vt = torch.linalg.svd(X, full_matrices=False)
+    found = nearest_orthonormal(X)
+    torch.testing.assert_close(found, U @ Vt, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(nearest_orthonormal(found), found, rtol=0, atol=1e-10)
+
+
+def test_where_there_are_none_nothing_changes():
+    X = matrices(8, 2, 0)[0]
+    X[0, :, 1] = X[0, :, 0]
+    X[1, 0, 0] = float("nan")
+    torch.testing.assert_close(nearest_orthonormal(X)[:2], X[:2], rtol=0, atol=0, equal_nan=True)

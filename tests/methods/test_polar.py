@@ -115,3 +115,14 @@ def test_under_autocast_theta_is_multiplied_in_full(tmp_path):
     assert torch.equal(weight, layer.lora_B)
     training.trainer(adapted, "llama", tmp_path / "out", bf16=True, learning_rate=5e-3).train()
     assert {p.dtype for p in models.trainable(adapted.model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("retract", [False, True])
+def test_retracted_they_stay_orthonormal(retract, tmp_path):
+    adapted = training.adapt("polar", "llama", tmp_path / "base", options={"retract": retract})
+    training.trainer(adapted, "llama", tmp_path / "out", learning_rate=2e-2).train()
+    drifts = []
+    for layer in find_layers(adapted.model):
+        B, A = directions_of(layer)
+        drifts += [(X @ X.T - torch.eye(4)).abs().max().item() for X in (B.T, A)]
+    assert max(drifts) < 1e-5 if retract else min(drifts) > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from peft import PeftModel
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..algebra.landing import landing_field
+from ..algebra.landing import landing_field, nearest_orthonormal
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from .lora import lora_model
@@ -26,6 +27,9 @@ class PolarOptions(BaseModel):
 
     penalty: float = Field(
         default=5e-3, ge=0, allow_inf_nan=False, description="λ: how strongly B and A are drawn to orthonormality."
+    )
+    retract: bool = Field(
+        default=False, description="Make B and A orthonormal again after each step; published: leave them to λ."
     )
 
 
@@ -77,20 +81,32 @@ class LandingCallback(AroundSteps):
 
     def __init__(self, model: PeftModel, options: PolarOptions) -> None:
         super().__init__(model)
-        self.penalty = options.penalty
+        self.options = options
 
     def before(self) -> None:
-        alike: dict[object, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for layer in self.layers:
-            B, A = directions_of(layer)
-            for X, tall in ((B, True), (A, False)):
-                if X.grad is not None:
-                    pair = (X.detach(), X.grad) if tall else (X.detach().mT, X.grad.mT)
-                    alike[pair[0].shape, X.dtype, X.device].append(pair)
-        for pairs in alike.values():
-            points, gradients = zip(*pairs, strict=True)
-            fields = landing_field(gathered(points), gathered(gradients), self.penalty)
-            torch._foreach_copy_(list(gradients), list(fields))
+        for params in self._alike():
+            there = [(X, grad) for X, grad in ((_tall(p), _tall(p.grad)) for p in params if p.grad is not None)]
+            if there:
+                points, gradients = zip(*there, strict=True)
+                fields = landing_field(gathered(points), gathered(gradients), self.options.penalty)
+                torch._foreach_copy_(list(gradients), list(fields))
+
+    def after(self) -> None:
+        for params in self._alike() if self.options.retract else ():
+            points = [_tall(p) for p in params]
+            torch._foreach_copy_(points, list(nearest_orthonormal(gathered(points))))
+
+    def _alike(self) -> Iterable[list[Tensor]]:
+        """B and A of all layers by shape, so that each is handled at once."""
+        alike: dict[object, list[Tensor]] = defaultdict(list)
+        for p in (p for layer in self.layers for p in directions_of(layer)):
+            alike[p.shape, p.dtype, p.device].append(p)
+        return alike.values()
+
+
+def _tall(X: Tensor) -> Tensor:
+    """A view with the long side first, as both have orthonormal columns then."""
+    return X.detach() if X.shape[0] >= X.shape[1] else X.detach().mT
 
 
 METHODS = (Polar,)
