@@ -10,11 +10,13 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("scalora.algebra", "beartype.beartype"):
     # Imported here so that the hook checks every shape; tests/algebra/test_shapes.py holds that it does.
+    import scalora.algebra.balancing
     import scalora.algebra.directions
     import scalora.algebra.gram
     import scalora.algebra.loft
     import scalora.algebra.lora_pro
     import scalora.algebra.lora_rite
+    import scalora.algebra.landing
     import scalora.algebra.lowrank
     import scalora.algebra.reference
     import scalora.algebra.scaling

@@ -16,6 +16,7 @@ NAMED = {
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
     "lora+", "lora-fa", "lora-muon", "riemannian",
     "loft", "lora-pro", "lora-rite",
+    "reflora", "reflora-s", "balora", "stable-lora", "polar",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -27,6 +28,7 @@ OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
 RESUMED = [
     "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora",
     "lora+", "lora-fa", "lora-muon", "riemannian", "loft", "lora-pro", "lora-rite",
+    "reflora", "reflora-s", "balora", "stable-lora", "polar",
 ]  # fmt: skip
 LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
 

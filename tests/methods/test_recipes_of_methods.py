@@ -11,7 +11,7 @@ from scalora.tasks import build_task
 
 NAMES = [
     "alpha-lora", "relora", "mora", "lora-ga", "scalora-oracle", "full", "peft:LOHA", "lora+", "riemannian", "lora-fa",
-    "lora-muon", "loft", "lora-pro", "lora-rite",
+    "lora-muon", "loft", "lora-pro", "lora-rite", "polar",
 ]  # fmt: skip
 OPTIONS = {"alpha-lora": "{batch: 4, every: 2}", "relora": "{every: 3}", "mora": "{type: 1}"}
 

@@ -157,7 +157,9 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     own = untruncated is joined_factors
     if problem := unwritable(config, [layer.module for layer in layers], adapter, rewritten=own):
         raise ScaloraError(problem)
-    state = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+    found = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+    # What a matrix is computed from is no part of a plain LoRA; the matrix itself follows.
+    state = {name: value for name, value in found.items() if ".parametrizations." not in name}
     sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
         P, Q = _checked(factors(layer), layer)

@@ -105,9 +105,10 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
         raise ScaloraError(
             f"adapters {', '.join(adapters)} are all being trained: make one active with model.set_adapter(name)"
         )
-    shared = [id(p) for layer in layers for p in (layer.A, layer.Bt)]
-    for layer in layers:
-        if Counter(shared)[id(layer.A)] > 1 or Counter(shared)[id(layer.Bt)] > 1:
+    pairs = [(layer.A, layer.Bt) for layer in layers]  # held on to: a computed matrix is another object at each look
+    owners = Counter(id(p) for pair in pairs for p in pair)
+    for layer, pair in zip(layers, pairs, strict=True):
+        if any(owners[id(p)] > 1 for p in pair):
             raise ScaloraError(f"layer {layer.name} shares its adapter with another layer: give each its own adapter")
     return layers
 
