@@ -13,10 +13,10 @@ with install_import_hook("scalora.algebra", "beartype.beartype"):
     import scalora.algebra.balancing
     import scalora.algebra.directions
     import scalora.algebra.gram
+    import scalora.algebra.landing
     import scalora.algebra.loft
     import scalora.algebra.lora_pro
     import scalora.algebra.lora_rite
-    import scalora.algebra.landing
     import scalora.algebra.lowrank
     import scalora.algebra.reference
     import scalora.algebra.scaling
