@@ -10,6 +10,7 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("scalora.algebra", "beartype.beartype"):
     # Imported here so that the hook checks every shape; tests/algebra/test_shapes.py holds that it does.
+    import scalora.algebra.compressed_state
     import scalora.algebra.directions
     import scalora.algebra.gram
     import scalora.algebra.lowrank

@@ -14,6 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
+    "apollo-mini", "fira", "flora",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -84,9 +85,25 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("name", ["relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relora",
+        "lora-ga",
+        "scalora-oracle",
+        "mora",
+        "alpha-lora",
+        "full",
+        "pissa",
+        "dora",
+        "apollo-mini",
+        "fira",
+        "flora",
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
-    options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
+    often = ("relora", "alpha-lora", "apollo-mini", "fira", "flora")
+    options = {"scalora-oracle": {"interval": 2}, **{each: {"every": 2} for each in often}}.get(name, {})
     outputs = []
     for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
         adapted = training.adapt(name, kind, tmp_path / "base", options=options)
@@ -101,7 +118,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "fira", "flora"])
 def test_gpt2_with_its_transposed_weights(name, tmp_path):
     adapted = training.adapt(name, "gpt2", tmp_path / "base")
     made = training.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)
