@@ -14,6 +14,7 @@ with install_import_hook("scalora.algebra", "beartype.beartype"):
     import scalora.algebra.directions
     import scalora.algebra.gram
     import scalora.algebra.lowrank
+    import scalora.algebra.nf4
     import scalora.algebra.reference
     import scalora.algebra.scaling
     import scalora.algebra.solvers

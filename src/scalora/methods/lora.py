@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..algebra.lowrank import singular_values
+from ..common.disk_layout import NF4_BASE
 from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
@@ -19,6 +20,12 @@ from ..layers.peft_lora import find_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
 from .method import Adapted, Method, MethodSpec, Spectrum
+from .support.nf4_base import nf4_lines, write_nf4_base
+
+NF4_README = (
+    "This adapter was trained on its base model in NF4 (QLoRA). PEFT alone would put it on the float weights, which "
+    "computes something else. scalora loads it on the right ones:"
+)
 
 
 class Lora(Method):
@@ -107,8 +114,14 @@ def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = join
 def said_beside(head: Head, path: Path, model: PeftModel) -> list[str]:
     """The lines that load a saved adapter with plain PEFT; in its README.md too where its base needs more than a name.
 
-    Then the base must be given values, or names of classes, that an adapter has no place for.
+    Then the base must be given values, or names of classes, that an adapter has no place for; or it must be quantised.
     """
+    if origin(model).nf4:
+        if not (path / NF4_BASE).exists():
+            write_nf4_base(path, model)
+        with Path(path, "README.md").open("a", encoding="utf-8") as file:
+            file.write("\n".join(["", NF4_README, "", "```python", *nf4_lines(Path("path/to/this/folder")), "```", ""]))
+        return nf4_lines(path)
     if origin(model).options:
         lines = peft_loading_lines(head, Path("path/to/this/folder"), model)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:
