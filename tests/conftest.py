@@ -13,6 +13,7 @@ with install_import_hook("scalora.algebra", "beartype.beartype"):
     import scalora.algebra.compressed_state
     import scalora.algebra.directions
     import scalora.algebra.gram
+    import scalora.algebra.loftq
     import scalora.algebra.lowrank
     import scalora.algebra.nf4
     import scalora.algebra.reference

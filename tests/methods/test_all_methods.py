@@ -14,7 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
-    "apollo-mini", "fira", "flora",
+    "apollo-mini", "fira", "flora", "loftq",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -22,7 +22,7 @@ FROM_PEFT = {
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
 }  # fmt: skip
 OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
-LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
+LOSSY_START = {"peft:FOURIERFT", "loftq"}  # PEFT's FourierFT starts at a random update; LoftQ quantises the base
 
 
 def test_the_names_are_those_of_the_arena():
@@ -99,6 +99,7 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
         "apollo-mini",
         "fira",
         "flora",
+        "loftq",
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
@@ -118,7 +119,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "fira", "flora"])
+@pytest.mark.parametrize(
+    "name", ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "fira", "flora", "loftq"]
+)
 def test_gpt2_with_its_transposed_weights(name, tmp_path):
     adapted = training.adapt(name, "gpt2", tmp_path / "base")
     made = training.trainer(adapted, "gpt2", tmp_path / "out", learning_rate=5e-3)
