@@ -11,13 +11,16 @@ from jaxtyping import install_import_hook
 with install_import_hook("scalora.algebra", "beartype.beartype"):
     # Imported here so that the hook checks every shape; tests/algebra/test_shapes.py holds that it does.
     import scalora.algebra.balancing
+    import scalora.algebra.compressed_state
     import scalora.algebra.directions
     import scalora.algebra.gram
     import scalora.algebra.landing
     import scalora.algebra.loft
+    import scalora.algebra.loftq
     import scalora.algebra.lora_pro
     import scalora.algebra.lora_rite
     import scalora.algebra.lowrank
+    import scalora.algebra.nf4
     import scalora.algebra.reference
     import scalora.algebra.scaling
     import scalora.algebra.solvers

@@ -9,6 +9,7 @@ import scalora
 from helpers import models
 from helpers.attached import run
 from scalora import ScaLoraConfig, ScaloraError
+from scalora.algebra.nf4 import from_nf4, to_nf4
 
 
 def _torchao(name):
@@ -57,3 +58,18 @@ def test_a_quantised_base(case, tmp_path):
     path = scalora.save_plain_lora(model, tmp_path / "plain")
     again = PeftModel.from_pretrained(load(), path)
     torch.testing.assert_close(models.logits(again, "llama"), models.logits(model, "llama"), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 192), (100, 128)])
+def test_our_nf4_is_bitsandbytes_double_quantised_one(shape):
+    """Rows of whole blocks: of others its dequantising on CPUs mixes up the scales. Ours takes the nearer level."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = torch.randn(shape) * torch.rand(shape[0], 1)
+    packed, state = functional.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = to_nf4(W)
+    assert torch.equal(ours.codes, packed.flatten())
+    same = ours.scales == state.absmax
+    assert same.float().mean() > 0.99
+    blocks = same.repeat_interleave(64).view(shape)
+    theirs = functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(from_nf4(ours, W)[blocks], theirs[blocks], rtol=1e-6, atol=1e-7)

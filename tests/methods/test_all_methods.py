@@ -17,6 +17,7 @@ NAMED = {
     "lora+", "lora-fa", "lora-muon", "riemannian",
     "loft", "lora-pro", "lora-rite",
     "reflora", "reflora-s", "balora", "stable-lora", "polar",
+    "apollo-mini", "fira", "flora", "loftq",
 }  # fmt: skip
 FROM_PEFT = {
     "peft:LOHA": {}, "peft:LOKR": {}, "peft:FOURIERFT": {"n_frequency": 40}, "peft:RANDLORA": {}, "peft:VERA": {},
@@ -29,8 +30,9 @@ RESUMED = [
     "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora",
     "lora+", "lora-fa", "lora-muon", "riemannian", "loft", "lora-pro", "lora-rite",
     "reflora", "reflora-s", "balora", "stable-lora", "polar",
+    "apollo-mini", "fira", "flora", "loftq",
 ]  # fmt: skip
-LOSSY_START = {"peft:FOURIERFT"}  # PEFT's FourierFT starts at a random update
+LOSSY_START = {"peft:FOURIERFT", "loftq"}  # PEFT's FourierFT starts at a random update; LoftQ quantises the base
 
 
 def test_the_names_are_those_of_the_arena():
@@ -95,7 +97,8 @@ def test_the_classification_head_is_trained_too(name, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
-    options = {"scalora-oracle": {"interval": 2}, "relora": {"every": 2}, "alpha-lora": {"every": 2}}.get(name, {})
+    often = ("relora", "alpha-lora", "apollo-mini", "fira", "flora")
+    options = {"scalora-oracle": {"interval": 2}, **{each: {"every": 2} for each in often}}.get(name, {})
     outputs = []
     for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
         adapted = training.adapt(name, kind, tmp_path / "base", options=options)
@@ -110,7 +113,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, kind, tmp_path):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-GPT2 = ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "lora-fa", "lora-muon"]
+GPT2 = ["lora", "relora", "lora-ga", "full", "hira", "dora", "rslora", "lora-fa", "lora-muon", "fira", "flora", "loftq"]
 
 
 @pytest.mark.parametrize("name", GPT2)

@@ -39,3 +39,13 @@ def test_what_a_store_and_a_refresh_keep_is_held(tmp_path):
     assert lora <= of("base", "scalora-i", interval=2, accumulate="base")["held_bytes"] <= lora + slack
     sketches = of("refresh", "scalora-refresh", refresh=2, accumulate="base")["held_bytes"]
     assert lora + 2 * adapters <= sketches <= lora + 2 * adapters + slack  # 2r columns of each side
+
+
+def test_a_dense_gradient_counts_once_where_steps_are_taken_layer_by_layer(tmp_path):
+    for name in ("whole", "single"):
+        (tmp_path / name).mkdir()
+    clipped = held(tmp_path / "whole", "method={name: fira, rank: 1}")
+    single = held(tmp_path / "single", "method={name: fira, rank: 1}", "training.max_grad_norm=0")
+    gradients = 4 * clipped["trainable_parameters"]
+    assert clipped["held_bytes"] > gradients
+    assert single["held_bytes"] < clipped["held_bytes"] - gradients / 2

@@ -163,7 +163,10 @@ def _short(number: float | None) -> float | None:
     return int(number) if number is not None and number == int(number) else number
 
 
-_SHARED = ("model", "dtype", "precision", "config", "attn_implementation", "task", "training", "head_learning_rate")
+_SHARED = (
+    "model", "dtype", "base_weights", "precision", "config", "attn_implementation", "task", "training",
+    "head_learning_rate",
+)  # fmt: skip
 
 
 def shared_parts(recipe: Recipe) -> dict[str, Any]:

@@ -8,6 +8,9 @@ FORMER_PAIR = "accumulated"  # where scalora once put the other half of an adapt
 STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
+# Beside an adapter on an NF4 base: which weights are, and those that are more than the base model's, rounded.
+NF4_BASE = "nf4_base.safetensors"
+
 # A run; and the last file of a folder that is complete.
 RECIPE, INPUTS, METRICS = "recipe.yaml", "inputs.json", "metrics.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..common.errors import ScaloraError
-from ..models.heads import Head, find_heads, loading_lines
+from ..models.heads import Head
 from .method import Adapted, Method
-from .support.start import Start
-from .support.targets import find_targets
+from .support.whole_weights import train_whole
 
 
 class Full(Method):
@@ -26,33 +18,7 @@ class Full(Method):
     has_alpha = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
-        targets = find_targets(model, self.spec, head)
-        for name, module in targets:
-            if module.weight.dtype != torch.float32:
-                dtype = str(module.weight.dtype).removeprefix("torch.")
-                raise ScaloraError(
-                    f"dtype: weight {name} is {dtype}, in which the small steps of full fine-tuning are lost: load the "
-                    "model in float32 (training.bf16 may still be true)"
-                )
-        model.requires_grad_(False)
-        for _, module in (*targets, *find_heads(model, head)):
-            module.requires_grad_(True)
-        for _, module in targets:
-            if module.bias is not None:
-                module.bias.requires_grad_(False)
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            for name, module in targets:
-                yield name, module.weight.T if isinstance(module, Conv1D) else module.weight
-
-        start = Start(weights)
-        return Adapted(model, lambda path: save_model(model, head, path), start.spectra, remember=start.keep)
-
-
-def save_model(model: PreTrainedModel, head: Head, path: Path) -> list[str]:
-    """Save a whole model; the lines that load it with plain transformers."""
-    model.save_pretrained(str(path))
-    return loading_lines(head, path)
+        return train_whole(model, self.spec, head)
 
 
 METHODS = (Full,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..algebra.lowrank import singular_values
+from ..algebra.nf4 import NF4
 from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
@@ -19,6 +20,12 @@ from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
 from .method import Adapted, Method, MethodSpec, Spectrum
+from .support.nf4_base import nf4_lines, write_nf4_base
+
+NF4_README = (
+    "This adapter was trained on its base model in NF4 (QLoRA). PEFT alone would put it on the float weights, which "
+    "computes something else. scalora loads it on the right ones:"
+)
 
 
 class Lora(Method):
@@ -98,17 +105,29 @@ def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: 
     return peft_model
 
 
-def save_plain(model: PeftModel, head: Head, path: Path, factors: Factors = joined_factors) -> list[str]:
-    """Save one plain LoRA adapter of these factors; the lines that load it with plain PEFT."""
+def save_plain(
+    model: PeftModel,
+    head: Head,
+    path: Path,
+    factors: Factors = joined_factors,
+    own: Mapping[str, NF4] | None = None,
+) -> list[str]:
+    """Save one plain LoRA adapter of these factors; the lines that load it, as :func:`said_beside` has them."""
     save_plain_lora(model, path, factors)
-    return said_beside(head, path, model)
+    return said_beside(head, path, model, own)
 
 
-def said_beside(head: Head, path: Path, model: PeftModel) -> list[str]:
+def said_beside(head: Head, path: Path, model: PeftModel, own: Mapping[str, NF4] | None = None) -> list[str]:
     """The lines that load a saved adapter with plain PEFT; in its README.md too where its base needs more than a name.
 
-    Then the base must be given values, or names of classes, that an adapter has no place for.
+    Then the base must be given values, or names of classes, that an adapter has no place for; or it must be quantised.
+    ``own`` are base weights that are more than the source's in NF4.
     """
+    if origin(model).nf4:
+        write_nf4_base(path, model, own)
+        with Path(path, "README.md").open("a", encoding="utf-8") as file:
+            file.write("\n".join(["", NF4_README, "", "```python", *nf4_lines(Path("path/to/this/folder")), "```", ""]))
+        return nf4_lines(path)
     if origin(model).options:
         lines = peft_loading_lines(head, Path("path/to/this/folder"), model)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:

@@ -94,6 +94,7 @@ class Method(ABC):
     Wrapper: ClassVar[type[nn.Module] | None] = None  # its own layers around linear ones, where it has such
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's
     has_alpha: ClassVar[bool] = True  # alpha means something to it
+    quantises: ClassVar[bool] = False  # it makes the NF4 base itself, of the float weights
 
     def __init__(self, spec: MethodSpec) -> None:
         self.spec = spec

@@ -125,6 +125,12 @@ def backbone_fingerprint(model: nn.Module) -> str:
     return fingerprint(kept, type(getattr(model, "config", None)).__name__)
 
 
+def fingerprint_as(model: nn.Module, base_weights: str) -> str:
+    """The fingerprint of a base model that is loaded and yet to be rounded, with what it is rounded to."""
+    found = backbone_fingerprint(model)
+    return found if base_weights == "float" else f"{found}-{base_weights}"
+
+
 def _resolve(source: str) -> str:
     """The folder or hub id that transformers shall load for `source`."""
     if source in _MADE:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..engine.optimizers import innermost
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted
+from ..methods.support.full_rank import FullRankOptimizer
 
 
 class HeldBytes(TrainerCallback):
@@ -27,11 +29,15 @@ class HeldBytes(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step < state.max_steps and not control.should_training_stop:
             return
-        gradients = sum(p.nbytes for p in self.adapted.model.parameters() if p.requires_grad)
+        optimizer = innermost(kwargs["optimizer"])
+        if isinstance(optimizer, FullRankOptimizer):
+            gradients = optimizer.gradient_bytes()
+        else:
+            gradients = sum(p.nbytes for p in self.adapted.model.parameters() if p.requires_grad)
         # Weights that a method trains themselves are held once, as the base's.
         beside = max(0, weight_bytes(self.adapted.model) - self.base)
         handles = [c.handle for c in self.adapted.callbacks if isinstance(c, ScaLoraCallback) and c.handle]
-        kept = [dict(kwargs["optimizer"].state), [handle.state_dict() for handle in handles]]
+        kept = [dict(optimizer.state), [handle.state_dict() for handle in handles]]
         self.found = beside + gradients + sum(tensor.nbytes for tensor in _tensors(kept))
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..common.errors import ScaloraError
-from ..models.load import backbone_fingerprint
+from ..models.load import fingerprint_as
 from ..tasks.data.rows import digest_rows
 from .loading import Loaded
 
@@ -24,13 +24,13 @@ class Inputs:
     tokenizer: str | None
     """Of its vocabulary and of the tokens that it makes of the rows; None where the model reads vectors."""
     base_model: str
-    """The fingerprint of its weights (a sample of each)."""
+    """The fingerprint of its weights (a sample of each) as they were loaded, and what they are rounded to."""
 
     @classmethod
     def of(cls, loaded: Loaded) -> Inputs:
         """Those of a recipe that was just loaded, before its model is adapted."""
         data = {split: digest_rows(loaded.task.rows(split)) for split in loaded.datasets}
-        return cls(data, _digest_tokens(loaded), backbone_fingerprint(loaded.model))
+        return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.base_weights))
 
     def encode(self) -> dict[str, Any]:
         return asdict(self)

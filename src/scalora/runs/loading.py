@@ -13,8 +13,10 @@ from transformers import TrainingArguments, set_seed
 from ..common.disk_layout import CHECKPOINTS
 from ..common.errors import ScaloraError
 from ..common.files import expand_user
+from ..methods import method_class
+from ..methods.support.nf4_base import refuse_tied, round_to_nf4
 from ..methods.support.targets import find_targets
-from ..models.heads import find_heads
+from ..models.heads import Head, find_heads
 from ..models.load import load_model
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
@@ -37,6 +39,8 @@ class Loaded:
     heads: list[str]  # names of modules that start at random
     datasets: dict[Split, TokenDataset]  # of every split that there is
     collator: Collator
+    base_weights: str = "float"
+    rounded: tuple[str, ...] = ()  # modules whose weights are yet to be rounded to NF4
 
     @property
     def dataset(self) -> TokenDataset:
@@ -87,11 +91,36 @@ def load_inputs(recipe: Recipe) -> Loaded:
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
     writes = getattr(task.spec, "max_new_tokens", None) if getattr(task.spec, "answer", None) else None
     check_positions(model, datasets, getattr(task.spec, "max_length", None), writes)
-    return Loaded(task, arguments, model, tokenizer, heads, datasets, task.collator(tokenizer, model))
+    rounded = _rounded(recipe, model, task.head)
+    return Loaded(
+        task,
+        arguments,
+        model,
+        tokenizer,
+        heads,
+        datasets,
+        task.collator(tokenizer, model),
+        recipe.base_weights,
+        rounded,
+    )
+
+
+def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
+    """The modules whose weights the recipe wants in NF4, and whose method leaves that to the run."""
+    method = method_class(recipe.method.name)
+    if recipe.base_weights == "float":
+        if method.quantises:
+            raise ScaloraError(
+                f"method.name is {method.name!r}, which starts adapters for a quantised base: set base_weights: nf4"
+            )
+        return ()
+    names = tuple(name for name, _ in find_targets(model, recipe.method, head))
+    refuse_tied(model, names)
+    return () if method.quantises else names
 
 
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
-    """With the model on the run's device, where it is seen to be what its task needs.
+    """With the model's base weights as the recipe wants them, on the run's device, seen to be what its task needs.
 
     Args:
         loaded: what is to be trained.
@@ -100,6 +129,8 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     Raises:
         ScaloraError: as :func:`~scalora.tasks.causality.check_causal`.
     """
+    if loaded.rounded:
+        round_to_nf4(loaded.model, loaded.rounded)
     loaded.model.to(loaded.arguments.device)
     if loaded.task.head != "causal-lm":
         return loaded

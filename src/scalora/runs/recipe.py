@@ -29,6 +29,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
+    base_weights: Literal["float", "nf4"] = Field(
+        default="float", description="nf4: the targeted weights as NF4 keeps them (QLoRA), dequantised, for any method."
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="What products are computed in (autocast); auto is the device's fastest safe one."
     )

@@ -135,6 +135,8 @@ def _train(
         watcher.say(f"started at random, trained and saved as a whole: {', '.join(random)}")
     if overrides := origin(loaded.model).overrides:
         watcher.say(f"config: what is saved is for the base with {dict(overrides)}, and for no other")
+    if loaded.base_weights != "float":
+        watcher.say(f"base_weights: an adapter is for the base in {loaded.base_weights}, and for no other")
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
 

@@ -9,8 +9,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ...common.disk_layout import REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
+from ...methods import method_class
+from ...methods.support.nf4_base import nf4_note, read_nf4_base, round_to_nf4
+from ...methods.support.targets import find_targets
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
-from ...models.load import backbone_fingerprint, load_model
+from ...models.load import fingerprint_as, load_model
 from ...models.origin import origin
 from ...tasks import build_task, task_class
 from ..recipe import parse_recipe
@@ -35,11 +38,15 @@ class Base:
         self.head: Head = head_of(artefact)
         self.num_labels = _num_labels(artefact, self.head) if HEADS[self.head].labelled else None
         self.class_names = _class_names(artefact, self.num_labels)
+        self.note = nf4_note(artefact.folder)
         # Of an adapter with layers of its own outside of its run: what its file says.
-        self.config: dict[str, Any] = recipe.get("config") or artefact.config.get("base_config") or {}
+        self.config: dict[str, Any] = (
+            recipe.get("config") or artefact.config.get("base_config") or self.note.get("config", {})
+        )
         self.attention: str | None = recipe.get("attn_implementation")
         # A bare adapter does not say what it was trained in: the base's own dtype, as PEFT would load it.
-        self.dtype: str = recipe.get("dtype") or artefact.config.get("dtype") or "auto"
+        self.dtype: str = recipe.get("dtype") or artefact.config.get("dtype") or self.note.get("dtype", "auto")
+        self.base_weights: str = recipe.get("base_weights") or ("nf4" if self.note else "float")
         self.need_tokenizer = need_tokenizer
         self.fingerprint: str | None = None
         self.overrides: dict[str, Any] = {}  # without which it computes something else
@@ -60,15 +67,31 @@ class Base:
             )  # fmt: skip
         except ScaloraError as error:
             raise ScaloraError(f"{error}; a base model that has moved is named by --base (Python: base=)") from error
-        self.fingerprint = backbone_fingerprint(model)
+        self.fingerprint = fingerprint_as(model, self.base_weights)
         if self.artefact.fingerprint not in (None, self.fingerprint):
             raise ScaloraError(
                 f"the base model {self.source!r} has the fingerprint {self.fingerprint}, but "
                 f"{self.artefact.fingerprint} was trained: give the right one with --base (Python: base=)"
             )
+        self._round(model)
         self.overrides = dict(origin(model).overrides)
         self.padded_tokenizer, self.path = tokenizer, model.name_or_path
         return model.eval()
+
+    def _round(self, model: Any) -> None:
+        """Make the base weights what was trained on."""
+        recipe = self.artefact.made_by
+        if self.note:
+            read_nf4_base(self.artefact.folder, model)
+        if self.note or self.base_weights == "float" or recipe is None:
+            return
+        spec = parse_recipe(recipe).method
+        if method_class(spec.name).quantises:
+            raise ScaloraError(
+                f"{self.artefact.folder}: {spec.name} has base weights of its own, which only its finished run holds: "
+                "give that run"
+            )
+        round_to_nf4(model, [name for name, _ in find_targets(model, spec, self.head)])
 
     def publish(self, model: PreTrainedModel, folder: Path) -> None:
         """Save a model with the tokenizer and the padding that its base came with, not those of training."""

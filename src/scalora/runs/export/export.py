@@ -99,6 +99,11 @@ def export(
                 f"{artefact.folder} was trained on a base with other values than its own (config: {source.overrides}): "
                 f"a {to} export would be put on the base without them, which computes something else; use --to merged"
             )
+        if to != "merged" and source.base_weights != "float":
+            raise ScaloraError(
+                f"{artefact.folder} was trained on a base in {source.base_weights}: a {to} export would be put on the "
+                "float weights, which compute something else; use --to merged, or the run's adapter as it is"
+            )
         before = probe(trained.model)
         if not before.isfinite().all():
             raise ScaloraError(
