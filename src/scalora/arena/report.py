@@ -9,6 +9,7 @@ from statistics import mean
 from ..common.files import write_text
 from . import figures
 from .contender import Contender
+from .extending import edge_sentence
 from .plan import Chosen, Comparison
 from .pruning import given_up_sentence
 from .results import ComparisonRecord
@@ -42,6 +43,8 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
         parts.append(f"<h2>Validation {escape(metric)} over the learning rate</h2>")
         parts.append(figures.sensitivity(results, chosen, metric))
         parts.append(_over_rates(comparison, results, chosen, metric).html())
+        said = filter(None, (edge_sentence(comparison, results), given_up_sentence(results)))
+        parts.extend(f"<p>{escape(sentence)}</p>" for sentence in said)
         if any(len(comparison.settings[c]) > 1 for c in comparison.contenders):
             parts.append(f"<h2>Validation {escape(metric)} over the settings</h2>")
             parts.append(_over_settings(comparison, results, metric).html())
@@ -50,8 +53,6 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
         pictures.append(("Rank of the accumulated update", figures.ranks(results, chosen)))
     for heading, picture in pictures:
         parts.append(f"<h2>{escape(heading)}</h2>{picture}")
-    if given_up := given_up_sentence(results):
-        parts.append(f"<p>{escape(given_up)}</p>")
     if failures:
         lines = [(t.stage, str(t.contender), f"{t.lr:g}", str(t.seed), reason) for t, reason in failures]
         shown = TextTable("", ("stage", "method", "lr", "seed", "reason"), lines)
@@ -67,7 +68,7 @@ def write_report(record: ComparisonRecord, path: Path) -> None:
 
 def _over_rates(comparison: Comparison, results: Results, chosen: dict[Contender, Chosen], metric: str) -> TextTable:
     """Mean validation metric at each rate, also of contenders without a final run; empty where all trials failed."""
-    rates, rows = sorted(comparison.rates), []
+    rates, rows = sorted({*comparison.rates, *(choice.lr for choice in chosen.values())}), []
     for contender in comparison.contenders:
         found = over_rates(results, chosen[contender].contender, metric) if contender in chosen else {}
         rows.append([str(contender), *(f"{mean(found[rate]):.4f}" if rate in found else "" for rate in rates)])

@@ -13,6 +13,7 @@ from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from ..runs.inputs import Inputs
+from .extending import extension
 from .plan import Comparison, Trial
 from .pruning import bars
 from .queue import HEARTBEAT, TrialQueue, ends_to_repeat
@@ -33,6 +34,7 @@ def run_comparison(
     command: str,
     retry: bool = False,
     prune: bool = False,
+    extend: int = 0,
     log: Log = print,
     inputs: Any = None,
 ) -> ComparisonRecord:
@@ -47,6 +49,7 @@ def run_comparison(
         command: how it was called, for the record.
         retry: run failed trials again.
         prune: give up tuning trials that are far behind (:mod:`~scalora.arena.pruning`); else those that were are run.
+        extend: rates beyond either end of the grid that a method may try which chose the last one.
         log: takes lines on progress.
         inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
 
@@ -58,7 +61,7 @@ def run_comparison(
         _refuse_other(inputs, queue.inputs, folder)
         queue.keep_inputs(inputs)
     try:
-        _work(queue, comparison, folder, command, retry, prune, log)
+        _work(queue, comparison, folder, command, retry, prune, extend, log)
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
@@ -81,7 +84,13 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
 
 
 def check_comparison(
-    comparison: Comparison, folder: Path, *, retry: bool = False, prune: bool = False, log: Log = print
+    comparison: Comparison,
+    folder: Path,
+    *,
+    retry: bool = False,
+    prune: bool = False,
+    extend: int = 0,
+    log: Log = print,
 ) -> Any:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
 
@@ -96,7 +105,7 @@ def check_comparison(
     if (folder / QUEUE).exists() or (folder / RESULTS).exists():
         queue = TrialQueue(folder, comparison)
         begun, results = queue.inputs, queue.results()
-        wanted = comparison.tuning() + _final(comparison, results)
+        wanted = _wanted(comparison, results, extend)
         again = ends_to_repeat(retry, prune)
         if all(t in results and again.isdisjoint(results[t]) for t in wanted):
             return None  # a report can be drawn anew where there is neither data nor model
@@ -124,27 +133,34 @@ def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str
 
 
 def _work(
-    queue: TrialQueue, comparison: Comparison, folder: Path, command: str, retry: bool, prune: bool, log: Log
+    queue: TrialQueue,
+    comparison: Comparison,
+    folder: Path,
+    command: str,
+    retry: bool,
+    prune: bool,
+    extend: int,
+    log: Log,
 ) -> None:
     """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
     tuning = comparison.tuning()
-    planned = len(tuning) + len(comparison.contenders) * len(comparison.seeds)
     offered, written, revision = set(tuning), 0.0, git_revision()
     queue.enqueue(tuning, retry=retry, prune=prune)
     while True:
         results = queue.results()
-        wanted = tuning + _final(comparison, results)
+        wanted = _wanted(comparison, results, extend)
         queue.enqueue([trial for trial in wanted if trial not in offered], retry=retry, prune=prune)
         offered.update(wanted)
         trial = queue.take([trial for trial in wanted if not _succeeded(results, trial)])
         results = queue.results()
         if trial is None:
-            if all(t in results for t in tuning + _final(comparison, results)):
+            if all(t in results for t in _wanted(comparison, results, extend)):
                 return
             queue.enqueue(wanted)  # those whose worker died
             time.sleep(_POLL)
             continue
         done = sum(t in results for t in wanted)
+        planned = sum(t.stage == "tune" for t in wanted) + len(comparison.contenders) * len(comparison.seeds)
         label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
         started = time.perf_counter()
         alive = partial(queue.heartbeat, trial)
@@ -162,11 +178,12 @@ def _succeeded(results: Results, trial: Trial) -> bool:
     return trial in results and "error" not in results[trial]
 
 
-def _final(comparison: Comparison, results: Results) -> list[Trial]:
-    """The final trials of the contenders whose tuning is done."""
-    waiting = {trial.contender for trial in comparison.tuning() if trial not in results}
+def _wanted(comparison: Comparison, results: Results, extend: int) -> list[Trial]:
+    """All trials that are known to be needed: of the grid, beyond it, and final ones of those whose tuning is done."""
+    tuning = list(dict.fromkeys([*comparison.tuning(), *extension(comparison, results, extend)]))
+    waiting = {trial.contender for trial in tuning if trial not in results}
     found = chosen_settings(results, comparison).items()
-    return comparison.final({c: choice for c, choice in found if waiting.isdisjoint(comparison.settings[c])})
+    return tuning + comparison.final({c: choice for c, choice in found if waiting.isdisjoint(comparison.settings[c])})
 
 
 def _outcome(result: dict[str, Any]) -> str:

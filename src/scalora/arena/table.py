@@ -102,7 +102,7 @@ class ComparisonTable:
     metric: str
     higher_is_better: bool
     baseline: Contender
-    rates: tuple[float, ...]  # of the grid, ascending
+    rates: tuple[float, ...]  # of the grid, and those chosen beyond it, ascending
     rows: list[ContenderRow]
 
     @property
@@ -172,7 +172,8 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 {rate: mean(of_seeds) for rate, of_seeds in found.items()},
             )
         )
-    return ComparisonTable(metric, higher, base, tuple(sorted(comparison.rates)), rows)
+    rates = sorted({*comparison.rates, *(row.lr for row in rows)})
+    return ComparisonTable(metric, higher, base, tuple(rates), rows)
 
 
 def lora_of(comparison: Comparison) -> Contender:

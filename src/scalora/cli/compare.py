@@ -41,6 +41,9 @@ def compare(
     prune: Annotated[
         bool, typer.Option(help="Give up tuning trials that are far behind another setting of their method.")
     ] = True,
+    extend: Annotated[
+        int, typer.Option(min=0, help="Rates beyond either end of the grid for a method that chose the last one.")
+    ] = 2,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
     ] = None,
@@ -82,10 +85,9 @@ def compare(
             console.print(line, highlight=False)
 
         try:
-            inputs = check_comparison(comparison, folder, retry=retry, prune=prune, log=log)
-            record = run_comparison(
-                comparison, folder, command=command, retry=retry, prune=prune, log=log, inputs=inputs
-            )
+            how = {"retry": retry, "prune": prune, "extend": extend, "log": log}
+            inputs = check_comparison(comparison, folder, **how)
+            record = run_comparison(comparison, folder, command=command, inputs=inputs, **how)
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)

@@ -75,12 +75,15 @@ def _damage_of(file: Path) -> Iterator[None]:
 
 def show_comparison(console: Console, record: ComparisonRecord) -> None:
     """A comparison's table for the terminal, and what it says in words."""
+    from ..arena.extending import edge_sentence
     from ..arena.pruning import given_up_sentence
     from ..arena.table import comparison_table
     from ..arena.verdict import recommendation
 
     table = comparison_table(record.comparison, record.results)
     console.print(table.text("contender", "setting", "lr", "quality", "difference", "verdict", "time").terminal())
-    said = [record.admission.sentence, *table.in_words(), given_up_sentence(record.results), recommendation(table)]
+    comparison, results = record.comparison, record.results
+    said = [record.admission.sentence, *table.in_words()]
+    said += [given_up_sentence(results), edge_sentence(comparison, results), recommendation(table)]
     for line in filter(None, said):
         console.print(line, highlight=False)
