@@ -34,7 +34,8 @@ def _finished(comparison, trial, losses=CURVE, **after):
 def test_the_level_is_the_mean_of_the_quarter_before(losses, share):
     steps = len(losses)
     found = level(list(enumerate(losses, start=1)), steps, share)
-    recent = [loss for step, loss in enumerate(losses, start=1) if 0.75 * share * steps < step <= share * steps]
+    until = share * steps
+    recent = [loss for step, loss in enumerate(losses, start=1) if 0.75 * until < step <= until]
     assert found == pytest.approx(sum(recent) / len(recent))
     assert level([], steps, share) is None
 

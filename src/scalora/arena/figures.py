@@ -98,7 +98,7 @@ def quality_over_cost(table: ComparisonTable, cost: Cost) -> str:
         axis.set(xlabel=f"{COSTS[cost]}, {relative}", ylabel=f"test {table.metric}")
         axis.set_xscale("log" if cost == "disk" else "linear")
         values = [row.quality.value for row in table.rows]
-        if not table.higher_is_better and 0 < 10 * min(values) < max(values):
+        if values and not table.higher_is_better and 0 < 10 * min(values) < max(values):
             axis.set_yscale("log")
 
     return _svg(draw)
