@@ -17,7 +17,7 @@ from .contender import Contender
 from .plan import Chosen
 from .statistics import Mean, Results, final_runs, over_rates
 from .table import ComparisonTable
-from .verdict import COSTS, Cost, frontier
+from .verdict import COSTS, CostKind, frontier
 
 _COLOURS = mpl.color_sequences["tab20"][::2] + mpl.color_sequences["tab20"][1::2]  # strong hues first
 _SIZE = (9.6, 5.4)
@@ -79,7 +79,7 @@ def ranks(results: Results, chosen: dict[Contender, Chosen]) -> str:
     return _svg(draw)
 
 
-def quality_over_cost(table: ComparisonTable, cost: Cost) -> str:
+def quality_over_cost(table: ComparisonTable, cost: CostKind) -> str:
     """Test metric over a cost, of those for which it is known; a line joins the Pareto front, by means."""
     front = frontier(table, cost)
 
@@ -104,7 +104,7 @@ def quality_over_cost(table: ComparisonTable, cost: Cost) -> str:
     return _svg(draw)
 
 
-def _unit(cost: Cost, value: float) -> float:
+def _unit(cost: CostKind, value: float) -> float:
     return value / 2**20 if cost == "disk" else value
 
 

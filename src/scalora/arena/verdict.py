@@ -9,8 +9,8 @@ from .contender import Contender
 from .statistics import paired_difference
 from .table import ComparisonTable, ContenderRow, TextTable
 
-Cost = Literal["time", "memory", "disk"]
-COSTS: dict[Cost, str] = {"time": "seconds per step", "memory": "peak memory", "disk": "bytes of what is saved"}
+CostKind = Literal["time", "memory", "disk"]
+COSTS: dict[CostKind, str] = {"time": "seconds per step", "memory": "peak memory", "disk": "bytes of what is saved"}
 _NEAR = 1.05  # times the least cost: as good as it
 RULE = (
     "The rule: of the methods that cannot be told apart from the best, those within 5 % of the fastest step are left, "
@@ -47,7 +47,7 @@ def ranking_table(table: ComparisonTable) -> TextTable:
     return TextTable("", ["place", "method", f"test {table.metric}", "better, by more than noise, than"], rows)
 
 
-def frontier(table: ComparisonTable, cost: Cost) -> list[ContenderRow]:
+def frontier(table: ComparisonTable, cost: CostKind) -> list[ContenderRow]:
     """Those than which no other is both at least as good and at least as cheap, by means; the cheapest first."""
     known = [row for row in table.rows if getattr(row, cost) is not None]
     sign = 1 if table.higher_is_better else -1
