@@ -123,6 +123,12 @@ class TrialQueue:
             value = result["after"][result["primary"]] if "after" in result else None
             self.study.tell(asked, value, state=_state(result))
 
+    def workers(self) -> int:
+        """Processes that are at work on trials of the study, this one among them."""
+        running = [frozen for frozen in self._frozen() if frozen.state == TrialState.RUNNING and _worker_lives(frozen)]
+        busy = {tuple(frozen.user_attrs["alive"][:2]) for frozen in running}
+        return len(busy | {(socket.gethostname(), os.getpid())})
+
     def results(self) -> dict[Trial, dict[str, Any]]:
         """All results so far, failures included, except of a trial that is being tried again."""
         found: dict[Trial, dict[str, Any]] = {}

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..common.disk_layout import QUEUE, REPORT, RESULTS
 from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from ..runs.inputs import Inputs
+from .contender import Contender
 from .extending import extension
 from .plan import Comparison, Trial
+from .progress import in_minutes, progress_table, seconds_left
 from .pruning import bars
 from .queue import HEARTBEAT, TrialQueue, ends_to_repeat
 from .report import write_report
 from .results import ComparisonRecord, write_comparison
 from .statistics import Results, chosen_settings, in_order
+from .table import TextTable
 from .trial import check_recipe, run_trial
 
 Log = Callable[[str], None]
+Show = Callable[[TextTable], None]
+
+
+class Policy(NamedTuple):
+    """How a comparison is worked on: failed trials again, hopeless ones given up, so many rates beyond the grid."""
+
+    retry: bool
+    prune: bool
+    extend: int
+
+
 _POLL = 5.0  # seconds between looks at what other workers do
 _REPORT = 30.0  # seconds at least between one report and the next while trials run
 
@@ -36,6 +50,7 @@ def run_comparison(
     prune: bool = False,
     extend: int = 0,
     log: Log = print,
+    show: Show = lambda table: None,
     inputs: Any = None,
 ) -> ComparisonRecord:
     """Run what is missing of a comparison in ``folder``; what its results.json holds then.
@@ -51,6 +66,7 @@ def run_comparison(
         prune: give up tuning trials that are far behind (:mod:`~scalora.arena.pruning`); else those that were are run.
         extend: rates beyond either end of the grid that a method may try which chose the last one.
         log: takes lines on progress.
+        show: takes a table of what is done, whenever there is something new.
         inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
 
     Raises:
@@ -61,7 +77,7 @@ def run_comparison(
         _refuse_other(inputs, queue.inputs, folder)
         queue.keep_inputs(inputs)
     try:
-        _work(queue, comparison, folder, command, retry, prune, extend, log)
+        _work(queue, comparison, folder, command, Policy(retry, prune, extend), log, show)
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
@@ -105,7 +121,7 @@ def check_comparison(
     if (folder / QUEUE).exists() or (folder / RESULTS).exists():
         queue = TrialQueue(folder, comparison)
         begun, results = queue.inputs, queue.results()
-        wanted = _wanted(comparison, results, extend)
+        wanted = _all(_stages(comparison, results, extend))
         again = ends_to_repeat(retry, prune)
         if all(t in results and again.isdisjoint(results[t]) for t in wanted):
             return None  # a report can be drawn anew where there is neither data nor model
@@ -133,57 +149,71 @@ def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str
 
 
 def _work(
-    queue: TrialQueue,
-    comparison: Comparison,
-    folder: Path,
-    command: str,
-    retry: bool,
-    prune: bool,
-    extend: int,
-    log: Log,
+    queue: TrialQueue, comparison: Comparison, folder: Path, command: str, policy: Policy, log: Log, show: Show
 ) -> None:
-    """Take trials until all have a result; a contender's final runs wait for its own tuning only."""
-    tuning = comparison.tuning()
-    offered, written, revision = set(tuning), 0.0, git_revision()
-    queue.enqueue(tuning, retry=retry, prune=prune)
+    """Take trials until all have a result, contender after contender; final runs wait for their own tuning only."""
+    offered, written, revision = set[Trial](), 0.0, git_revision()
     while True:
         results = queue.results()
-        wanted = _wanted(comparison, results, extend)
-        queue.enqueue([trial for trial in wanted if trial not in offered], retry=retry, prune=prune)
-        offered.update(wanted)
-        trial = queue.take([trial for trial in wanted if not _succeeded(results, trial)])
+        stages = _stages(comparison, results, policy.extend)
+        show(progress_table(comparison, stages, results))
+        settled = {"after", "given_up"} if policy.prune else {"after"}
+        wanted = [each for each in _all(stages) if settled.isdisjoint(results.get(each, ()))]
+        trial = None
+        for trials in stages.values():  # the next contender's are put there when nothing of this one's waits
+            fresh = [each for each in trials if each not in offered]
+            queue.enqueue(fresh, retry=policy.retry, prune=policy.prune)
+            offered.update(fresh)
+            if (trial := queue.take(wanted)) is not None:
+                break
         results = queue.results()
         if trial is None:
-            if all(t in results for t in _wanted(comparison, results, extend)):
+            if all(each in results for each in _all(_stages(comparison, results, policy.extend))):
                 return
             queue.enqueue(wanted)  # those whose worker died
             time.sleep(_POLL)
             continue
-        done = sum(t in results for t in wanted)
-        planned = sum(t.stage == "tune" for t in wanted) + len(comparison.contenders) * len(comparison.seeds)
-        label = f"[{done + 1}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
-        started = time.perf_counter()
-        alive = partial(queue.heartbeat, trial)
-        ahead = bars(comparison, results, trial) if prune else []
+        started, alive = time.perf_counter(), partial(queue.heartbeat, trial)
+        ahead = bars(comparison, results, trial) if policy.prune else []
         result = run_trial(comparison, trial, alive, HEARTBEAT, queue.inputs, ahead) | {"git_revision": revision}
-        queue.finish(trial, result)
-        outcome = _outcome(result)
-        log(f"{label}: {outcome} ({time.perf_counter() - started:.0f} s)")
+        seconds = time.perf_counter() - started
+        queue.finish(trial, result | {"wall_seconds": seconds})
+        log(_line(queue, comparison, policy, trial, result, seconds))
         if time.monotonic() > written + _REPORT:
             _write(queue, comparison, folder, command)
             written = time.monotonic()
 
 
-def _succeeded(results: Results, trial: Trial) -> bool:
-    return trial in results and "error" not in results[trial]
+def _line(
+    queue: TrialQueue, comparison: Comparison, policy: Policy, trial: Trial, result: dict[str, Any], seconds: float
+) -> str:
+    """What a trial has come to, how many are done, and how long the rest will take."""
+    results = queue.results()
+    stages = _stages(comparison, results, policy.extend)
+    tuning = sum(each.stage == "tune" for each in _all(stages))
+    planned = tuning + len(comparison.contenders) * len(comparison.seeds)
+    done = sum(each in results for each in _all(stages))
+    left = seconds_left(comparison, stages, results, queue.workers())
+    rest = f"; about {in_minutes(left)} left" if left else ""
+    label = f"[{done}/{planned}] {trial.stage} {trial.contender} lr {trial.lr:g} seed {trial.seed}"
+    return f"{label}: {_outcome(result)} ({seconds:.0f} s{rest})"
 
 
-def _wanted(comparison: Comparison, results: Results, extend: int) -> list[Trial]:
-    """All trials that are known to be needed: of the grid, beyond it, and final ones of those whose tuning is done."""
-    tuning = list(dict.fromkeys([*comparison.tuning(), *extension(comparison, results, extend)]))
-    waiting = {trial.contender for trial in tuning if trial not in results}
-    found = chosen_settings(results, comparison).items()
-    return tuning + comparison.final({c: choice for c, choice in found if waiting.isdisjoint(comparison.settings[c])})
+def _stages(comparison: Comparison, results: Results, extend: int) -> dict[Contender, list[Trial]]:
+    """All trials that are known to be needed, by contender: of the grid, beyond it, and final ones after its tuning."""
+    tuning = [*comparison.tuning(), *extension(comparison, results, extend)]
+    chosen, stages, seen = chosen_settings(results, comparison), {}, set[Trial]()
+    for contender in comparison.everyone:
+        own = [trial for trial in tuning if trial.contender in comparison.settings[contender]]
+        if contender in chosen and contender in comparison.contenders and all(trial in results for trial in own):
+            own += comparison.final({contender: chosen[contender]})
+        stages[contender] = [trial for trial in dict.fromkeys(own) if trial not in seen]
+        seen.update(own)
+    return stages
+
+
+def _all(stages: Mapping[Contender, Sequence[Trial]]) -> list[Trial]:
+    return [trial for trials in stages.values() for trial in trials]
 
 
 def _outcome(result: dict[str, Any]) -> str:

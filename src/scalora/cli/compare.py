@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.live import Live
 
 from ..common.disk_layout import REPORT, RESULTS
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
 from .guard import guarded, leave, require
 from .report import show_comparison
+
+if TYPE_CHECKING:
+    from ..arena.table import TextTable
 
 
 def compare(
@@ -36,7 +42,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Final runs per method at its chosen setting.")] = 3,
     tuning_seeds: Annotated[int, typer.Option(help="Runs per setting and rate when choosing.")] = 1,
     output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
-    curve: Annotated[bool, typer.Option(help="First measure LoRA over rank 1 to 32: does rank matter here?")] = True,
+    curve: Annotated[bool, typer.Option(help="Last measure LoRA over rank 1 to 32: does rank matter here?")] = True,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
     prune: Annotated[
         bool, typer.Option(help="Give up tuning trials that are far behind another setting of their method.")
@@ -87,11 +93,22 @@ def compare(
         try:
             how = {"retry": retry, "prune": prune, "extend": extend, "log": log}
             inputs = check_comparison(comparison, folder, **how)
-            record = run_comparison(comparison, folder, command=command, inputs=inputs, **how)
+            with _board(console) as show:
+                record = run_comparison(comparison, folder, command=command, inputs=inputs, show=show, **how)
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)
         console.print(f"report: {folder / REPORT}   every trial: {folder / RESULTS}", highlight=False)
+
+
+@contextmanager
+def _board(console: Console) -> Iterator[Callable[[TextTable], None]]:
+    """A table below all lines that fills while trials run; on a terminal only."""
+    if not console.is_terminal:
+        yield lambda table: None
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield lambda table: live.update(table.terminal(), refresh=True)
 
 
 def _numbers(name: str, text: str, example: str) -> tuple[float, ...]:
