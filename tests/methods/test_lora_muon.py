@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers import models, training
+from helpers import models, pairs, training
 from scalora import ScaloraError
 from scalora.layers.peft_lora import find_layers
 from scalora.methods.lora_muon import LoraMuonOptimizer
@@ -18,11 +18,11 @@ def _polar(X):
 
 
 def _setting(kind, decay=0.0, **options):
-    model = models.lora(kind)
+    model, arguments = models.lora(kind), pairs.arguments(learning_rate=0.01, weight_decay=decay)
     layers = find_layers(model)
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    return model, layers, LoraMuonOptimizer(layers, lr=0.01, weight_decay=decay, **options)
+    return model, layers, LoraMuonOptimizer(model, arguments, **options)
 
 
 @pytest.mark.parametrize("decay", [0.0, 20.0])

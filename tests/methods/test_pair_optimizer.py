@@ -9,11 +9,17 @@ from transformers import get_linear_schedule_with_warmup
 from helpers import models, pairs, training
 from scalora import ScaloraError
 from scalora.methods.loft import LoftOptimizer
+from scalora.methods.lora_muon import LoraMuonOptimizer
 from scalora.methods.lora_pro import LoraProOptimizer
 from scalora.methods.lora_rite import LoraRiteOptimizer
 from scalora.runs.training import set_head_rate
 
-KINDS = {"loft": LoftOptimizer, "lora-pro": LoraProOptimizer, "lora-rite": LoraRiteOptimizer}
+KINDS = {
+    "loft": LoftOptimizer,
+    "lora-muon": LoraMuonOptimizer,
+    "lora-pro": LoraProOptimizer,
+    "lora-rite": LoraRiteOptimizer,
+}
 
 
 def _rest(model):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..algebra.compressed_state import compress, expand, growth_limited, leading_rows
 from ..models.heads import Head
 from .method import Adapted, Method
-from .support.full_rank import FullRankOptimizer, adam_direction
+from .support.full_rank import FullRankOptimizer
+from .support.own_optimizer import adam_direction
 from .support.whole_weights import require_rank, train_whole
 
 
