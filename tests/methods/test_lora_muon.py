@@ -128,11 +128,7 @@ def test_alpha_changes_nothing_but_what_is_clipped(tmp_path):
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"optim": "sgd"}, r"training\.optim is 'sgd'"), ({"weight_decay": 200, "learning_rate": 0.01}, "below 1")],
-)
-def test_what_it_cannot_do_is_refused(arguments, message, tmp_path):
+def test_a_decay_that_shrinks_the_update_to_nothing_is_refused(tmp_path):
     adapted = training.adapt("lora-muon", "llama", tmp_path / "base")
-    with pytest.raises(ScaloraError, match=message):
-        training.trainer(adapted, "llama", tmp_path / "out", **arguments)
+    with pytest.raises(ScaloraError, match=r"training\.weight_decay.*below 1"):
+        training.trainer(adapted, "llama", tmp_path / "out", weight_decay=200, learning_rate=0.01)
