@@ -14,7 +14,7 @@ from ..engine.optimizers import innermost
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from .lora import layer_spectra, lora_model
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .peft_any import merged_adapted
 
 
@@ -26,7 +26,8 @@ class LoraFa(Method):
     """
 
     name = "lora-fa"
-    summary = "LoRA-FA (2308.03303): lora_A frozen, the gradient of lora_B preconditioned"
+    summary = "LoRA-FA (2308.03303): A stays as it began; the gradient of B is the full one as far as A reaches"
+    family = Family.AROUND
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         peft_model = lora_model(model, self.spec, head)

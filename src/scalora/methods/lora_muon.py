@@ -15,7 +15,7 @@ from ..algebra.spectral import spectral_directions
 from ..common.errors import ScaloraError
 from ..models.heads import Head
 from .lora import Lora
-from .method import Adapted
+from .method import Adapted, Family
 from .support.pair_optimizer import PairOptimizer, PairSide
 
 
@@ -31,7 +31,8 @@ class LoraMuon(Lora):
     """W moves by the learning rate in every direction of the factors' columns; the head is trained by AdamW."""
 
     name = "lora-muon"
-    summary = "LoRA-Muon (2606.12921): steepest descent of the product in the spectral norm"
+    summary = "LoRA-Muon (2606.12921): Muon's step for the product BA, from its factors' gradients"
+    family = Family.PAIRS
     Options = LoraMuonOptions
     lr_factor = 10.0  # of small models; Adam's step grows with a layer's width, this one is the same at any
     has_alpha = False  # steps are divided by s: only what Trainer clips depends on it

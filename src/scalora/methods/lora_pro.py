@@ -10,7 +10,7 @@ from ..algebra.lora_pro import least_steps, projected_gradient
 from ..algebra.unmagnified import factor_basis
 from ..models.heads import Head
 from .lora import Lora
-from .method import Adapted
+from .method import Adapted, Family
 from .support.own_optimizer import adam_direction
 from .support.pair_optimizer import PairOptimizer, PairSide
 
@@ -19,7 +19,8 @@ class LoraPro(Lora):
     """LoRA's layers and files; the optimizer's state is that of full fine-tuning, two numbers per adapted weight."""
 
     name = "lora-pro"
-    summary = "LoRA-Pro (2407.18242): LoRA that follows full fine-tuning's Adam, at its memory"
+    summary = "LoRA-Pro (2407.18242): follows full fine-tuning's Adam, with its memory"
+    family = Family.PAIRS
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)

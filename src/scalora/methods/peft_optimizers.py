@@ -15,7 +15,7 @@ from ..common.errors import ScaloraError
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.own_optimizer import other_groups
 
 
@@ -33,7 +33,8 @@ class LoraPlus(Method):
     """lora_A and the head have the recipe's learning rate, lora_B λ times as much, whatever the recipe's optimizer."""
 
     name = "lora+"
-    summary = "LoRA+ (2402.12354): lora_B learns faster than lora_A"
+    summary = "LoRA+ (2402.12354): B learns faster than A"
+    family = Family.AROUND
     Options = LoraPlusOptions
     lr_factor = 0.5  # PEFT's advice beside a ratio: half of LoRA's
 
@@ -61,7 +62,8 @@ class Riemannian(Method):
     """(BᵀB + δI)⁻¹ g_A and g_B (AAᵀ + δI)⁻¹ go to the recipe's optimizer in place of the clipped gradients."""
 
     name = "riemannian"
-    summary = "Riemannian preconditioned LoRA (2402.02347), also called ScaledAdam"
+    summary = "Riemannian preconditioned LoRA, ScaledAdam (2402.02347): each gradient scaled by the other matrix"
+    family = Family.AROUND
     Options = RiemannianOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
