@@ -1,5 +1,6 @@
 """Shared by all tests: shape checks on the mathematics, two threads, reproducible randomness."""
 
+import gc
 import os
 import signal
 
@@ -37,6 +38,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Every run of Trainer ends in a collection, which walked all that is imported: most of a small test's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import scalora
-from scalora.methods import all_methods
+from scalora.methods import Family, all_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 BUILT = (DOCS / "built.md").read_text(encoding="utf-8").split("## Paper to code")[1]
@@ -65,6 +65,14 @@ def test_every_setting_has_its_row():
     text = (DOCS / "library.md").read_text(encoding="utf-8").split("`ScaLoraConfig`")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)
     assert rows == [field.name for field in dataclasses.fields(scalora.ScaLoraConfig)]
+
+
+def test_the_table_of_families_is_that_of_the_methods():
+    text = (DOCS / "methods.md").read_text(encoding="utf-8").split("`rank`, `alpha`")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \|", text, flags=re.MULTILINE)
+    told = {title: [name for name in re.findall(r"`([^`]+)`", names) if ":" not in name] for title, names in rows}
+    methods = all_methods().items()
+    assert told == {each.value: [name for name, method in methods if method.family is each] for each in Family}
 
 
 def test_the_table_of_methods_is_complete():

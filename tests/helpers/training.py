@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from shutil import copytree
+from tempfile import TemporaryDirectory
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -26,10 +30,17 @@ def head(kind):
     return "sequence-classification" if kind == "bert" else "causal-lm"
 
 
+@cache
+def _saved(kind):
+    folder = TemporaryDirectory(prefix="scalora-base-")
+    models.base(kind).save_pretrained(folder.name)
+    return folder
+
+
 def base(kind, folder):
     """A model that a saved adapter can find again: loaded from a folder, as in life."""
     if not folder.exists():
-        models.base(kind).save_pretrained(str(folder))
+        copytree(_saved(kind).name, folder)
     auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
     return auto.from_pretrained(str(folder))
 

@@ -68,22 +68,32 @@ def test_a_method_from_adapting_to_loading(name, kind, tmp_path):
     torch.testing.assert_close(models.logits(training.run_lines(lines), kind), after, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(NAMED - {"lora", "alpha-lora"}))  # alpha-lora sets rows apart
-def test_every_method_sees_the_data_in_the_order_of_plain_lora(name, tmp_path, monkeypatch):
+def _orders(name, folder):
+    """The orders of the rows that a run of two epochs draws."""
     seen = []
 
     def spy(*arguments, grouped=trainer_pt_utils.get_length_grouped_indices, **options):
         seen.append(grouped(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(trainer_pt_utils, "get_length_grouped_indices", spy)
-    for each in ("lora", name):
-        adapted = training.adapt(each, "llama", tmp_path / "base", options=OPTIONS.get(each, {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_pt_utils, "get_length_grouped_indices", spy)
+        adapted = training.adapt(name, "llama", folder / "base", options=OPTIONS.get(name, {}))
         training.trainer(
-            adapted, "llama", tmp_path / "out", train_sampling_strategy="group_by_length", max_steps=7
+            adapted, "llama", folder / "out", train_sampling_strategy="group_by_length", max_steps=7
         ).train()
-    assert len(seen) == 4  # two epochs each
-    assert seen[:2] == seen[2:]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def orders_of_lora(tmp_path_factory):
+    return _orders("lora", tmp_path_factory.mktemp("lora"))
+
+
+@pytest.mark.parametrize("name", sorted(NAMED - {"lora", "alpha-lora"}))  # alpha-lora sets rows apart
+def test_every_method_sees_the_data_in_the_order_of_plain_lora(name, tmp_path, orders_of_lora):
+    assert len(orders_of_lora) == 2  # epochs
+    assert _orders(name, tmp_path) == orders_of_lora
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))

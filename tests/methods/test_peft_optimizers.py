@@ -11,7 +11,7 @@ from transformers import Trainer
 from helpers import models, training
 from scalora import ScaloraError
 from scalora.layers.peft_lora import find_layers
-from scalora.methods.peft_optimizers import fixed_A_inverse
+from scalora.methods.lora_fa import fixed_A_inverse
 from scalora.runs.training import set_head_rate
 
 

@@ -11,17 +11,18 @@ from functools import cache
 from importlib import import_module
 
 from ..common.errors import ScaloraError
-from .method import Adapted, Method, MethodSpec, Spectrum
+from .method import Adapted, Family, Method, MethodSpec, Spectrum
 from .peft_any import PEFT_PREFIX, peft_method
 
-__all__ = ["Adapted", "Method", "MethodSpec", "Spectrum", "all_methods", "build_method", "method_class"]
+__all__ = ["Adapted", "Family", "Method", "MethodSpec", "Spectrum", "all_methods", "build_method", "method_class"]
 
 
 @cache
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by name, in the order of files and of their ``METHODS``."""
+    """Every method by name, one family after another; within each in the order of files and of their ``METHODS``."""
     modules = (import_module(f".{info.name}", __name__) for info in pkgutil.iter_modules(__path__))
-    return {method.name: method for module in modules for method in getattr(module, "METHODS", ())}
+    found = [method for module in modules for method in getattr(module, "METHODS", ())]
+    return {method.name: method for family in Family for method in found if method.family is family}
 
 
 def build_method(spec: MethodSpec) -> Method:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..common.disk_layout import ALPHA_STATE
 from ..common.errors import ScaloraError
 from ..models.heads import Head
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.gradients import batch_loss
 from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
@@ -67,6 +67,7 @@ class AlphaLora(Method):
 
     name = "alpha-lora"
     summary = "α-LoRA (2510.21345): LoRA plus a factor per frozen row, learned on held-out rows"
+    family = Family.LAYERS
     Options = AlphaLoraOptions
     Wrapper = AlphaLoraLinear
 

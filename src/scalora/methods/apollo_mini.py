@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ..algebra.compressed_state import compress, growth_limited, random_rows
 from ..models.heads import Head
-from .method import Adapted, Method
-from .support.full_rank import FullRankOptimizer, adam_direction
+from .method import Adapted, Family, Method
+from .support.full_rank import FullRankOptimizer
+from .support.own_optimizer import adam_direction
 from .support.whole_weights import train_whole
 
 
@@ -30,7 +31,8 @@ class ApolloMini(Method):
     """U = α·G·‖R̃‖/‖R‖ with R = PG, P one random row, R̃ Adam's direction of R; ‖U‖ grows by 1 % a step at most."""
 
     name = "apollo-mini"
-    summary = "APOLLO-Mini (2412.05270): full rank; each weight's step length from one compressed direction"
+    summary = "APOLLO-Mini (2412.05270): SGD with Adam's step length per weight, seen through one random direction"
+    family = Family.WHOLE
     Options = ApolloMiniOptions
     lr_factor = 0.1
     has_alpha = False

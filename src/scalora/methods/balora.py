@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..algebra.balancing import FactorGrams, balancing_maps
 from ..models.heads import Head
 from .lora import lora_model
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.around_steps import AroundSteps, Carried, around_lora, gathered, turn_parameters, turn_state
 
 
@@ -28,7 +28,8 @@ class BaLora(Method):
     """LoRA whose matrices are UΣ^½ and Σ^½Vᵀ of their own product after every step."""
 
     name = "balora"
-    summary = "BaLoRA (2605.31484): both matrices balanced after each step, product unchanged"
+    summary = "BaLoRA (2605.31484): A and B balanced after each step, their product unchanged"
+    family = Family.AROUND
     Options = BaLoraOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from ..algebra.compressed_state import compress, expand, growth_limited, leading_rows
 from ..models.heads import Head
-from .method import Adapted, Method
-from .support.full_rank import FullRankOptimizer, adam_direction
+from .method import Adapted, Family, Method
+from .support.full_rank import FullRankOptimizer
+from .support.own_optimizer import adam_direction
 from .support.whole_weights import require_rank, train_whole
 
 
@@ -27,7 +28,8 @@ class Fira(Method):
     """U = PᵀR̃ + φ·(G − PᵀR) with R = PG, R̃ Adam's direction of R, φ_j = ‖R̃_j‖/‖R_j‖ for each of R's long side."""
 
     name = "fira"
-    summary = "Fira (2410.01623): full rank; Adam in GaLore's subspace, the rest of the gradient scaled alike"
+    summary = "Fira (2410.01623): Adam in GaLore's subspace, the rest of the gradient scaled alike"
+    family = Family.WHOLE
     Options = FiraOptions
     lr_factor = 0.3
     has_alpha = False

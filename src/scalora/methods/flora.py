@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..algebra.compressed_state import compress, expand, factored_scaled, random_rows
 from ..engine.optimizers import innermost
 from ..models.heads import Head
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.full_rank import FullRankOptimizer
 from .support.whole_weights import require_rank, train_whole
 
@@ -39,7 +39,8 @@ class Flora(Method):
     """
 
     name = "flora"
-    summary = "Flora (2402.03293): full rank; Adafactor with its momentum in a random subspace"
+    summary = "Flora (2402.03293): Adafactor with its momentum in a random subspace"
+    family = Family.WHOLE
     Options = FloraOptions
     has_alpha = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..models.heads import Head
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.whole_weights import train_whole
 
 
@@ -13,7 +13,8 @@ class Full(Method):
     """The targeted modules' weights (not their biases) are trained themselves; rank, alpha and dropout mean nothing."""
 
     name = "full"
-    summary = "full fine-tuning: the weights of the targeted modules themselves"
+    summary = "full fine-tuning by the recipe's optimizer"
+    family = Family.WHOLE
     lr_factor = 0.1
     has_alpha = False
 

@@ -12,7 +12,7 @@ from ..algebra.loft import LoftMoments, adam_bound, loft_moments, loft_step, no_
 from ..algebra.unmagnified import FactorBasis, factor_basis
 from ..models.heads import Head
 from .lora import Lora
-from .method import Adapted
+from .method import Adapted, Family
 from .support.pair_optimizer import PairOptimizer, PairSide
 
 
@@ -20,7 +20,8 @@ class Loft(Lora):
     """LoRA's layers and files; the optimizer's state is (m+n)(r² + 2r) for each pair, r/2 + 1 times AdamW's."""
 
     name = "loft"
-    summary = "LoFT (2505.21289): LoRA by an optimizer that is AdamW at full rank"
+    summary = "LoFT (2505.21289): an optimizer of BA that is AdamW of W at full rank"
+    family = Family.PAIRS
     has_alpha = False  # all steps of W are the same
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

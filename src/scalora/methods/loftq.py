@@ -20,7 +20,7 @@ from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from ..models.origin import origin, set_origin
 from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.nf4_base import refuse_tied
 from .support.targets import find_targets
 
@@ -40,7 +40,8 @@ class Loftq(Method):
     """
 
     name = "loftq"
-    summary = "LoftQ (2310.08659): on an NF4 base, starts at what quantising has lost"
+    summary = "LoftQ (2310.08659): base in 4 bits (NF4), A and B start at what that has lost"
+    family = Family.BASE
     Options = LoftqOptions
     quantises = True
 

@@ -19,7 +19,7 @@ from ..layers.lora_forward import fuse_lora
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
-from .method import Adapted, Method, MethodSpec, Spectrum
+from .method import Adapted, Family, Method, MethodSpec, Spectrum
 from .support.nf4_base import nf4_lines, write_nf4_base
 
 NF4_README = (
@@ -32,7 +32,8 @@ class Lora(Method):
     """W + s·BA with B = 0 at the start, s = alpha/r."""
 
     name = "lora"
-    summary = "LoRA (2106.09685), as PEFT has it"
+    summary = "LoRA (2106.09685): W + s·BA, B and A thin"
+    family = Family.PEFT
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         peft_model = lora_model(model, self.spec, head)

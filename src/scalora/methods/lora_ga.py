@@ -13,7 +13,7 @@ from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.gradients import mean_gradients
 
 
@@ -35,7 +35,8 @@ class LoraGa(Method):
     """
 
     name = "lora-ga"
-    summary = "LoRA-GA (2407.05000), as published: starts along the first full gradient"
+    summary = "LoRA-GA (2407.05000): A and B start along the first full gradient"
+    family = Family.START
     Options = LoraGaOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

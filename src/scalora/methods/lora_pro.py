@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from ..algebra.lora_pro import least_steps, projected_gradient
 from ..algebra.unmagnified import factor_basis
 from ..models.heads import Head
 from .lora import Lora
-from .method import Adapted
+from .method import Adapted, Family
+from .support.own_optimizer import adam_direction
 from .support.pair_optimizer import PairOptimizer, PairSide
 
 
@@ -19,7 +19,8 @@ class LoraPro(Lora):
     """LoRA's layers and files; the optimizer's state is that of full fine-tuning, two numbers per adapted weight."""
 
     name = "lora-pro"
-    summary = "LoRA-Pro (2407.18242): LoRA that follows full fine-tuning's Adam, at its memory"
+    summary = "LoRA-Pro (2407.18242): follows full fine-tuning's Adam, with its memory"
+    family = Family.PAIRS
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)
@@ -34,13 +35,8 @@ class LoraProOptimizer(PairOptimizer):
         for below, above in pairs:
             A, B = factor_basis(below.factor), factor_basis(above.factor)
             G = projected_gradient(A, B, below.gradient, above.gradient, below.scale)
-            if not below.state:
-                below.state.update(exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
-            (beta1, beta2), step = below.group["betas"], below.count()
-            first = below.state["exp_avg"].lerp_(G, 1 - beta1)
-            second = below.state["exp_avg_sq"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
-            N = (second / (1 - beta2**step)).sqrt_().add_(below.group["eps"])
-            torch.div(first, N, out=N).div_(1 - beta1**step)
+            below.count()
+            N = adam_direction(G, below.state, below.group)
             for side, direction in zip((below, above), least_steps(A, B, N, below.scale), strict=True):
                 side.move(direction)
 

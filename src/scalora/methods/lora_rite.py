@@ -13,7 +13,7 @@ from ..algebra.lora_rite import RiteMoments, no_rite_moments, rite_moments
 from ..algebra.unmagnified import factor_basis
 from ..models.heads import Head
 from .lora import Lora
-from .method import Adapted
+from .method import Adapted, Family
 from .support.pair_optimizer import PairOptimizer, PairSide
 
 SKIP = 1.0  # an unmagnified gradient of a larger root mean square is left out of the step, as published
@@ -33,7 +33,8 @@ class LoraRite(Lora):
     """LoRA's layers and files; the optimizer's state takes what AdamW's does, and 2r² more for each pair."""
 
     name = "lora-rite"
-    summary = "LoRA-RITE (2410.20625): LoRA by a transformation-invariant optimizer"
+    summary = "LoRA-RITE (2410.20625): steps that do not depend on how BA is split into B and A"
+    family = Family.PAIRS
     Options = LoraRiteOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

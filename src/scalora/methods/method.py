@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -79,6 +80,19 @@ class Adapted:
     optimizer: Callable[[TrainingArguments], Optimizer] | None = None
 
 
+class Family(Enum):
+    """What a method changes, as a reader is told; methods are listed in this order."""
+
+    PEFT = "LoRA, and adapters as PEFT has them"
+    LAYERS = "Adapters with layers of our own"
+    OURS = "ScaLoRA, and what grew from it"
+    START = "LoRA that starts elsewhere"
+    PAIRS = "LoRA by an optimizer of its own"
+    AROUND = "LoRA with more done at each step of the recipe's optimizer"
+    WHOLE = "The weights themselves"
+    BASE = "LoRA on a quantised base of its own"
+
+
 class NoOptions(BaseModel):
     """For methods without options of their own."""
 
@@ -90,6 +104,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    family: ClassVar[Family]
     Options: ClassVar[type[BaseModel]] = NoOptions
     Wrapper: ClassVar[type[nn.Module] | None] = None  # its own layers around linear ones, where it has such
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's

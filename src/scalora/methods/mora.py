@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.heads import Head
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
 
@@ -72,6 +72,7 @@ class Mora(Method):
 
     name = "mora"
     summary = "MoRA (2405.12130): one square matrix in LoRA's number of parameters"
+    family = Family.LAYERS
     Options = MoraOptions
     Wrapper = MoraLinear
     has_alpha = False

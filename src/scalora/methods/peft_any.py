@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..common.errors import ScaloraError
 from ..models.heads import HEADS, Head
 from .lora import said_beside, wrap
-from .method import Adapted, Method, MethodSpec, Spectrum
+from .method import Adapted, Family, Method, MethodSpec, Spectrum
 
 PEFT_PREFIX = "peft:"
 _OTHER = ("ADAPTION_PROMPT", "POLY", "SHADOW", "TRAINABLE_TOKENS")  # prompts, several tasks, a second model, embeddings
@@ -39,6 +39,7 @@ class PeftMethod(Method):
     The recipe's rank goes to ``r``, its alpha and dropout, where given, to the fields named so, if the config has them.
     """
 
+    family = Family.PEFT
     config_class: type[PeftConfig]
 
     def __init__(self, spec: MethodSpec) -> None:

@@ -13,7 +13,7 @@ from ..layers.hira_forward import fuse_hira
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import HEADS, Head
 from .lora import lora_config, lora_model, lora_spectra, save_plain, wrap
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .peft_any import merged_adapted
 
 
@@ -21,7 +21,8 @@ class RsLora(Method):
     """W + s·BA with s = alpha/√r."""
 
     name = "rslora"
-    summary = "rank-stabilised LoRA (2312.03732): s = alpha/sqrt(r)"
+    summary = "rank-stabilised LoRA (2312.03732): s = alpha/√r, not alpha/r"
+    family = Family.PEFT
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         peft_model = lora_model(model, self.spec, head, use_rslora=True)
@@ -33,6 +34,7 @@ class Dora(Method):
 
     name = "dora"
     summary = "DoRA (2402.09353): LoRA of the direction, a trained magnitude per row"
+    family = Family.PEFT
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         return merged_adapted(wrap(model, lora_config(self.spec, head, use_dora=True), self.spec, head), head)
@@ -54,7 +56,8 @@ class Pissa(Method):
     """
 
     name = "pissa"
-    summary = "PiSSA (2404.02948): starts at the top singular directions of W"
+    summary = "PiSSA (2404.02948): A and B start at the top singular directions of W"
+    family = Family.START
     Options = PissaOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
@@ -78,7 +81,8 @@ class Hira(Method):
     """W + W∘(BA), B = 0 at the start; it has no alpha. PEFT's layers, computed in one product where they are plain."""
 
     name = "hira"
-    summary = "HiRA (ICLR 2025), as PEFT has it: W + W∘(BA)"
+    summary = "HiRA (ICLR 2025): W + W∘(BA), an entrywise product of high rank"
+    family = Family.PEFT
     lr_factor = 10.0
     has_alpha = False
 

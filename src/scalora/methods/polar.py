@@ -16,7 +16,7 @@ from ..algebra.landing import landing_field, nearest_orthonormal
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from .lora import lora_model
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.around_steps import AroundSteps, around_lora, gathered
 
 
@@ -37,7 +37,8 @@ class Polar(Method):
     """LoRA whose lora_B is B Θ, Θ (r×r) zero at the start, so that whatever reads lora_B sees a plain LoRA."""
 
     name = "polar"
-    summary = "PoLAR (2506.03133): BΘA, B and A orthonormal up to a landing step's drift"
+    summary = "PoLAR (2506.03133): BΘA, B and A drawn to orthonormal directions"
+    family = Family.AROUND
     Options = PolarOptions
     lr_factor = 10.0
 

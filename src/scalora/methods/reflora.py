@@ -13,7 +13,7 @@ from ..engine.optimizers import carry_state
 from ..layers.sharding import copy_into, local_shard
 from ..models.heads import Head
 from .lora import lora_model
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.around_steps import AroundSteps, Carried, around_lora, gathered, turn_state
 
 _PUBLISHED_WARMUP = 100
@@ -42,7 +42,8 @@ class RefLora(Method):
     """LoRA whose gradients are turned by S̃⁻¹ and S̃; the matrices themselves are not refactored."""
 
     name = "reflora"
-    summary = "RefLoRA (2505.18877): gradients of the balanced factors of the same product"
+    summary = "RefLoRA (2505.18877): gradients as of balanced A and B with the same product"
+    family = Family.AROUND
     Options = RefLoraOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
@@ -55,7 +56,8 @@ class RefLoraS(Method):
     """LoRA whose matrices have one norm: after each step both are rescaled, and the optimizer's state with them."""
 
     name = "reflora-s"
-    summary = "RefLoRA-S (2505.18877): both matrices scaled to one norm after each step"
+    summary = "RefLoRA-S (2505.18877): A and B scaled to one norm after each step"
+    family = Family.AROUND
     Options = RefLoraSOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -19,7 +19,7 @@ from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import AdapterLayer, find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 
 
 class ReLoraOptions(BaseModel):
@@ -48,7 +48,8 @@ class ReLora(Method):
     """The sum of several low-rank updates, one after another; the recipe's schedule stays (the paper's: cosine)."""
 
     name = "relora"
-    summary = "ReLoRA (2307.05695): merge and restart every K steps"
+    summary = "ReLoRA (2307.05695): merged and restarted every K steps"
+    family = Family.AROUND
     Options = ReLoraOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -19,7 +19,7 @@ from ..engine.trainer import ScaLoraCallback
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head, loading_lines
 from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Method, MethodSpec
+from .method import Adapted, Family, Method, MethodSpec
 from .support.start import Start
 
 
@@ -37,6 +37,7 @@ class ScaLoraI(Method):
 
     name = "scalora-i"
     summary = "ScaLoRA-I (2510.23818): columns rescaled optimally every 10 steps"
+    family = Family.OURS
     Options: ClassVar[type[BaseModel]] = _options()
 
     def __init__(self, spec: MethodSpec) -> None:
@@ -107,7 +108,7 @@ class WhiteLora(ScaLoraI):
     """Nothing is rescaled, refreshed or accumulated: LoRA, with other steps."""
 
     name = "white-lora"
-    summary = "LoRA with optimizer steps in white coordinates: inputs and output gradients alike in all directions"
+    summary = "LoRA with steps in white coordinates: inputs and output gradients alike in all directions"
     Options = _options(interval=None, coordinates="white")
 
 

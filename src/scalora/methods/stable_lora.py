@@ -11,7 +11,7 @@ from ..algebra.balancing import weighs_more
 from ..layers.sharding import gather_full, local_shard
 from ..models.heads import Head
 from .lora import lora_model
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.around_steps import AroundSteps, around_lora
 
 _KEY = "still_shrinks"  # of the state of A: 1 or 0
@@ -32,6 +32,7 @@ class StableLora(Method):
 
     name = "stable-lora"
     summary = "Stable-LoRA (2603.05204): A shrinks before each step until balanced with B"
+    family = Family.AROUND
     Options = StableLoraOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -1,21 +1,20 @@
-"""What optimizers of LoRA's pairs share: they find the pairs, train the rest by AdamW, and keep state as torch does."""
+"""What optimizers of LoRA's pairs share: they find the pairs, and may clip all gradients together."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 from transformers import TrainingArguments
 
 from ...algebra.precision import exact_matmul
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import find_layers
+from .own_optimizer import OwnOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +42,24 @@ class PairSide:
         self.factor.sub_(direction, alpha=self.group["lr"])
 
 
-class PairOptimizer(Optimizer, ABC):
+class PairOptimizer(OwnOptimizer):
     """Optimizer of all that a model trains: the pairs of LoRA's matrices as a subclass has it, the rest by AdamW.
 
-    Pairs are those of one module each. Classification heads and what else is trained get torch's AdamW with the same
-    arguments; biases and norms do not decay, as with Trainer. Gradients are float32, as PEFT keeps its adapters.
+    Pairs are those of one module each. Gradients are float32, as PEFT keeps its adapters.
 
     Args:
         model: one that :func:`~scalora.layers.peft_lora.find_layers` accepts.
         arguments: Trainer's; ``max_grad_norm`` is set to 0 where the subclass clips by itself (``clips``).
 
     Raises:
-        ScaloraError: the arguments name an optimizer.
+        ScaloraError: the arguments name an optimizer other than AdamW.
     """
 
     clips = False  # by norms of its own, for which it calls ``clip``
 
     def __init__(self, model: nn.Module, arguments: TrainingArguments) -> None:
-        refuse_optimizer(arguments)
         self.layers = find_layers(model)
-        adapters = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)]
-        paired = {id(p) for p in adapters}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-        groups: list[dict[str, Any]] = [
-            {"params": adapters, "pairs": True},
-            {"params": [p for p in rest if p.ndim > 1]},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        defaults = {
-            "lr": arguments.learning_rate,
-            "betas": (arguments.adam_beta1, arguments.adam_beta2),
-            "eps": arguments.adam_epsilon,
-            "weight_decay": arguments.weight_decay,
-            "pairs": False,
-        }
-        super().__init__([group for group in groups if group["params"]], defaults)
+        super().__init__(model, [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)], arguments)
         self.max_norm = 0.0
         if self.clips:
             self.max_norm, arguments.max_grad_norm = arguments.max_grad_norm or 0.0, 0.0
@@ -86,20 +68,11 @@ class PairOptimizer(Optimizer, ABC):
     def step_pairs(self, pairs: Sequence[tuple[PairSide, PairSide]]) -> None:
         """Move all pairs that have gradients; the side of lora_B comes first."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_own(self) -> None:
         pairs = self._pairs()
         if pairs:
             with exact_matmul(pairs[0][0].factor.device):
                 self.step_pairs(pairs)
-        for group in self.param_groups:
-            if not group["pairs"]:
-                self._adamw(group)
-        return loss
 
     def clip(self, squares: Sequence[Tensor]) -> Tensor | float:
         """The factor that brings all gradients together to norm ``max_norm`` where it is more; the rest is multiplied.
@@ -109,7 +82,7 @@ class PairOptimizer(Optimizer, ABC):
         """
         if not self.max_norm:
             return 1.0
-        rest = [p.grad for g in self.param_groups if not g["pairs"] for p in g["params"] if p.grad is not None]
+        rest = [p.grad for g in self.param_groups if not g["own"] for p in g["params"] if p.grad is not None]
         total = torch.stack([*squares, *(grad.square().sum() for grad in rest)]).sum().sqrt()
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         for grad in rest:
@@ -133,34 +106,3 @@ class PairOptimizer(Optimizer, ABC):
                 "earlier checkpoints are as they were"
             )
         return pairs
-
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False,
-        )  # fmt: skip
-
-
-def refuse_optimizer(arguments: TrainingArguments) -> None:
-    """Raise ScaloraError where Trainer's arguments choose an optimizer, which a method that is one cannot follow."""
-    for field in dataclasses.fields(TrainingArguments):
-        value = getattr(arguments, field.name)
-        if field.name in ("optim", "optim_args", "optim_target_modules") and value != field.default:
-            raise ScaloraError(
-                f"training.{field.name} is {str(getattr(value, 'value', value))!r}, but this method is an optimizer "
-                "itself: leave it out, or choose another method"
-            )

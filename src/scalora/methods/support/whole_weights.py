@@ -17,8 +17,8 @@ from ..method import Adapted, MethodSpec
 from .start import Start
 from .targets import find_targets
 
-WholeOptimizer = Callable[[Mapping[str, Tensor], list[nn.Parameter], TrainingArguments], Optimizer]
-"""Makes an optimizer of the trained weights by module name, all else that is trained, and Trainer's arguments."""
+WholeOptimizer = Callable[[nn.Module, Mapping[str, Tensor], TrainingArguments], Optimizer]
+"""Makes an optimizer of all that a model trains, of the targeted weights by module name, and of Trainer's arguments."""
 
 
 def train_whole(
@@ -50,10 +50,7 @@ def train_whole(
 
     def make(arguments: TrainingArguments) -> Optimizer:
         assert optimizer is not None
-        own = {name: module.weight for name, module in targets}
-        ids = {id(weight) for weight in own.values()}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-        return optimizer(own, others, arguments)
+        return optimizer(model, {name: module.weight for name, module in targets}, arguments)
 
     start = Start(weights)
     return Adapted(

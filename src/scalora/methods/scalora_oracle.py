@@ -24,7 +24,7 @@ from ..layers.peft_lora import find_layers
 from ..models.heads import Head
 from .lora import lora_model, lora_spectra, save_plain
 from .lora_ga import require_two_ranks
-from .method import Adapted, Method
+from .method import Adapted, Family, Method
 from .support.gradients import FullGradients
 
 
@@ -44,6 +44,7 @@ class Oracle(Method):
 
     name = "scalora-oracle"
     summary = "Theorem 1 of 2510.23818: adapters from the SVD of the full gradient; small models only"
+    family = Family.OURS
     Options = OracleOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
