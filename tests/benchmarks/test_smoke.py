@@ -18,7 +18,9 @@ from peft.tuners import hira, lora
 from transformers import BertConfig, BertForSequenceClassification
 
 from helpers import comparisons, tokenized, workspace
+from scalora.algebra.whitening import no_whitening
 from scalora.arena.results import ComparisonRecord, read_comparison, write_comparison
+from scalora.engine.white import moments
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -179,6 +181,36 @@ def refresh_lab(patch, module):
 
 def truncation(patch, module):
     return ["recipes/demo.yaml", "--set", "training.max_steps=1", "--rank", "2"], "truncation.json"
+
+
+def white_ablations(patch, module):
+    few = ("as it is", "only inputs are whitened", "rescaled every 10 steps")
+    patch.setattr(module, "VARIANTS", {name: module.VARIANTS[name] for name in few})
+    words = ["--set", "method.rank=2", "--set", "task.data.validation_size=10"]
+    return [
+        "recipes/demo.yaml",
+        *words,
+        "--lr",
+        "1e-2",
+        "--seeds",
+        "1",
+        "--variants",
+        ",".join(few),
+    ], "white_ablations.json"
+
+
+def test_variants_of_white_lora_are_what_they_say():
+    module = importlib.import_module("benchmarks.studies.white_ablations")
+    X, trace = torch.randn(6, 2, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64)
+    start = no_whitening(torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q)
+    for name, whitened in (("only inputs are whitened", [False, True]), ("only output gradients are", [True, False])):
+        with module.changed(name) as options:
+            found = [moments.nystrom(start, X, trace, 0.0) for _ in range(2)]
+        assert options == []
+        assert [not torch.equal(white.e, torch.ones_like(white.e)) for white in found] == whitened
+    for name in module.VARIANTS:  # whatever is put in place of something, there is such a thing
+        with module.changed(name):
+            pass
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
