@@ -9,9 +9,8 @@ from scalora.common.errors import ScaloraError
 from scalora.tasks import build_task
 from scalora.tasks.chat import ChatSpec
 
-ROWS = [
-    {"messages": messages} for messages in (chats.TWO_TURNS, chats.ONE_TURN, said(("user", "a"), ("assistant", "b")))
-]
+SHORT = said(("user", "a"), ("assistant", "b"))
+ROWS = [{"messages": messages} for messages in (chats.TWO_TURNS, chats.ONE_TURN, SHORT)]
 
 
 def task(folder, rows=ROWS, data=None, **fields):

@@ -20,7 +20,7 @@ def read(value, role=None):
         WANTED,
         json.dumps(WANTED),
         [{**message, "name": None} for message in WANTED],
-        [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in WANTED],
+        [{"from": who, "value": m["content"]} for who, m in zip(("system", "human", "gpt"), WANTED, strict=True)],
         [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED],
     ],
 )  # fmt: skip

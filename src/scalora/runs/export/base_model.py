@@ -94,12 +94,18 @@ class Base:
         round_to_nf4(model, [name for name, _ in find_targets(model, spec, self.head)])
 
     def publish(self, model: PreTrainedModel, folder: Path) -> None:
-        """Save a model with the tokenizer and the padding that its base came with, not those of training."""
+        """Save a model with the tokenizer and the padding that its base came with, not those of training.
+
+        A chat template that the recipe gave goes along: the model has learnt no other.
+        """
         if self.head == "causal-lm":  # a classifier needs the padding token to find a row's last one
             model.config.pad_token_id = AutoConfig.from_pretrained(self.path).pad_token_id
         model.save_pretrained(str(folder))
         if self.padded_tokenizer is not None:
-            AutoTokenizer.from_pretrained(self.path).save_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            given = ((self.artefact.made_by or {}).get("task") or {}).get("chat_template")
+            tokenizer.chat_template = given or tokenizer.chat_template
+            tokenizer.save_pretrained(str(folder))
 
 
 def head_of(artefact: Artefact) -> Head:
