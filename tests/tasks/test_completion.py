@@ -72,8 +72,8 @@ def test_mistakes(tmp_path):
         task(tmp_path, completion="{a")
     with pytest.raises(ScaloraError, match=r"column 'a' is empty in .*, line 1, row 1"):
         task(tmp_path, [{"q": "a", "a": ""}]).train_dataset(tokenizer, "test")
-    with pytest.raises(ScaloraError, match=r"an answer in .* has 5 tokens; set it to 6 or more"):
-        task(tmp_path, max_length=4).train_dataset(tokenizer, "test")
+    with pytest.raises(ScaloraError, match=r"3 of 3 test rows need more tokens than task\.max_length, 2 .*needs 6"):
+        task(tmp_path, max_length=2).train_dataset(tokenizer, "test")
     tokenizer.eos_token = None
     with pytest.raises(ScaloraError, match="no eos token"):
         task(tmp_path).train_dataset(tokenizer, "test")

@@ -133,8 +133,8 @@ def test_long_prompts_lose_their_start(tmp_path):
     assert all(len(example["input_ids"]) <= 5 and example["labels"][-1] != -100 for example in dataset)
     # Each sequence counts: all 13 but the second row's "red", whose four tokens fit.
     assert short.score(tokenized.llama(), tokenizer).truncated == 12
-    with pytest.raises(ScaloraError, match=r"task\.max_length is 3, but an answer in .* has 3 tokens; set it to 4"):
-        task(tmp_path, max_length=3).train_dataset(tokenizer, "test")
+    with pytest.raises(ScaloraError, match=r"1 of 1 test rows need more tokens than task\.max_length, 3 .*, needs 5\)"):
+        task(tmp_path, [ROWS[1]], max_length=3).train_dataset(tokenizer, "test")
 
 
 def test_trailing_space_belongs_to_the_choice(tmp_path):

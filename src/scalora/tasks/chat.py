@@ -109,7 +109,7 @@ class ChatTask(Task):
     def _turns(self, tokenizer: Any, split: Split) -> list[Turns]:
         """The tokens of every conversation up to the last that is learnt."""
         template = ChatTemplate(tokenizer, self.spec.chat_template, self.spec.chat_template_kwargs)
-        read = [template.read(self._conversation(row), row.place) for row in self.rows(split)]
+        read = self.read_rows(split, lambda row: template.read(self._conversation(row), row.place))
         ends = [max(compress(range(len(ids)), learnt)) + 1 for ids, learnt in read]
         ended = [Turns(ids[:end], learnt[:end]) for (ids, learnt), end in zip(read, ends, strict=True)]
         if not template.stops(ended[0]):

@@ -105,7 +105,8 @@ class CompletionTask(Task):
         rows = self.rows(split)
         pairs = encode(tokenizer, [(self.prompt(row), self.completion(row)) for row in rows], rows)
         ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in pairs]
-        return truncate_prompts(ended, self.spec.max_length, rows)
+        fits = self.fitting(split, [1 + len(following) for _, following in ended], self.spec.max_length)
+        return truncate_prompts([ended[number] for number in fits], self.spec.max_length)
 
     def _prompts(self, tokenizer: Any, split: Split, pairs: list[Pair]) -> list[list[int]]:
         """What is written on: whole prompts, cut where a row is too long with the end that it has in training."""

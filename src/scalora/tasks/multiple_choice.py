@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -77,12 +76,11 @@ class MultipleChoiceTask(Task):
         self._answer(row, self._choices(row))
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        rows = self.rows(split)
-        choices = [self._choices(row) for row in rows]
-        answers = [self._answer(row, own) for row, own in zip(rows, choices, strict=True)]
-        read = self._encode(tokenizer, [self._texts(row, own) for row, own in zip(rows, choices, strict=True)], rows)
-        right = [pairs[answer] for pairs, answer in zip(read, answers, strict=True)]
-        dataset = examples(*truncate_prompts(right, self.spec.max_length, rows))
+        read = self._encode(tokenizer, split)
+        right = [
+            pairs[self._answer(row, self._choices(row))] for pairs, row in zip(read, self.rows(split), strict=True)
+        ]
+        dataset = examples(*truncate_prompts(right, self.spec.max_length))
         scored = max(len(prompt) + len(following) - 1 for pairs in read for prompt, following in pairs)
         dataset.longest = max(dataset.longest, min(self.spec.max_length, scored))
         return dataset
@@ -94,6 +92,7 @@ class MultipleChoiceTask(Task):
         choice's log-probability among the choices, all after normalising. `answer_nll`: minus the mean log-likelihood
         of a token of the right choice, over all such tokens.
         """
+        read = [] if self.spec.harness else self._encode(tokenizer, split)
         rows = self.rows(split)
         choices = [self._choices(row) for row in rows]
         answers = [self._answer(row, texts) for row, texts in zip(rows, choices, strict=True)]
@@ -106,17 +105,15 @@ class MultipleChoiceTask(Task):
                 autocast=autocast,
             )  # fmt: skip
             return self._of_harness(score, rows, choices, answers if name == GIVEN_ROWS else [])
-        pairs = list(chain.from_iterable(self._encode(tokenizer, texts, rows)))
-        owners = [row for row, own in zip(rows, choices, strict=True) for _ in own]
-        pairs, truncated = truncate_prompts(pairs, self.spec.max_length, owners)
+        pairs, truncated = truncate_prompts(list(chain.from_iterable(read)), self.spec.max_length)
         found = token_logprobs(model, tokenizer, pairs, batch_size=batch_size, autocast=autocast, progress=progress)
 
         correct, nll, predictions, right_tokens = 0, 0.0, [], []
         start = 0
-        for row, own, read, answer in zip(rows, choices, texts, answers, strict=True):
+        for row, own, asked, answer in zip(rows, choices, texts, answers, strict=True):
             logprobs = found[start : start + len(own)]
             start += len(own)
-            scores = [self._compared(text, each) for (_, text), each in zip(read, logprobs, strict=True)]
+            scores = [self._compared(text, each) for (_, text), each in zip(asked, logprobs, strict=True)]
             among = torch.stack(scores).log_softmax(0)
             best = int(among.argmax())
             correct += best == answer
@@ -158,10 +155,14 @@ class MultipleChoiceTask(Task):
         following = self.continuation(row)
         return [(self.prompt({**row, "choice": choice}), following) for choice in choices]
 
-    def _encode(
-        self, tokenizer: Any, texts: Sequence[Sequence[tuple[str, str]]], rows: Sequence[PlacedRow]
-    ) -> list[list[Pair]]:
-        """Token ids of each row's choices; raises ScaloraError where a tokenizer cannot tell two of them apart."""
+    def _encode(self, tokenizer: Any, split: Split) -> list[list[Pair]]:
+        """Token ids of each row's choices, of the rows that fit.
+
+        Raises:
+            ScaloraError: the tokenizer cannot tell two choices apart.
+        """
+        rows = self.rows(split)
+        texts = [self._texts(row, self._choices(row)) for row in rows]
         owners = [row for row, own in zip(rows, texts, strict=True) for _ in own]
         pairs = iter(encode(tokenizer, list(chain.from_iterable(texts)), owners))
         read = [[next(pairs) for _ in own] for own in texts]
@@ -172,7 +173,8 @@ class MultipleChoiceTask(Task):
                         f"task: the tokenizer makes the same of the choices {''.join(other)[-60:]!r} and "
                         f"{''.join(text)[-60:]!r} in {row.place}: give different ones"
                     )
-        return read
+        needed = [1 + max(len(following) for _, following in own) for own in read]
+        return [read[number] for number in self.fitting(split, needed, self.spec.max_length)]
 
     def _compared(self, text: str, logprobs: torch.Tensor) -> torch.Tensor:
         divisor = {"none": 1, "length": len(text), "choice-tokens": len(logprobs)}[self.spec.normalize]

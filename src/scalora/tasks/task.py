@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, model_validator
@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 from ..common.errors import ScaloraError
 from ..common.numeric import numbers_only
 from ..models.heads import Head
-from .data.rows import DataSpec, PlacedRow, Splits, load_splits
+from .data.rows import DataSpec, PlacedRow, Splits, load_splits, note_bad
 from .data.values import flaw
 
 Split = Literal["train", "validation", "test"]
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called after each batch with (sequences done, sequences in all)."""
 
@@ -187,6 +188,28 @@ class Task(ABC):
                 "task.data.validation: there is no validation data; name a source or set validation_size"
             )
         return rows
+
+    def read_rows(self, split: Split, read: Callable[[PlacedRow], T]) -> list[T]:
+        """What `read` makes of a split's rows; those for which it raises ScaloraError are malformed.
+
+        They are none of its rows from now on, which is said once.
+
+        Raises:
+            ScaloraError: all rows are malformed, or more than `max_bad_rows`.
+        """
+        found: list[tuple[PlacedRow, T]] = []
+        bad: list[ScaloraError] = []
+        for row in (rows := self.rows(split)):
+            try:
+                found.append((row, read(row)))
+            except ScaloraError as error:
+                if not self.data.max_bad_rows:
+                    raise
+                bad.append(error)
+        if bad:
+            self.tell(note_bad(f"task.data.{split}", bad, len(rows), self.data.max_bad_rows))
+            self.splits = self.splits._replace(**{split: [row for row, _ in found]})
+        return [each for _, each in found]
 
     def fitting(self, split: Split, needed: Sequence[int], max_length: int) -> list[int]:
         """The numbers of a split's rows that fit; the others are none of its rows from now on, which is said once.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...common.errors import ScaloraError
-from .source import SourceTable, check_distinct, read_lines, read_text
+from .source import SourceTable, check_distinct, read_lines, read_text, refuse_row
 
 Cells = tuple[int, list[str]]
 """A row, after the line that it starts on."""
@@ -20,15 +20,15 @@ _SEPARATORS = {"\t": ("tabs", "name it .tsv"), "|": ("|", "separate its cells by
 )
 
 
-def read_csv(path: Path, positions: Collection[str] = ()) -> SourceTable:
+def read_csv(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
     """Comma-separated text, or separated by semicolons as Excel writes it, or as a first line `sep=;` says."""
     text, declared = _declared(read_text(path))
     head = re.sub(r'"[^"]*"', "", next((line for _, line in read_lines(text)), ""))
     delimiter = declared or (";" if ";" in head and "," not in head else ",")
-    return _table(path, _quoted(path, text, delimiter), positions)
+    return _table(path, _quoted(path, text, delimiter), positions, bad)
 
 
-def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
+def read_tsv(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
     """Tab-separated text. Quotes enclose cells, as in a .csv, unless some of the file's cannot, as in GLUE's.
 
     Then no quote has a meaning; but a row that is too short and has one open goes on in the next line.
@@ -41,8 +41,8 @@ def read_tsv(path: Path, positions: Collection[str] = ()) -> SourceTable:
     rest = re.sub(rf'{opening}"[^"]*(?:""[^"]*)*"[^\S\t\r\n]*(?=[\t\r\n]|$)', "", text)
     never_closed = rest.count('"') == 1 and re.search(rf'{opening}"', rest)
     if '"' in rest and not never_closed:
-        return _table(path, _plain(list(read_lines(text))), positions)
-    return _table(path, _quoted(path, text, "\t"), positions)
+        return _table(path, _plain(list(read_lines(text))), positions, bad)
+    return _table(path, _quoted(path, text, "\t"), positions, bad)
 
 
 def _declared(text: str) -> tuple[str, str | None]:
@@ -109,8 +109,13 @@ def _plain(lines: list[tuple[int, str]]) -> Iterator[Cells]:
         yield number, cells
 
 
-def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> SourceTable:
-    """Rows under the names of the first line, or under their positions where `positions` are asked for, not named."""
+def _table(
+    path: Path, lines: Iterable[Cells], positions: Collection[str], bad: list[ScaloraError] | None
+) -> SourceTable:
+    """Rows under the names of the first line, or under their positions where `positions` are asked for, not named.
+
+    A row of another width is added to `bad`, or refused where that is None.
+    """
     names: list[str] = []
     first: list[str] = []
     table = SourceTable([], [])
@@ -125,10 +130,9 @@ def _table(path: Path, lines: Iterable[Cells], positions: Collection[str]) -> So
         if cells == names and cells == first:
             raise ScaloraError(f"{path}, line {number}: the first line with the names is there again; remove it")
         if len(cells) != len(names):
-            raise ScaloraError(
-                f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}; mend or remove it"
-                + seems_separated(first)
-            )
+            message = f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}"
+            refuse_row(f"{message}; mend or remove it{seems_separated(first)}", bad)
+            continue
         # A column without a name, as that of pandas' index, cannot be asked for.
         table.rows.append({name: cell for name, cell in zip(names, cells, strict=True) if name.strip()})
         table.lines.append(number)

@@ -9,13 +9,17 @@ from typing import Any
 
 from ...common.errors import ScaloraError
 from .forms import Row
-from .source import SourceTable, check_distinct, read_lines, read_text
+from .source import SourceTable, check_distinct, read_lines, read_text, refuse_row
 
 _A_LIST = "; rename it to .json if it holds one list of objects"
 
 
-def read_jsonl(path: Path) -> SourceTable:
-    """The objects of a file that has one a line; raises ScaloraError with the line that holds none."""
+def read_jsonl(path: Path, bad: list[ScaloraError] | None = None) -> SourceTable:
+    """The objects of a file that has one a line.
+
+    Raises:
+        ScaloraError: a line holds none, which is named; with `bad` it is added there instead.
+    """
     table = SourceTable([], [])
     for number, line in read_lines(read_text(path)):
         if not line.strip():
@@ -27,11 +31,19 @@ def read_jsonl(path: Path) -> SourceTable:
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
             hint = _A_LIST if number == 1 and line.lstrip().startswith("[") else ""
-            raise ScaloraError(f"{where}: not valid JSON ({error.msg}); mend or remove it{hint}") from error
-        if isinstance(value, list) and number == 1:
+            message = f"{where}: not valid JSON ({error.msg}); mend or remove it{hint}"
+            refuse_row(message, None if hint else bad, error)
+            continue
+        except ScaloraError as error:
+            refuse_row(str(error), bad, error)
+            continue
+        if isinstance(value, dict):
+            table.rows.append(value)
+            table.lines.append(number)
+        elif isinstance(value, list) and number == 1:
             raise ScaloraError(f"{where}: expected an object with named columns, got list{_A_LIST}")
-        table.rows.append(_object(value, where))
-        table.lines.append(number)
+        else:
+            refuse_row(_no_object(value, where), bad)
     return table
 
 
@@ -63,7 +75,9 @@ def _fill(table: SourceTable, path: Path, text: str) -> None:
             line, counted = line + text.count("\n", counted, position), position
             where = f"{path}, line {line}, row {len(table.rows) + 1}"
             value, position = _value(text, position, where)
-            table.rows.append(_object(value, where))
+            if not isinstance(value, dict):
+                raise ScaloraError(_no_object(value, where))
+            table.rows.append(value)
             table.lines.append(line)
             position = _after_space(text, position)
             if text[position : position + 1] != ",":
@@ -97,7 +111,5 @@ def _value(text: str, position: int, where: str) -> tuple[Any, int]:
         raise ScaloraError(f"{where}: a number has too many digits; write it as a text") from error
 
 
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ScaloraError(f"{where}: expected an object with named columns, got {type(value).__name__}")
-    return value
+def _no_object(value: Any, where: str) -> str:
+    return f"{where}: expected an object with named columns, got {type(value).__name__}"

@@ -18,7 +18,15 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _MADE = ("digits", "digits-turned", STDLIB)  # on the spot
 
 
-def read_source(name: str, source: str, *, folder: str, theirs: Collection[str], split: str) -> SourceTable:
+def read_source(
+    name: str,
+    source: str,
+    *,
+    folder: str,
+    theirs: Collection[str],
+    split: str,
+    bad: list[ScaloraError] | None = None,
+) -> SourceTable:
     """The rows of one source, as they stand there.
 
     Args:
@@ -27,6 +35,7 @@ def read_source(name: str, source: str, *, folder: str, theirs: Collection[str],
         folder: what relative paths start from.
         theirs: the columns that are asked for by other names than ours; positions, where a table has no header.
         split: of a set on the hub.
+        bad: as for :func:`~scalora.tasks.data.tables.read_table`.
 
     Raises:
         ScaloraError: it is missing, cannot be read, or no data.
@@ -51,7 +60,7 @@ def read_source(name: str, source: str, *, folder: str, theirs: Collection[str],
                 f"task.data.{name}: there is no file {source} (paths are relative to task.data.folder, "
                 f"{expand_user(folder).resolve()})"
             )
-        return read_table(path, theirs if all(each.isdecimal() for each in theirs) else ())
+        return read_table(path, theirs if all(each.isdecimal() for each in theirs) else (), bad)
     if path.exists() or source.startswith(("/", ".", "~")) or path.suffix.lower() in _PACKED:
         unpacked = "; unpack it" if path.suffix.lower() in _PACKED else ""
         raise ScaloraError(

@@ -47,6 +47,8 @@ class DataSpec(BaseModel):
     test_size: int | None = Field(default=None, ge=1)
     max_characters: int | None = Field(default=None, ge=1)
     """Rows whose columns hold more than this together are left out, of every split."""
+    max_bad_rows: int = Field(default=0, ge=0)
+    """How many rows of a source may be left out since they are malformed; with more the first is refused."""
     max_long_rows: int | None = Field(default=None, ge=0)
     """How many rows of a split may be left out since they do not fit the task's max_length. None: any number."""
     columns: dict[str, str] = {}
@@ -186,35 +188,63 @@ def _load(
     say: Callable[[str], None],
     optional: Sequence[str],
 ) -> list[PlacedRow]:
+    bad: list[ScaloraError] = []
     table = read_source(
-        name, source, folder=spec.folder, theirs=spec.columns.values(), split=getattr(spec, f"{name}_split")
-    )
+        name, source, folder=spec.folder, theirs=spec.columns.values(), split=getattr(spec, f"{name}_split"),
+        bad=bad if spec.max_bad_rows else None,
+    )  # fmt: skip
     if not table.rows:
-        raise ScaloraError(f"task.data.{name}: {source} holds no rows")
+        raise bad[0] if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
     wanted = {ours: theirs for ours, theirs in wanted.items() if ours not in optional}
     published = spec.form == "published"
     rows = adapt(source, table.rows, lambda number: table.place(source, number), wanted.values(), published=published)
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
-    kept = []
+    for ours, theirs in wanted.items():
+        if not any(theirs in row for row in rows):
+            raise _no_column(rows[0], ours, theirs, source)
+    total, kept = len(bad) + len(rows), []
     for number, row in enumerate(rows, 1):
         place = table.place(source, number)
-        for ours, theirs in wanted.items():
-            if theirs not in row:
-                raise _no_column(row, ours, theirs, source if number == 1 else place)
-            value = row[theirs]
-            if value is None or value != value:  # NaN
-                raise ScaloraError(f"task.data.{name}: column {theirs!r} {flaw(value)} in {place}; fill or drop it")
-            if ours in allowed and (flaw(value) or label_key(value) not in allowed[ours]):
-                hidden = " (the label is hidden: this split has no labels)" if value in ("", "-1", -1) else ""
-                raise ScaloraError(
-                    f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
-                    f"use {list(map(str, spec.values[ours]))}{lookalike(value, spec.values[ours])}"
-                )
-        cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
-        kept.append(PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place))
-        if check:
-            check(kept[-1])
+        try:
+            _check_cells(spec, name, row, wanted, allowed, place)
+            cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
+            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place)
+            if check:
+                check(placed)
+        except ScaloraError as error:
+            if not spec.max_bad_rows:
+                raise
+            bad.append(error)
+        else:
+            kept.append(placed)
+    if bad:
+        say(note_bad(f"task.data.{name}", bad, total, spec.max_bad_rows))
+    return _short_enough(spec, name, source, kept, say)
+
+
+def _check_cells(
+    spec: DataSpec, name: str, row: Row, wanted: dict[str, str], allowed: dict[str, set[str]], place: str
+) -> None:
+    """Raise ScaloraError where a row lacks a column that is wanted, or a value is none that it may be."""
+    for ours, theirs in wanted.items():
+        if theirs not in row:
+            raise _no_column(row, ours, theirs, place)
+        value = row[theirs]
+        if value is None or value != value:  # NaN
+            raise ScaloraError(f"task.data.{name}: column {theirs!r} {flaw(value)} in {place}; fill or drop it")
+        if ours in allowed and (flaw(value) or label_key(value) not in allowed[ours]):
+            hidden = " (the label is hidden: this split has no labels)" if value in ("", "-1", -1) else ""
+            raise ScaloraError(
+                f"task.data.{name}: column {theirs!r} is {shown(value)} in {place}{hidden}; "
+                f"use {list(map(str, spec.values[ours]))}{lookalike(value, spec.values[ours])}"
+            )
+
+
+def _short_enough(
+    spec: DataSpec, name: str, source: str, kept: list[PlacedRow], say: Callable[[str], None]
+) -> list[PlacedRow]:
+    """The rows that hold no more than `max_characters`."""
     if spec.max_characters is None:
         return kept
     lengths = [sum(len(str(value)) for value in row.values()) for row in kept]
@@ -229,6 +259,24 @@ def _load(
             "(max_characters) and are left out"
         )
     return short
+
+
+def note_bad(what: str, bad: Sequence[ScaloraError], total: int, allowed: int) -> str:
+    """What to say of rows that are left out since they are malformed.
+
+    Args:
+        what: where they are from.
+        bad: what is wrong with each.
+        total: how many there are, with the others.
+        allowed: how many may be left out.
+
+    Raises:
+        ScaloraError: these are more, or all.
+    """
+    malformed = f"{len(bad)} of {total} rows are malformed"
+    if len(bad) > allowed or len(bad) == total:
+        raise ScaloraError(f"{what}: {malformed}, and max_bad_rows is {allowed}; the first: {bad[0]}")
+    return f"{what}: {malformed} and are left out (max_bad_rows); the first: {bad[0]}"
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:

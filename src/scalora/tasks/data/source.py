@@ -83,6 +83,14 @@ def read_lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line.removesuffix("\n")) for number, line in enumerate(lines, 1) if line != "\n")
 
 
+def refuse_row(message: str, bad: list[ScaloraError] | None, cause: Exception | None = None) -> None:
+    """Add what is wrong with a row to those that are bad; raise it as ScaloraError where no row may be."""
+    error = ScaloraError(message)
+    if bad is None:
+        raise error from cause
+    bad.append(error)
+
+
 def check_distinct(where: str, names: Collection[str]) -> None:
     """Raise ScaloraError where a column has another's name, so that one of them would hide the other."""
     seen: set[str] = set()

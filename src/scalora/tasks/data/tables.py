@@ -36,26 +36,27 @@ def read_parquet(path: Path) -> SourceTable:
         raise
 
 
-_READERS: dict[str, Callable[[Path], SourceTable]] = {
-    ".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".txt": read_txt,
-}  # fmt: skip
+_WHOLE: dict[str, Callable[[Path], SourceTable]] = {".json": read_json, ".parquet": read_parquet, ".txt": read_txt}
 _DELIMITED = {".csv": read_csv, ".tsv": read_tsv}
-ENDINGS = (*_READERS, *_DELIMITED)
+ENDINGS = (".json", ".jsonl", ".parquet", ".txt", *_DELIMITED)
 """Of files that can be read, in lower case; upper case is the same."""
 
 
-def read_table(path: Path, positions: Collection[str] = ()) -> SourceTable:
+def read_table(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
     """The rows of a file with one of ``ENDINGS``.
 
     Args:
         path: the file.
         positions: columns "0", "1", … that are asked for. A .csv or .tsv that does not name them has no header.
+        bad: takes what is wrong with lines that are no row, in files that have a row a line. None: they are refused.
 
     Raises:
         ScaloraError: the file is malformed; the message names it and the line on which a row starts.
     """
     ending = path.suffix.lower()
     try:
-        return _DELIMITED[ending](path, positions) if ending in _DELIMITED else _READERS[ending](path)
+        if ending in _DELIMITED:
+            return _DELIMITED[ending](path, positions, bad)
+        return read_jsonl(path, bad) if ending == ".jsonl" else _WHOLE[ending](path)
     except OSError as error:
         raise ScaloraError(f"{path} cannot be read ({error.strerror or error}); give a file that can") from error

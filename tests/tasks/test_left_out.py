@@ -1,0 +1,120 @@
+"""Rows that are too long or malformed: left out, counted and named once, in every kind of task and form of file."""
+
+import pytest
+
+from helpers import chats, tokenized
+from scalora.common.errors import ScaloraError
+from scalora.tasks import all_tasks, build_task, task_class
+from scalora.tasks.data.rows import DataSpec, load_splits
+
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+GOOD = {
+    "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
+}  # fmt: skip
+KINDS = {
+    "chat": ({}, {"messages": CHAT[:1]}),
+    "classification": ({"text": "a", "label": "label"}, {"label": None}),
+    "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
+    "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
+    "text": ({"text": "a"}, {"a": 3.0e400}),
+    "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),
+}
+LONG = {
+    "chat": {"messages": [CHAT[0], {"role": "assistant", "content": "sat on " * 30}]},
+    "completion": {"b": "sat on " * 30},
+    "multiple_choice": {"choices": ["red", "blue " * 60]},
+}
+
+
+def rows(kind, *special):
+    """Nine good rows that differ, and the special ones after the fourth."""
+    answer = {"b": "red"} if kind == "multiple_choice" else {}
+    good = [{**GOOD, "a": f"the cat {'abcdefghi'[i]}", "label": i % 2, **answer, "id": i} for i in range(9)]
+    return [*good[:4], *({**good[0], **each} for each in special), *good[4:]]
+
+
+def task(folder, kind, content, data=None, **fields):
+    path = tokenized.write_jsonl(folder / "rows.jsonl", content)
+    data = {"train": path, "test": path, "columns": {"id": "id"}, **(data or {})}
+    return build_task(task_class(kind).Spec(data=data, **KINDS[kind][0], **fields))
+
+
+def test_all_kinds_with_data_are_here():
+    assert KINDS.keys() == all_tasks().keys() - {"recall"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_malformed_rows_are_left_out_up_to_a_number(tmp_path, kind):
+    bad = KINDS[kind][1]
+    content = rows(kind, bad, bad)
+    with pytest.raises(ScaloraError, match=r"rows\.jsonl, line 5, row 5"):
+        _ = task(tmp_path, kind, content).splits
+    built = task(tmp_path, kind, content, {"max_bad_rows": 2})
+    assert [row["id"] for row in built.rows("test")] == list(range(9))
+    for name, note in zip(("train", "test"), built.notes, strict=False):
+        assert note.startswith(
+            f"task.data.{name}: 2 of 11 rows are malformed and are left out (max_bad_rows); the first"
+        )
+        assert "rows.jsonl, line 5, row 5" in note
+    with pytest.raises(ScaloraError, match=r"2 of 11 rows are malformed, and max_bad_rows is 1; the first: .*row 5"):
+        _ = task(tmp_path, kind, content, {"max_bad_rows": 1}).splits
+    with pytest.raises(ScaloraError, match="2 of 2 rows are malformed, and max_bad_rows is 5"):
+        _ = task(tmp_path, kind, content[4:6], {"max_bad_rows": 5}).splits
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_one_long_row_does_not_lose_a_run(tmp_path, kind):
+    content = rows(kind, LONG[kind])
+    model, tokenizer = chats.llama(), chats.tokenizer()
+    built = task(tmp_path, kind, content, max_length=60)
+    score = built.score(model, tokenizer)
+    alone = task(tmp_path, kind, rows(kind), max_length=60).score(model, tokenizer)
+    assert score.metrics == pytest.approx(alone.metrics)
+    assert len(score.predictions) == 9
+    assert len(built.train_dataset(tokenizer, "test")) == len(built.train_dataset(tokenizer)) == 9
+    notes = [note for note in built.notes if "task.max_length, 60, and are left out: the first, " in note]
+    assert len(notes) == 2
+    assert all("1 of 10 t" in note and "line 5, row 5, needs " in note for note in notes)
+    task(tmp_path, kind, content, {"max_long_rows": 1}, max_length=60).train_dataset(tokenizer)
+    with pytest.raises(ScaloraError, match=r"max_long_rows is 0, but 1 of 10 train rows need .*row 5, needs \d+\)"):
+        task(tmp_path, kind, content, {"max_long_rows": 0}, max_length=60).train_dataset(tokenizer)
+
+
+def test_conversations_that_a_template_refuses_are_malformed(tmp_path):
+    template = "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}" + chats.CHATML
+    tokenizer = chats.tokenizer(template)
+    content = rows("chat", {"messages": CHAT + CHAT})
+    with pytest.raises(ScaloraError, match=r"no such conversation as that in .*line 5, row 5 \(too many\)"):
+        task(tmp_path, "chat", content).train_dataset(tokenizer)
+    built = task(tmp_path, "chat", content, {"max_bad_rows": 1})
+    assert len(built.train_dataset(tokenizer)) == 9
+    (note,) = built.notes[1:]
+    assert note.startswith(
+        "task.data.train: 1 of 10 rows are malformed and are left out (max_bad_rows); the first: task"
+    )
+
+
+FILES = {
+    "lines.jsonl": '{"text": "a"}\n{"text": "b"\n[1]\n{"text": "c", "text": "d"}\n{"text": "e"}\n',
+    "table.csv": "text,other\na,1\nb\nc,1,2\n,,\ne,1\n",
+    "table.tsv": "text\tother\na\t1\nb\nc\t1\t2\n\t\t\ne\t1\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lines_that_are_no_rows_are_malformed(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    notes = []
+
+    def load(allowed):
+        data = DataSpec(train=str(path), test=str(path), max_bad_rows=allowed)
+        return load_splits(data, ("text",), say=notes.append)
+
+    line = "line 2" if name == "lines.jsonl" else "line 3"
+    with pytest.raises(ScaloraError, match=line):
+        load(0)
+    with pytest.raises(ScaloraError, match=f"3 of 5 rows are malformed, and max_bad_rows is 2; the first: .*{line}"):
+        load(2)
+    assert [row["text"] for row in load(3).test] == ["a", "e"]
+    assert sum("3 of 5 rows are malformed and are left out" in note and line in note for note in notes) == 2
