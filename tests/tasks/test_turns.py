@@ -1,8 +1,12 @@
 """Which tokens of a conversation the assistant wrote: by our own definition, and beside TRL's masks."""
 
-import pytest
+from functools import cache
 
-from helpers import chats
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from helpers import chats, tokenized
 from helpers.chats import said
 from scalora.common.errors import ScaloraError
 from scalora.tasks.conversations import Conversation
@@ -57,8 +61,33 @@ def test_tokens_that_span_a_turns_ends_belong_to_it():
     tokenizer = chats.tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     found = read(tokenizer, said(("user", "yes 1"), ("assistant", "2"), ("user", " hello 😀"), ("assistant", "😀")))
     assert learnt(tokenizer, found) == [" 12", "😀"]
+    marks = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %} yes{% endfor %}"
+    every = read(tokenizer, said(("user", "hello"), ("assistant", "no 😀")), template=marks)
+    assert learnt(tokenizer, every)[-1] == "no 😀"
     spaces = chats.tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     assert learnt(spaces, read(spaces, said(("user", "a"), ("assistant", "b   "), ("user", "c")))) == ["b   \n"]
+
+
+@cache
+def sentencepiece():
+    """Tokens that bring the space before them, as Llama 2's and T5's."""
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator(
+        ["be good hello yes world no 123 apples", "hello world Question: user assistant"], trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("make", [tokenized.tokenizer, sentencepiece])
+def test_other_tokenizers_too(make, messages):
+    tokenizer = make()
+    plain, marked = (read(tokenizer, messages, template=template) for template in (chats.CHATML, MARKED))
+    assert plain == marked
+    assert 0 < sum(plain.learnt) < len(plain.ids) - 5
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
@@ -123,6 +152,15 @@ def test_options_reach_the_template():
     tokenizer = chats.tokenizer("{{ mood }}" + chats.CHATML)
     found = read(tokenizer, chats.ONE_TURN, options={"mood": "hello"})
     assert tokenizer.decode(found.ids).startswith("hello<|im_start|>user")
+    with pytest.raises(ScaloraError, match=r"task\.chat_template_kwargs: 'tokenize' is decided by the task"):
+        ChatTemplate(tokenizer, options={"tokenize": False})
+
+
+def test_whether_the_day_is_written_is_seen():
+    dated = chats.tokenizer("{{ date_string or strftime_now('%d %b') }}" + chats.CHATML)
+    assert ChatTemplate(dated).dated
+    assert not ChatTemplate(dated, options={"date_string": "1 Jan"}).dated
+    assert not ChatTemplate(chats.tokenizer()).dated
 
 
 def test_mistakes():
@@ -136,6 +174,9 @@ def test_mistakes():
         read(chats.tokenizer(), chats.ONE_TURN[1:])
     with pytest.raises(ScaloraError, match=r"task\.chat_template: not a template in Jinja \(Expected .*, line 1\)"):
         read(tokenizer, chats.ONE_TURN, template="{% if %}")
+    tokenizer.chat_template = {"tool_use": chats.CHATML}
+    with pytest.raises(ScaloraError, match=r"takes no such conversation as that in rows, row 1 \(.*no default"):
+        read(tokenizer, chats.ONE_TURN)
     with pytest.raises(ScaloraError, match="writes nothing of the assistant's in rows, row 1"):
         read(tokenizer, chats.ONE_TURN, template="{{ messages[0]['content'] }}")
 

@@ -112,6 +112,11 @@ class ChatTask(Task):
         read = self.read_rows(split, lambda row: template.read(self._conversation(row), row.place))
         ends = [max(compress(range(len(ids)), learnt)) + 1 for ids, learnt in read]
         ended = [Turns(ids[:end], learnt[:end]) for (ids, learnt), end in zip(read, ends, strict=True)]
+        if template.dated:
+            self.tell(
+                "task: the chat template writes today's date, so that this run cannot be resumed or repeated on "
+                "another day: set date_string in task.chat_template_kwargs, if the template reads it"
+            )
         if not template.stops(ended[0]):
             self.tell(
                 "task: the chat template ends the assistant's turns with no token of their own, so that the model does "

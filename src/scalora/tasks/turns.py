@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..common.errors import ScaloraError
-from .conversations import Conversation, Message
+from .conversations import Conversation
 from .data.values import shown
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -36,7 +38,8 @@ class ChatTemplate:
         options: what else the template reads, as `enable_thinking`.
 
     Raises:
-        ScaloraError: there is no chat template, or the tokenizer cannot tell where its tokens stand.
+        ScaloraError: there is no chat template, the tokenizer cannot tell where its tokens stand, or an option is none
+            of the template's.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -50,7 +53,16 @@ class ChatTemplate:
                 f"task.kind is 'chat', but {type(tokenizer).__name__} does not say where its tokens stand in a text: "
                 "choose a model with a fast tokenizer (tokenizer.json)"
             )
+        ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        if own := ours & (options or {}).keys():
+            raise ScaloraError(f"task.chat_template_kwargs: {min(own)!r} is decided by the task; leave it out")
         self.tokenizer, self.template, self.options = tokenizer, template, dict(options or {})
+
+    @property
+    def dated(self) -> bool:
+        """Whether what it writes depends on the day."""
+        written = str(self.template or self.tokenizer.chat_template)
+        return "strftime_now" in written and "date_string" not in self.options
 
     def read(self, conversation: Conversation, place: str) -> Turns:
         """The tokens of a conversation that has turns to be learnt; messages name its place.
@@ -62,23 +74,34 @@ class ChatTemplate:
         text = self._write(conversation, len(conversation.messages), place)
         read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = _whole(read["offset_mapping"])
-        if _MARKS.search(self.tokenizer.get_chat_template(self.template, conversation.tools)):
-            start = self._begins(conversation, conversation.given, text, place) if conversation.given else 0
-            marks = self._apply(
-                conversation.messages, place, tools=conversation.tools, return_dict=True,
-                return_assistant_tokens_mask=True,
-            )["assistant_masks"]  # fmt: skip
-            learnt = [bool(mark) and last > start for mark, (_, last) in zip(marks, spans, strict=True)]
+        template = self._try(self.tokenizer.get_chat_template, place, self.template, conversation.tools)
+        if _MARKS.search(template):
+            turns = self._marked(conversation, template, place)
+            if conversation.given:
+                given = self._begins(conversation, conversation.given, text, place)
+                turns = [(max(begin, given), end) for begin, end in turns if end > given]
         else:
             turns = [
                 (self._begins(conversation, number, text, place), self._ends(conversation, number, text, place))
                 for number in conversation.learnt
             ]
-            learnt = [any(last > begin and first < end for begin, end in turns) for first, last in spans]
+        learnt = [any(last > begin and first < end for begin, end in turns) for first, last in spans]
         learnt[:1] = [False]  # it has nothing before it to be predicted from
         if not any(learnt):
             raise ScaloraError(f"task: the chat template writes nothing of the assistant's in {place}; drop the row")
         return Turns(list(read["input_ids"]), learnt)
+
+    def _marked(self, conversation: Conversation, template: str, place: str) -> list[tuple[int, int]]:
+        """Where the template says that the assistant's turns stand.
+
+        From its characters and not, as `return_assistant_tokens_mask`, from single tokens: a character that is many
+        tokens, or none, would be taken for the wrong ones.
+        """
+        _, found = self._try(
+            render_jinja_template, place, [conversation.messages], tools=conversation.tools, chat_template=template,
+            return_assistant_tokens_mask=True, **{**self.tokenizer.special_tokens_map, **self.options},
+        )  # fmt: skip
+        return found[0]
 
     def stops(self, turns: Turns) -> bool:
         """Whether the last turn that is learnt ends, but for white space, with a token that is no text."""
@@ -106,15 +129,15 @@ class ChatTemplate:
 
     def _write(self, conversation: Conversation, count: int, place: str, *, ask: bool = False) -> str:
         """The first messages as text, with a prompt to go on if it is asked for."""
-        return self._apply(
-            conversation.messages[:count], place, tools=conversation.tools, add_generation_prompt=ask, tokenize=False
-        )
+        return self._try(
+            self.tokenizer.apply_chat_template, place, conversation.messages[:count], tools=conversation.tools,
+            chat_template=self.template, add_generation_prompt=ask, tokenize=False, **self.options,
+        )  # fmt: skip
 
-    def _apply(self, messages: Sequence[Message], place: str, **options: Any) -> Any:
+    def _try(self, call: Callable[..., Any], place: str, *arguments: Any, **options: Any) -> Any:
+        """What a call to the template returns; raises ScaloraError, with the row's place, for all that it raises."""
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, **(self.options | options)
-            )
+            return call(*arguments, **options)
         except TemplateSyntaxError as error:
             raise ScaloraError(
                 f"task.chat_template: not a template in Jinja ({error}, line {error.lineno}); mend it"
