@@ -21,10 +21,12 @@ from ..algebra.lowrank import singular_values, truncate
 from ..common.disk_layout import PREFIX, WEIGHTS
 from ..common.errors import ScaloraError, named
 from ..common.files import replace_folder
-from ..layers.joined_config import joined_ranks, plain_name, unwritable
-from ..layers.peft_lora import AdapterLayer, find_layers, find_peft_model
+from ..layers.exactness import why_inexact
+from ..layers.joined_config import joined_ranks, pattern_name, plain_name, rank_and_alpha, unwritable
+from ..layers.peft_lora import AdapterLayer, find_peft_model
 from ..layers.sharding import gather_full, is_writer
 from ..layers.stand_in import StandIn
+from .chosen import choose_layers
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
@@ -145,11 +147,11 @@ def _check_factors(factors: Any) -> None:
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
     """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
-    adapter, peft_model = find_layers(model)[0].adapter, find_peft_model(model)
+    adapter, peft_model = choose_layers(model, "leave")[0][0].adapter, find_peft_model(model)
     layers = [
         AdapterLayer(PREFIX + plain_name(name), module, adapter)
         for name, module in peft_model.base_model.model.named_modules()  # pyright: ignore
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
+        if isinstance(module, LoraLayer) and adapter in module.r
     ]
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
@@ -162,9 +164,13 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     state = {name: value for name, value in found.items() if ".parametrizations." not in name}
     sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
+        name = pattern_name(layer.name.removeprefix(PREFIX), layer.module)
+        if why_inexact(layer.module, adapter):
+            sizes[name] = rank_and_alpha(layer.module, adapter)  # as it is
+            continue
         P, Q = _checked(factors(layer), layer)
         state[f"{layer.name}.lora_B.weight"], state[f"{layer.name}.lora_A.weight"] = P, Q.mT
-        sizes[layer.name.removeprefix(PREFIX)] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
+        sizes[name] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
     changes: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True, **joined_ranks(sizes)}
     if config.task_type is None:  # as PEFT itself does, for AutoPeftModel
         base = type(peft_model.get_base_model())
