@@ -33,7 +33,6 @@ REFUSED = {
     "alora_invocation_tokens": ("llama", {"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
     "init-mica": ("llama", {"init_lora_weights": "mica"}, "MiCA|trains only one"),
     "lora_bias": ("bert", {"lora_bias": True}, "lora_bias=True"),
-    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, "embedding"),
 }
 LEFT = {
     "target_parameters": {"target_parameters": ["o_proj.weight"]},

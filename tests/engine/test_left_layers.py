@@ -143,8 +143,8 @@ def test_one_layer_of_another_kind_is_named_once():
     assert len(handle.layers) == 7
 
 
-def trained(folder, steps, resume=None):
-    model = mixed()
+def trained(folder, steps, resume=None, **options):
+    model = mixed(**options)
     ids = torch.randint(0, models.VOCABULARY, (8, 10), generator=torch.Generator().manual_seed(3))
     arguments = TrainingArguments(
         str(folder), max_steps=steps, save_steps=3, logging_steps=1, report_to="none", use_cpu=True, seed=5,
@@ -156,11 +156,12 @@ def trained(folder, steps, resume=None):
     return model, made
 
 
-def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path):
-    whole, made = trained(tmp_path / "whole", 6)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "embed_tokens"]])
+def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, targets):
+    whole, made = trained(tmp_path / "whole", 6, target_modules=targets)
     assert made.state.log_history[-2]["scalora/left"] == 2
-    trained(tmp_path / "part", 3)
-    resumed, _ = trained(tmp_path / "part", 6, tmp_path / "part" / "checkpoint-3")
+    trained(tmp_path / "part", 3, target_modules=targets)
+    resumed, _ = trained(tmp_path / "part", 6, tmp_path / "part" / "checkpoint-3", target_modules=targets)
     theirs = resumed.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in whole.state_dict().items())
     again = PeftModel.from_pretrained(models.base("llama"), tmp_path / "whole" / "checkpoint-6")

@@ -12,8 +12,8 @@ from ..layers.peft_lora import AdapterLayer, sort_layers
 from .config import Unsupported
 
 
-def choose_layers(model: nn.Module, unsupported: Unsupported) -> tuple[list[AdapterLayer], dict[str, str]]:
-    """The trained layers that are rescaled; the names of those that are left, and why.
+def choose_layers(model: nn.Module, unsupported: Unsupported) -> tuple[list[AdapterLayer], dict[AdapterLayer, str]]:
+    """The trained layers that are rescaled; those that are left, and why.
 
     Args:
         model: a PEFT LoRA model.
@@ -23,14 +23,15 @@ def choose_layers(model: nn.Module, unsupported: Unsupported) -> tuple[list[Adap
         ScaloraError: there is one and ``unsupported`` is "refuse", or there is no other; and as
             :func:`scalora.layers.peft_lora.sort_layers`.
     """
-    layers, others = sort_layers(model)
-    left = {layer.name: why for layer, why in others.items()}
-    for name, why in left.items():
+    layers, left = sort_layers(model)
+    for layer, why in left.items():
         if not layers:
             and_no_other = f"; unsupported={unsupported!r} has nothing to rescale" if unsupported == "leave" else ""
-            raise ScaloraError(f"layer {name} {why}{and_no_other}")
+            raise ScaloraError(f"layer {layer.name} {why}{and_no_other}")
         if unsupported == "refuse":
-            raise ScaloraError(f"layer {name} {why}, or train such layers as PEFT's plain LoRA: unsupported='leave'")
+            raise ScaloraError(
+                f"layer {layer.name} {why}, or train such layers as PEFT's plain LoRA: unsupported='leave'"
+            )
     return layers, left
 
 

@@ -61,7 +61,8 @@ class ScaLora:
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
-        self.layers, self.left = choose_layers(model, config.unsupported)  # why others are left, by their names
+        self.layers, others = choose_layers(model, config.unsupported)
+        self.left = {layer.name: why for layer, why in others.items()}  # train as plain LoRA
         self.attached = True
         self.superseded = False
         reshard(model)

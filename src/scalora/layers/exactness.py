@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .sharding import is_sharded
+from .layout import CONVOLUTIONS, is_linear
+from .sharding import is_sharded, plain_class
 
 
 def why_inexact(module: LoraLayer, adapter: str) -> str:
@@ -30,13 +32,27 @@ def why_inexact(module: LoraLayer, adapter: str) -> str:
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
         variant = type(module.lora_variant.get(adapter)).__name__
         return f"uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
-    if adapter in module.lora_embedding_A:
-        return "adapts an embedding, which is not supported: leave it out of target_modules"
-    if not (isinstance(module.lora_A[adapter], nn.Linear) and isinstance(module.lora_B[adapter], nn.Linear)):
-        base = type(module.get_base_layer()).__name__
-        return f"adapts a {base}: only linear layers can be rescaled; leave it out of target_modules"
+    if problem := _of_its_kind(module, adapter):
+        return problem
     if module.lora_bias.get(adapter, False):
         return "has lora_bias=True: train without it (LoraConfig(lora_bias=False))"
+    return ""
+
+
+def _of_its_kind(module: LoraLayer, adapter: str) -> str:
+    base: Any = module.get_base_layer()
+    out = "leave it out of target_modules"
+    if adapter in module.lora_embedding_A:
+        if getattr(module, "tp_layer", None) is not None:
+            return f"is split by tensor parallelism: {out}"
+        if base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
+            return f"adapts an embedding with max_norm, sparse or scale_grad_by_freq, which no product has: {out}"
+        return ""
+    if plain_class(module.lora_A[adapter]) in CONVOLUTIONS:
+        grouped = f"adapts a convolution in {base.groups} groups, whose weight is no such product: {out}"
+        return grouped if base.groups > 1 else ""
+    if not is_linear(module, adapter):
+        return f"adapts a {type(base).__name__}: only linear layers, embeddings and convolutions can be rescaled; {out}"
     return ""
 
 

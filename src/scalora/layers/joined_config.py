@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..common.errors import ScaloraError
+from .layout import lora_a
 from .lora_config import UNREADABLE
 from .peft_lora import WRAPPERS, changes_base
 from .stand_in import StandIn
@@ -145,8 +146,9 @@ def _is_of_another(folder: Path, model: nn.Module, adapter: str) -> bool:
     if not weights.is_file() or not any(_held(layer, adapter) for layer in layers):
         return False
     with safe_open(weights, "pt") as file:
-        rows = sum(file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key)  # noqa: SIM118
-    return rows == sum(layer.r[adapter] for layer in layers)
+        of_A = [key for key in file.keys() if ".lora_A" in key or ".lora_embedding_A" in key]  # noqa: SIM118
+        rows = sum(file.get_slice(key).get_shape()[0] for key in of_A)
+    return rows == sum(lora_a(layer, adapter).shape[0] for layer in layers)
 
 
 def _held(layer: LoraLayer, adapter: str) -> int:

@@ -1,4 +1,4 @@
-"""The only file that knows how PEFT lays out A, B, s and the base weight.
+"""The paper's A, B, s and base weight, as PEFT has them (with :mod:`.layout`, which knows its kinds of layers).
 
 PEFT computes ΔW = s·lora_B.weight @ lora_A.weight. In the paper's symbols A (m×r) is ``lora_B.weight`` (out×r),
 B (n×r) is ``lora_A.weight``ᵀ (in×r), and PEFT's gradients already carry s: with c/s² in place of c every formula holds,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .exactness import sharing, trained_adapters, why_inexact
+from .layout import CONVOLUTIONS, is_linear, lora_a, lora_b
 from .sharding import plain_class, refuse_flattened
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
@@ -34,13 +36,13 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """A, (m, r): ``lora_B.weight``."""
-        return self.module.lora_B[self.adapter].weight  # pyright: ignore
+        """A, (m, r): ``lora_B.weight``; of a convolution (m, r, 1, …)."""
+        return lora_b(self.module, self.adapter)
 
     @property
     def Bt(self) -> nn.Parameter:
-        """Bᵀ, (r, n): ``lora_A.weight``."""
-        return self.module.lora_A[self.adapter].weight  # pyright: ignore
+        """Bᵀ, (r, n): ``lora_A.weight``; of a convolution (r, in, …)."""
+        return lora_a(self.module, self.adapter)
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -62,6 +64,11 @@ class AdapterLayer:
         return self.A.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """m and n."""
+        return self.A.shape[0], self.Bt.shape[1:].numel()
+
+    @property
     def base(self) -> nn.Module:
         """The layer that PEFT wraps."""
         return self.module.get_base_layer()
@@ -70,7 +77,9 @@ class AdapterLayer:
     def base_weight(self) -> Tensor:
         """A view of the frozen weight as m×n, whichever way the layer stores it."""
         weight: Tensor = self.base.weight  # pyright: ignore
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        if weight.ndim > 2:
+            return weight.view(weight.shape[0], -1)
+        return weight.T if isinstance(self.base, Conv1D | nn.Embedding) else weight
 
     @property
     def accumulated(self) -> Accumulated:
@@ -79,7 +88,7 @@ class AdapterLayer:
 
 
 def find_layers(model: nn.Module) -> list[AdapterLayer]:
-    """The LoRA layers that are being trained, in the order of ``model.named_modules()``.
+    """The LoRA layers that are being trained, linear ones all of them, in the order of ``model.named_modules()``.
 
     Raises:
         ScaloraError: as :func:`sort_layers`; or a layer's update is not s·A Bᵀ of its own two matrices (embeddings,
@@ -88,6 +97,13 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
     layers, others = sort_layers(model)
     for layer, why in others.items():
         raise ScaloraError(f"layer {layer.name} {why}")
+    for layer in layers:
+        if not is_linear(layer.module, layer.adapter):
+            base = type(layer.base).__name__
+            raise ScaloraError(
+                f"layer {layer.name} adapts {'an' if base[0] in 'AEIOU' else 'a'} {base}, which ScaLoRA alone can "
+                "rescale: leave it out of target_modules"
+            )
     return layers
 
 
@@ -128,7 +144,7 @@ def _why_not(layer: AdapterLayer, shared: bool) -> str:
         raise ScaloraError(f"layer {layer.name} is merged into its base weight: call model.unmerge_adapter() first")
     if problem := why_inexact(layer.module, layer.adapter):
         return problem
-    if not layer.A.requires_grad:
+    if not (layer.A.requires_grad and layer.Bt.requires_grad):
         return "trains only one of its two adapter matrices: ScaLoRA needs both"
     return "shares its adapter with another layer: give each its own adapter" if shared else ""
 
@@ -148,9 +164,15 @@ def _why_none(model: nn.Module, foreign: set[str]) -> str:
 
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
-    weight = getattr(layer.base, "weight", None)
-    if plain_class(layer.base) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor):
+    base: Any = layer.base
+    weight, cls = getattr(base, "weight", None), plain_class(base)
+    if cls not in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS) or not isinstance(weight, Tensor):
         return False
+    if cls in CONVOLUTIONS:
+        patches: Any = layer.module.lora_A[layer.adapter]  # PEFT gives it neither padding mode nor dilation of the base
+        alike = (base.padding_mode, base.dilation) == (patches.padding_mode, patches.dilation)
+        if not (alike and weight.is_contiguous()):
+            return False
     # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
     return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
 
