@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError, named
-from ..layers.peft_lora import find_layers
 from .checkpoint import write_and_read_beside
+from .chosen import choose_layers
 from .config import ScaLoraConfig, as_config, refuse_settings
 from .event import ScaLora
 from .stores.adapter import make_room
@@ -44,7 +44,7 @@ def create_scalora_optimizer(
     if not callable(optimizer_cls):
         raise ScaloraError(f"optimizer_cls is {named(optimizer_cls)}: give a class, e.g. torch.optim.AdamW")
     refuse_settings(kwargs)
-    find_layers(model)
+    choose_layers(model, config.unsupported)
     try:
         optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
     except (TypeError, ValueError) as error:
@@ -87,7 +87,8 @@ def prepare(model: nn.Module, config: ScaLoraConfig | Mapping[str, Any] | None =
     Raises:
         ScaloraError: as :func:`attach`.
     """
-    config, layers = as_config(config), find_layers(model)
+    config = as_config(config)
+    layers, _ = choose_layers(model, config.unsupported)
     if config.accumulate == "adapter":
         make_room(model, layers, config.columns)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.disk_layout import BASE_FILE, STATE_FILE
 from ..common.errors import ScaloraError
-from ..layers.peft_lora import AdapterLayer, find_layers
+from ..layers.peft_lora import AdapterLayer, sort_layers
 from ..layers.sharding import copy_into, gather_full, is_sharded, reshard
 from .event import ScaLora, attached_to
 from .stores.base_weights import mark_written
@@ -92,7 +92,7 @@ def _write_beside(model: nn.Module, folder: Path) -> None:
 
 def _read_beside(model: nn.Module, folder: Path) -> None:
     if (folder / BASE_FILE).is_file():
-        load_base(find_layers(model), model, folder)
+        load_base(sort_layers(model)[0], model, folder)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

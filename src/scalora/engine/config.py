@@ -13,6 +13,7 @@ from ..common.errors import ScaloraError, named
 
 Accumulate = Literal["adapter", "base"]
 Coordinates = Literal["plain", "white"]
+Unsupported = Literal["refuse", "leave"]
 
 
 def _help(default: Any, text: str) -> Any:
@@ -70,6 +71,11 @@ class ScaLoraConfig:
         "the widest layer has singular values are not made.",
     )
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
+    unsupported: Unsupported = _help(
+        "refuse",
+        "Layers that cannot be rescaled exactly (DoRA and other variants, lora_bias, ...): 'refuse' the model, or "
+        "'leave' them, so that they train as PEFT's plain LoRA beside the others.",
+    )
 
     def __post_init__(self) -> None:
         if self.interval is not None:
@@ -90,6 +96,7 @@ class ScaLoraConfig:
                 )
         _require_choice("scaling", self.scaling, get_args(ScalingMethod))
         _require_choice("accumulate", self.accumulate, get_args(Accumulate))
+        _require_choice("unsupported", self.unsupported, get_args(Unsupported))
         if self.lipschitz is not None and not (_is_number(self.lipschitz) and self.lipschitz > 0):
             raise ScaloraError(f"lipschitz is {self.lipschitz!r}: it must be a positive number, or None to calibrate c")
         if self.capacity is not None:

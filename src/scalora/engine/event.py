@@ -21,8 +21,8 @@ from ..algebra.precision import exact_matmul, representable
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
-from ..layers.peft_lora import find_layers
 from ..layers.sharding import differing, gather_full, local_shard, reshard
+from .chosen import choose_layers, warn_of_left
 from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
 from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parameter, stack_with_gram
@@ -61,7 +61,8 @@ class ScaLora:
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
-        self.layers = find_layers(model)
+        self.layers, others = choose_layers(model, config.unsupported)
+        self.left = {layer.name: why for layer, why in others.items()}  # train as plain LoRA
         self.attached = True
         self.superseded = False
         reshard(model)
@@ -96,6 +97,7 @@ class ScaLora:
         self._after = self.optimizer.register_step_post_hook(lambda *_: self._watch())
         # A copy of an optimizer has no hooks: it would go on as plain LoRA's.
         self.optimizer.__reduce_ex__ = _refuse_copy  # pyright: ignore[reportAttributeAccessIssue]
+        warn_of_left(self.left)
 
     @property
     def stats(self) -> list[Event]:

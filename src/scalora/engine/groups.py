@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algebra.gram import Gram, gram_products
 from ..algebra.whitening import Whitening
+from ..layers.layout import as_matrix
 from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import gather_full, shard_of
 
@@ -59,7 +60,7 @@ def gather_group(group: Group) -> Gathered:
     """Adapters and gradients of one group; what is sharded is gathered (a collective)."""
     params = [*group.A, *group.Bt]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    full, count = gather_full([*params, *gradients]), len(group.A)
+    full, count = [as_matrix(t) for t in gather_full([*params, *gradients])], len(group.A)
     A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
     return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
 
@@ -95,8 +96,9 @@ def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[T
     """
     dtype = group.A[0].dtype
     for A, Bt, a, b in zip(group.A, group.Bt, alpha.to(dtype), beta.to(dtype), strict=True):
-        yield A, a, b
-        yield Bt, shard_of(b[:, None], Bt), shard_of(a[:, None], Bt)
+        patch = (1,) * (A.ndim - 2)  # of a convolution
+        yield A, a.view(-1, *patch), b.view(-1, *patch)
+        yield Bt, shard_of(b.view(-1, 1, *patch), Bt), shard_of(a.view(-1, 1, *patch), Bt)
 
 
 @lru_cache(maxsize=1024)

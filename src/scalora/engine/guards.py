@@ -41,7 +41,7 @@ class Guards:
 
     def _problem(self, layer: AdapterLayer, optimized: set[int], accumulates: bool) -> str:
         module, adapter = layer.module, layer.adapter
-        held = module.lora_A._modules  # in place of its keys(): this runs before every step
+        held = module.r  # by adapter
         if adapter not in held:
             return f"adapter {adapter!r} was deleted in mid-run: detach() ScaLoRA before deleting adapters"
         if adapter not in module.active_adapters:
@@ -63,7 +63,7 @@ class Guards:
                     f"adapter {adapter!r} is not in the optimizer: create the optimizer after the adapters, and after "
                     "fully_shard, which replaces them, with all trainable parameters; then attach"
                 )
-            if p.ndim != 2:
+            if p.ndim < 2:
                 return f"adapter {adapter!r} was flattened after attach(), as FSDP1 does: use FSDP2 or DDP"
             if self.dtypes.setdefault(id(p), p.dtype) is not p.dtype:
                 if self.optimizer.state.get(p):  # of the former dtype: torch itself would fail on it

@@ -21,17 +21,20 @@ from ..algebra.lowrank import singular_values, truncate
 from ..common.disk_layout import PREFIX, WEIGHTS
 from ..common.errors import ScaloraError, named
 from ..common.files import replace_folder
-from ..layers.joined_config import joined_ranks, plain_name, unwritable
-from ..layers.peft_lora import AdapterLayer, find_layers, find_peft_model
+from ..layers.exactness import why_inexact
+from ..layers.joined_config import joined_ranks, pattern_name, plain_name, rank_and_alpha, unwritable
+from ..layers.layout import as_matrix, like_lora_a, like_lora_b, matrix_keys
+from ..layers.peft_lora import AdapterLayer, find_peft_model
 from ..layers.sharding import gather_full, is_writer
 from ..layers.stand_in import StandIn
+from .chosen import choose_layers
 
 Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a layer's whole update P Qᵀ
 
 
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
-    A, Bt = gather_full([layer.A.detach(), layer.Bt.detach()])
+    A, Bt = map(as_matrix, gather_full([layer.A.detach(), layer.Bt.detach()]))
     held = layer.module.held(layer.adapter) if isinstance(layer.module, StandIn) else None
     if held is not None:
         P, Qt = held.columns()
@@ -145,11 +148,12 @@ def _check_factors(factors: Any) -> None:
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
     """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
-    adapter, peft_model = find_layers(model)[0].adapter, find_peft_model(model)
+    (trained, *_), left = choose_layers(model, "leave")
+    adapter, peft_model, whole = trained.adapter, find_peft_model(model), {layer.module for layer in left}
     layers = [
         AdapterLayer(PREFIX + plain_name(name), module, adapter)
         for name, module in peft_model.base_model.model.named_modules()  # pyright: ignore
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
+        if isinstance(module, LoraLayer) and adapter in module.r
     ]
     config = peft_model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
@@ -162,9 +166,14 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     state = {name: value for name, value in found.items() if ".parametrizations." not in name}
     sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
+        name = pattern_name(layer.name.removeprefix(PREFIX), layer.module)
+        if layer.module in whole or why_inexact(layer.module, adapter):
+            sizes[name] = rank_and_alpha(layer.module, adapter)  # as it is
+            continue
         P, Q = _checked(factors(layer), layer)
-        state[f"{layer.name}.lora_B.weight"], state[f"{layer.name}.lora_A.weight"] = P, Q.mT
-        sizes[layer.name.removeprefix(PREFIX)] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
+        key_A, key_B = (f"{layer.name}.{key.replace(f'.{adapter}', '')}" for key in matrix_keys(layer.module, adapter))
+        state[key_A], state[key_B] = like_lora_a(Q.mT, layer.Bt), like_lora_b(P, layer.A)
+        sizes[name] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
     changes: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True, **joined_ranks(sizes)}
     if config.task_type is None:  # as PEFT itself does, for AutoPeftModel
         base = type(peft_model.get_base_model())
@@ -175,7 +184,7 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
 
 def _checked(pair: Any, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """What a caller's factors gave for a layer, if it is a P and a Q of that layer's."""
-    m, n = layer.A.shape[0], layer.Bt.shape[1]
+    m, n = layer.shape
     found = [tuple(each.shape) if isinstance(each, Tensor) else named(each) for each in pair] if _is_pair(pair) else []
     k = found[0][-1] if found and isinstance(found[0], tuple) and found[0] else 0
     if found != [(m, k), (n, k)]:

@@ -33,6 +33,8 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
         if not isinstance(state[name], kind):
             raise ScaloraError(f"state has {name}={named(state[name])}: give what handle.state_dict() returned")
     for name, value in run["config"].items():
+        if name == "unsupported":
+            continue  # the layers tell
         if (saved := state["config"].get(name)) != value:
             raise ScaloraError(
                 f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"

@@ -125,11 +125,13 @@ class ScaLoraCallback(TrainerCallback):
 
 
 def log_figures(handle: ScaLora) -> dict[str, float]:
-    """Figures of the latest event, and the number of refreshes so far, under their names in the logs."""
-    refreshes = {} if handle.refresh is None else {"scalora/refreshes": float(len(handle.refresh.steps))}
+    """Figures of the latest event, and the numbers of refreshes so far and of layers left, as the logs name them."""
+    counts = {} if handle.refresh is None else {"scalora/refreshes": float(len(handle.refresh.steps))}
+    if handle.left:
+        counts["scalora/left"] = float(len(handle.left))
     if not (event := handle.history.latest()):
-        return refreshes
-    return refreshes | {
+        return counts
+    return counts | {
         "scalora/alpha": event.alpha[1],
         "scalora/beta": event.beta[1],
         "scalora/moved": event.moved,

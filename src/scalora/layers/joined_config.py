@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..common.errors import ScaloraError
+from .layout import lora_a
 from .lora_config import UNREADABLE
 from .peft_lora import WRAPPERS, changes_base
 from .stand_in import StandIn
@@ -63,7 +64,7 @@ class JoinedConfig(LoraConfig):
         held = {name: _held(layer, self._adapter) for name, layer in layers.items()}
         if not any(held.values()):
             return {}
-        sizes = {name: _size(layer, self._adapter, held[name]) for name, layer in layers.items()}
+        sizes = {name: rank_and_alpha(layer, self._adapter, held[name]) for name, layer in layers.items()}
         return joined_ranks(sizes)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,10 +126,18 @@ def plain_name(name: str) -> str:
     return name
 
 
+def pattern_name(name: str, module: LoraLayer) -> str:
+    """What a layer is called in PEFT's patterns; where a bare parameter is adapted, that is the parameter's name."""
+    name, parameter = plain_name(name), getattr(module, "parameter_name", None)
+    while parameter and name.endswith(".base_layer"):  # those of one module stand in one another
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{parameter}" if parameter else name
+
+
 def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            yield plain_name(name), module
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            yield pattern_name(name, module), module
 
 
 def _is_of_another(folder: Path, model: nn.Module, adapter: str) -> bool:
@@ -137,8 +146,9 @@ def _is_of_another(folder: Path, model: nn.Module, adapter: str) -> bool:
     if not weights.is_file() or not any(_held(layer, adapter) for layer in layers):
         return False
     with safe_open(weights, "pt") as file:
-        rows = sum(file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key)  # noqa: SIM118
-    return rows == sum(layer.r[adapter] for layer in layers)
+        of_A = [key for key in file.keys() if ".lora_A" in key or ".lora_embedding_A" in key]  # noqa: SIM118
+        rows = sum(file.get_slice(key).get_shape()[0] for key in of_A)
+    return rows == sum(lora_a(layer, adapter).shape[0] for layer in layers)
 
 
 def _held(layer: LoraLayer, adapter: str) -> int:
@@ -146,8 +156,8 @@ def _held(layer: LoraLayer, adapter: str) -> int:
     return held.used if held else 0
 
 
-def _size(layer: LoraLayer, adapter: str, held: int) -> tuple[int, float]:
-    """Rank and lora_alpha of all columns at the scale of the trained ones."""
+def rank_and_alpha(layer: LoraLayer, adapter: str, held: int = 0) -> tuple[int, float]:
+    """Rank and lora_alpha of all columns, ``held`` of them accumulated, at the scale of the trained ones."""
     r = layer.r[adapter]
     alpha = layer.lora_alpha[adapter] * (r + held) / (math.sqrt(r) if layer.use_rslora[adapter] else r)
     return r + held, int(alpha) if float(alpha).is_integer() else alpha

@@ -21,6 +21,7 @@ from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
 from .moment_sketch import MomentSketch, gather_moments
 from .products import Adapter, add_adapters, frozen_weight, merged_linear, merging_is_cheaper
+from .reading import reading
 from .sharding import is_sharded
 
 
@@ -43,9 +44,9 @@ class LoraForward(nn.Module, LoraLayer):
             result = self.peft_forward(x, *args, **kwargs)
         if torch.is_grad_enabled():
             if self.sketch is not None:
-                result = gather_sketch(result, x, self.sketch)
+                result = gather_sketch(result, x, self.sketch, reading(self))
             if self.moments is not None:
-                result = gather_moments(result, x, self.moments)
+                result = gather_moments(result, x, self.moments, reading(self))
         return result
 
     @property

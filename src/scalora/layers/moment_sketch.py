@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .reading import Reading
+
 
 class MomentSketch(NamedTuple):
     """Leaves that gather CΦ (n×k), DΨ (m×k) and the trace that C and D share (0-d) as their ``.grad``.
@@ -30,8 +32,10 @@ class MomentSketch(NamedTuple):
         return [self.of_inputs, self.of_outputs, self.trace]
 
 
-def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch) -> Tensor:
-    """``result`` (…, m) as it is; backward adds to the leaves' gradients. x: (…, n)."""
+def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch, reads: Reading | None = None) -> Tensor:
+    """``result`` (…, m) as it is; backward adds to the leaves' gradients. x: (…, n), or what is read."""
+    if reads is not None:
+        return _GatherRead.apply(result, x, reads, *sketch)  # pyright: ignore
     return _Gather.apply(result, x, *sketch)  # pyright: ignore
 
 
@@ -51,3 +55,24 @@ class _Gather(torch.autograd.Function):
         of_x, of_y = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, y))
         x, y = x * of_y, y * of_x
         return g, None, None, None, x.mT @ (x @ inputs), y.mT @ (y @ outputs), (of_x * of_y).square().sum()
+
+
+class _GatherRead(torch.autograd.Function):
+    """As the one above, of inputs that are read."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, result: Tensor, x: Tensor, reads: Reading, inputs: Tensor, outputs: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        ctx.reads = reads
+        ctx.save_for_backward(x, inputs, outputs)
+        return result.view_as(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, inputs, outputs = ctx.saved_tensors
+        y = ctx.reads.rows(g).to(outputs)
+        of_x, of_y = ctx.reads.squares(x, inputs), y.square().sum(-1, keepdim=True)
+        seen = ctx.reads.transposed(x, of_y * ctx.reads.times(x, inputs))
+        return g, None, None, None, None, seen, y.mT @ (of_x * (y @ outputs)), (of_x * of_y).sum()

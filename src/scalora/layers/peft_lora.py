@@ -1,4 +1,4 @@
-"""The only file that knows how PEFT lays out A, B, s and the base weight.
+"""The paper's A, B, s and base weight, as PEFT has them (with :mod:`.layout`, which knows its kinds of layers).
 
 PEFT computes ΔW = s·lora_B.weight @ lora_A.weight. In the paper's symbols A (m×r) is ``lora_B.weight`` (out×r),
 B (n×r) is ``lora_A.weight``ᵀ (in×r), and PEFT's gradients already carry s: with c/s² in place of c every formula holds,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
+from .exactness import sharing, trained_adapters, why_inexact
+from .layout import CONVOLUTIONS, is_linear, lora_a, lora_b
 from .sharding import plain_class, refuse_flattened
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
@@ -33,13 +36,13 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """A, (m, r): ``lora_B.weight``."""
-        return self.module.lora_B[self.adapter].weight  # pyright: ignore
+        """A, (m, r): ``lora_B.weight``; of a convolution (m, r, 1, …)."""
+        return lora_b(self.module, self.adapter)
 
     @property
     def Bt(self) -> nn.Parameter:
-        """Bᵀ, (r, n): ``lora_A.weight``."""
-        return self.module.lora_A[self.adapter].weight  # pyright: ignore
+        """Bᵀ, (r, n): ``lora_A.weight``; of a convolution (r, in, …)."""
+        return lora_a(self.module, self.adapter)
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -61,6 +64,11 @@ class AdapterLayer:
         return self.A.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """m and n."""
+        return self.A.shape[0], self.Bt.shape[1:].numel()
+
+    @property
     def base(self) -> nn.Module:
         """The layer that PEFT wraps."""
         return self.module.get_base_layer()
@@ -69,7 +77,9 @@ class AdapterLayer:
     def base_weight(self) -> Tensor:
         """A view of the frozen weight as m×n, whichever way the layer stores it."""
         weight: Tensor = self.base.weight  # pyright: ignore
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        if weight.ndim > 2:
+            return weight.view(weight.shape[0], -1)
+        return weight.T if isinstance(self.base, Conv1D | nn.Embedding) else weight
 
     @property
     def accumulated(self) -> Accumulated:
@@ -78,39 +88,65 @@ class AdapterLayer:
 
 
 def find_layers(model: nn.Module) -> list[AdapterLayer]:
-    """The LoRA layers that are being trained, in the order of ``model.named_modules()``.
+    """The LoRA layers that are being trained, linear ones all of them, in the order of ``model.named_modules()``.
 
     Raises:
-        ScaloraError: no trainable LoRA layer, several trainable adapters, or a layer whose update is not s·A Bᵀ of its
-            own two matrices (embeddings, convolutions, DoRA and other variants, biases, shared or merged weights), or
-            parameters that FSDP1 or DeepSpeed keeps in flat buffers.
+        ScaloraError: as :func:`sort_layers`; or a layer's update is not s·A Bᵀ of its own two matrices (embeddings,
+            convolutions, DoRA and other variants, biases, shared weights).
+    """
+    layers, others = sort_layers(model)
+    for layer, why in others.items():
+        raise ScaloraError(f"layer {layer.name} {why}")
+    for layer in layers:
+        if not is_linear(layer.module, layer.adapter):
+            base = type(layer.base).__name__
+            raise ScaloraError(
+                f"layer {layer.name} adapts {'an' if base[0] in 'AEIOU' else 'a'} {base}, which ScaLoRA alone can "
+                "rescale: leave it out of target_modules"
+            )
+    return layers
+
+
+def sort_layers(model: nn.Module) -> tuple[list[AdapterLayer], dict[AdapterLayer, str]]:
+    """The LoRA layers that are being trained: those that can be rescaled; the others, and why they cannot.
+
+    Raises:
+        ScaloraError: no trainable LoRA layer, several trainable adapters, merged weights, or parameters that FSDP1 or
+            DeepSpeed keeps in flat buffers.
     """
     if not isinstance(model, nn.Module):
         raise ScaloraError(f"model is {named(model)}: give a PEFT model, as peft.get_peft_model makes it")
     refuse_flattened(model)
-    layers: list[AdapterLayer] = []
+    found: list[AdapterLayer] = []
     foreign: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, "")
             name = name.removeprefix("module.")  # DistributedDataParallel's
-            layers += [AdapterLayer(name, module, adapter) for adapter in _trained_adapters(name, module)]
+            found += [AdapterLayer(name, module, adapter) for adapter in trained_adapters(module)]
         elif isinstance(module, BaseTunerLayer):
             foreign.add(type(module).__name__)
-    if not layers:
+    if not found:
         raise ScaloraError(f"model {type(model).__name__} has no trainable LoRA layer: " + _why_none(model, foreign))
-    adapters = sorted({layer.adapter for layer in layers})
+    adapters = sorted({layer.adapter for layer in found})
     if len(adapters) > 1:
         raise ScaloraError(
             f"adapters {', '.join(adapters)} are all being trained: make one active with model.set_adapter(name)"
         )
-    pairs = [(layer.A, layer.Bt) for layer in layers]  # held on to: a computed matrix is another object at each look
-    owners = Counter(id(p) for pair in pairs for p in pair)
-    for layer, pair in zip(layers, pairs, strict=True):
-        if any(owners[id(p)] > 1 for p in pair):
-            raise ScaloraError(f"layer {layer.name} shares its adapter with another layer: give each its own adapter")
-    return layers
+    shared = sharing([(layer.module, layer.adapter) for layer in found])
+    why = {layer: _why_not(layer, twice) for layer, twice in zip(found, shared, strict=True)}
+    return [layer for layer in found if not why[layer]], {layer: reason for layer, reason in why.items() if reason}
+
+
+def _why_not(layer: AdapterLayer, shared: bool) -> str:
+    if layer.module.merged:
+        raise ScaloraError(f"layer {layer.name} is merged into its base weight: call model.unmerge_adapter() first")
+    if problem := why_inexact(layer.module, layer.adapter):
+        return problem
+    if not (layer.A.requires_grad and layer.Bt.requires_grad):
+        return "trains only one of its two adapter matrices: ScaLoRA needs both"
+    return "shares its adapter with another layer: give each its own adapter" if shared else ""
 
 
 def _why_none(model: nn.Module, foreign: set[str]) -> str:
@@ -128,9 +164,15 @@ def _why_none(model: nn.Module, foreign: set[str]) -> str:
 
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
-    weight = getattr(layer.base, "weight", None)
-    if plain_class(layer.base) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor):
+    base: Any = layer.base
+    weight, cls = getattr(base, "weight", None), plain_class(base)
+    if cls not in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS) or not isinstance(weight, Tensor):
         return False
+    if cls in CONVOLUTIONS:
+        patches: Any = layer.module.lora_A[layer.adapter]  # PEFT gives it neither padding mode nor dilation of the base
+        alike = (base.padding_mode, base.dilation) == (patches.padding_mode, patches.dilation)
+        if not (alike and weight.is_contiguous()):
+            return False
     # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
     return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
 
@@ -139,48 +181,6 @@ def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLa
     """Layers whose base weight serves elsewhere in the model too (tied embeddings)."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [layer for layer in layers if owners[id(layer.base.weight)] > 1]
-
-
-def _trained_adapters(name: str, module: LoraLayer) -> list[str]:
-    """Adapters of one layer that are active and being trained, each checked to be a plain s·A Bᵀ."""
-    if not isinstance(module.lora_A, nn.ModuleDict):
-        raise ScaloraError(
-            f"layer {name} is a {type(module).__name__} ({type(module).__module__.split('.')[-2]}): only plain LoRA "
-            "can be rescaled; use LoraConfig"
-        )
-    active = [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A]
-    embedded = [a for a in active if a in module.lora_embedding_A]
-    if embedded and any(p.requires_grad for p in module.lora_embedding_A.parameters()):
-        raise ScaloraError(f"layer {name} adapts an embedding, which is not supported: leave it out of target_modules")
-    trained = [a for a in active if a not in embedded and module.lora_A[a].weight.requires_grad]  # pyright: ignore
-    for adapter in trained:
-        _check(name, module, adapter)
-    return trained
-
-
-def _check(name: str, module: LoraLayer, adapter: str) -> None:
-    base = type(module.get_base_layer()).__name__
-    A, B = module.lora_B[adapter], module.lora_A[adapter]
-    if "Wrapper" in type(module).__name__:  # PEFT's ParamWrapper
-        raise ScaloraError(
-            f"layer {name} adapts a bare parameter, as experts and routers are: only linear layers can be rescaled; "
-            "name those in target_modules, e.g. ['q_proj', 'k_proj', 'v_proj', 'o_proj'], and set no target_parameters"
-        )
-    if adapter in module.lora_variant or module.use_dora.get(adapter, False):
-        variant = type(module.lora_variant.get(adapter)).__name__
-        raise ScaloraError(
-            f"layer {name} uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
-        )
-    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
-        raise ScaloraError(
-            f"layer {name} adapts a {base}: only linear layers can be rescaled; leave it out of target_modules"
-        )
-    if module.lora_bias.get(adapter, False):
-        raise ScaloraError(f"layer {name} has lora_bias=True: train without it (LoraConfig(lora_bias=False))")
-    if module.merged:
-        raise ScaloraError(f"layer {name} is merged into its base weight: call model.unmerge_adapter() first")
-    if not A.weight.requires_grad:
-        raise ScaloraError(f"layer {name} trains only one of its two adapter matrices: ScaLoRA needs both")
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

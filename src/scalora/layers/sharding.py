@@ -190,6 +190,8 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _meet(target: Tensor, value: Tensor, corner: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where a matrix laid into ``target`` at ``corner`` meets this process's part: views of both, of one shape."""
+    if target.ndim > value.ndim:  # a convolution's weight, all of it
+        value = value.reshape(target.shape)
     if not is_sharded(target):  # nothing to meet, hundreds of times in every event
         if target.shape == value.shape:
             return target, value

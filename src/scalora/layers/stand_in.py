@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
-from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from ..common.errors import ScaloraError
 from .accumulated import Accumulated
 from .adopt import adopt
+from .layout import as_matrix, grown, in_weight_layout, lora_a, lora_b, matrix_keys, thin_pass
 from .sharding import copy_into, gather_full, is_sharded
 from .watched import Watched, watch
 from .written_base import WrittenBase, loads_whole
@@ -38,8 +38,8 @@ class StandIn(WrittenBase):
         return (*super().other_param_names, "accumulated")  # so that PEFT deletes it with its adapter
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """lora_A (r, n) and lora_B (m, r)."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # pyright: ignore
+        """lora_A and lora_B, in PEFT's shapes."""
+        return lora_a(self, adapter), lora_b(self, adapter)
 
     def held(self, adapter: str) -> Accumulated | None:
         # Whoever puts the state dict's matrices in place of the parameters has put in all columns already.
@@ -79,8 +79,7 @@ class StandIn(WrittenBase):
                 continue
             rows = slice(None) if names is None else [i for i, name in enumerate(names) if name == adapter]
             P, Qt = held.live()
-            more = nn.functional.linear(nn.functional.linear(x[rows].to(P.dtype), Qt), P)
-            more = (more * self.scaling[adapter]).to(result.dtype)
+            more = (thin_pass(self, adapter, x[rows], P, Qt) * self.scaling[adapter]).to(result.dtype)
             result = result + more if names is None else result.index_add(0, torch.tensor(rows, device=x.device), more)
         return result
 
@@ -110,7 +109,7 @@ class StandIn(WrittenBase):
         P, Qt = held.columns()
         wide = torch.promote_types(P.dtype, torch.float32)
         more = (P.to(wide) @ Qt.to(wide)) * self.scaling[adapter]
-        return (delta.to(wide) + transpose(more, getattr(self, "fan_in_fan_out", False))).to(delta.dtype)
+        return (delta.to(wide) + in_weight_layout(self, adapter, more)).to(delta.dtype)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated.
@@ -121,10 +120,12 @@ class StandIn(WrittenBase):
         if self.torn:
             self.refuse_averages()
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for key in (f"{prefix}lora_{part}.{adapter}.weight" for adapter in self.lora_A for part in "AB"):
-            if self.base_written and not is_sharded(state[key]):
-                of_A = "lora_A" in key
-                state[key] = nn.functional.pad(state[key].detach(), (0, 0, 0, 1) if of_A else (0, 1), value=float(of_A))
+        for adapter in self.r if self.base_written else ():
+            for dim, key in enumerate(matrix_keys(self, adapter)):
+                value = state[prefix + key].detach()
+                if not is_sharded(value):
+                    mark = value.narrow(dim, 0, 1).new_full((), 1 - dim).expand_as(value.narrow(dim, 0, 1))
+                    state[prefix + key] = torch.cat([value, mark], dim)
         for adapter in self.accumulated:
             if (held := self.held(adapter)) is None:
                 continue
@@ -132,31 +133,31 @@ class StandIn(WrittenBase):
             if is_sharded(held.P):
                 continue  # its columns are entries of their own
             P, Qt = held.columns()
-            for key, more, dim in ((f"lora_A.{adapter}.weight", Qt, 0), (f"lora_B.{adapter}.weight", P, 1)):
-                trained = state[prefix + key].detach()
-                wide = torch.promote_types(trained.dtype, more.dtype)
-                state[prefix + key] = torch.cat([trained.to(wide), more.to(trained.device)], dim)
+            for dim, (key, more) in enumerate(zip(matrix_keys(self, adapter), (Qt, P), strict=True)):
+                state[prefix + key] = grown(state[prefix + key].detach(), more, dim)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
-        for adapter in self.lora_A:
-            self._split(state_dict, adapter, f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight")
+        for adapter in self.r:
+            self._split(state_dict, adapter, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.watched = None if self.watched is None else {}  # what is loaded into a copy is its own
         self.torn = self.torn and self.base_written and f"{prefix}base_layer.weight" not in state_dict
 
-    def _split(self, state_dict: dict[str, Any], adapter: str, key_A: str, key_B: str) -> None:
+    def _split(self, state_dict: dict[str, Any], adapter: str, prefix: str) -> None:
         """Leave the first r columns to PEFT's two matrices; hold the others, of which there may be none."""
+        key_A, key_B = (prefix + key for key in matrix_keys(self, adapter))
         A, B = state_dict.get(key_A), state_dict.get(key_B)
-        r = self.r[adapter]
-        if f"{key_A.rpartition('lora_A')[0]}accumulated.{adapter}.P" in state_dict:
+        r, mine = self.r[adapter], self.matrices(adapter)
+        if f"{prefix}accumulated.{adapter}.P" in state_dict:
             return  # of a sharded model
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < r:
+        if A is None or B is None or A.ndim != mine[0].ndim or B.ndim != mine[1].ndim:
             return  # torch says what is wrong with it
-        mine = self.matrices(adapter)
-        if (A.shape[1], B.shape[0]) != (mine[0].shape[1], mine[1].shape[0]):
+        if A.shape[0] != B.shape[1] or A.shape[0] < r:
             return
-        part = f"{key_A.rpartition('lora_A')[0]}base_layer.weight" not in state_dict  # of a model's state
+        if A.shape[1:] != mine[0].shape[1:] or (B.shape[0], *B.shape[2:]) != (mine[1].shape[0], *mine[1].shape[2:]):
+            return
+        part = f"{prefix}base_layer.weight" not in state_dict  # of a model's state
         if (
             part
             and A.shape[0] == r
@@ -180,7 +181,7 @@ class StandIn(WrittenBase):
             A, B = A[:r], B[:, :r]
         held = dict(self.accumulated.items()).get(adapter)
         if isinstance(held, Accumulated):
-            held.put(B[:, r:], A[r:])
+            held.put(as_matrix(B[:, r:]), as_matrix(A[r:]))
         elif A[r:].any() and B[:, r:].any():
             return  # columns that have no place here
         for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):

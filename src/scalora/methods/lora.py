@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..algebra.nf4 import NF4
 from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
-from ..layers.peft_lora import AdapterLayer, find_layers
+from ..layers.peft_lora import AdapterLayer, find_layers, sort_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
 from .method import Adapted, Family, Method, MethodSpec, Spectrum
@@ -89,15 +89,23 @@ def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec, head: Hea
     return peft_model
 
 
-def lora_model(model: PreTrainedModel, spec: MethodSpec, head: Head, **options: Any) -> PeftModel:
+def lora_model(
+    model: PreTrainedModel,
+    spec: MethodSpec,
+    head: Head,
+    find: Callable[[nn.Module], list[AdapterLayer]] = find_layers,
+    **options: Any,
+) -> PeftModel:
     """A PEFT LoRA model by a recipe's ``method`` section, computed the shorter way; ``options`` go to LoraConfig.
+
+    ``find`` gives the layers that the method acts on, and refuses what it cannot act on.
 
     Raises:
         ScaloraError: no such modules, or the rank exceeds a weight's dimensions.
     """
     peft_model = wrap(model, lora_config(spec, head, **options), spec, head)
-    for layer in find_layers(peft_model):
-        m, n = layer.lora_B.shape[0], layer.lora_A.shape[1]
+    for layer in find(peft_model):
+        m, n = layer.shape
         if spec.rank > min(m, n):
             raise ScaloraError(
                 f"method.rank is {spec.rank}, but layer {layer.name} is {m}x{n}: choose {min(m, n)} or less"
@@ -140,7 +148,7 @@ def said_beside(head: Head, path: Path, model: PeftModel, own: Mapping[str, NF4]
 
 def lora_spectra(model: nn.Module, factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:
     """Singular values of each layer's whole update, trained and accumulated."""
-    return layer_spectra(find_layers(model), factors)
+    return layer_spectra(sort_layers(model)[0], factors)
 
 
 def layer_spectra(layers: Iterable[AdapterLayer], factors: Factors = joined_factors) -> Iterator[tuple[str, Spectrum]]:

@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, create_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..common.errors import ScaloraError
+from ..engine.chosen import choose_layers
 from ..engine.config import ScaLoraConfig
 from ..engine.plain_lora import joined_factors
 from ..engine.trainer import ScaLoraCallback
-from ..layers.peft_lora import find_layers
+from ..layers.layout import as_matrix
+from ..layers.peft_lora import AdapterLayer, sort_layers
 from ..models.heads import Head, loading_lines
 from .lora import lora_model, lora_spectra, save_plain
 from .method import Adapted, Family, Method, MethodSpec
@@ -46,7 +49,7 @@ class ScaLoraI(Method):
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         callback = ScaLoraCallback(self.config)
-        peft_model = lora_model(model, self.spec, head)
+        peft_model = lora_model(model, self.spec, head, self._layers)
         if self.config.accumulate == "adapter":
             return Adapted(
                 peft_model,
@@ -62,6 +65,15 @@ class ScaLoraI(Method):
             [callback],
             remember=start.keep,
         )
+
+    def _layers(self, model: nn.Module) -> list[AdapterLayer]:
+        layers, left = choose_layers(model, self.config.unsupported)
+        if left and self.config.accumulate == "base":
+            raise ScaloraError(
+                f"layer {next(iter(left)).name} would be left as plain LoRA, but accumulate='base' saves one model "
+                "without adapters: choose accumulate='adapter'"
+            )
+        return layers
 
 
 class ScaLoraMethod(ScaLoraI):
@@ -115,15 +127,15 @@ class WhiteLora(ScaLoraI):
 @torch.no_grad()
 def _whole_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """What the layers multiply by: the base as it is, plus the adapter's product."""
-    for layer in find_layers(model):
-        product = layer.scale * layer.lora_B.detach().float() @ layer.lora_A.detach().float()
+    for layer in sort_layers(model)[0]:
+        product = layer.scale * as_matrix(layer.A.detach()).float() @ as_matrix(layer.Bt.detach()).float()
         yield layer.name, layer.base_weight.detach().float() + product
 
 
 @torch.no_grad()
 def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     """accumulate='base' has changed the base itself, so the whole model is what the user takes away."""
-    for layer in find_layers(model):  # PEFT would round the difference to the weight's dtype before it adds it
+    for layer in sort_layers(model)[0]:  # PEFT would round the difference to the weight's dtype before it adds it
         P, Q = joined_factors(layer)
         layer.base_weight.copy_(layer.base_weight.float() + P.float() @ Q.float().mT)
         layer.module.written = None  # pyright: ignore  # it is the trained model's own weight now

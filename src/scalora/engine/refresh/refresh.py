@@ -56,7 +56,7 @@ class Refresh:
         white: Moments | None,
     ) -> None:
         for layer in layers:
-            m, n = layer.A.shape[0], layer.Bt.shape[1]
+            m, n = layer.shape
             if 2 * layer.rank > min(m, n):
                 raise ScaloraError(
                     f"refresh={every} needs two times rank {layer.rank} singular directions, but layer {layer.name} is "
@@ -112,7 +112,7 @@ class Refresh:
         """Ω of one layer, the same on every process and in a resumed run."""
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
-        random = torch.randn(layer.Bt.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
+        random = torch.randn(layer.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
         if self.white is None:
             return random
         inputs = self.white.of(index).inputs

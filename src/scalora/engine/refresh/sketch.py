@@ -32,7 +32,7 @@ class Sketch:
             like, k = local_shard(layer.A.detach()), basis.shape[1]
             # Contiguous, as it is after a resume: in another layout some processors round the product otherwise.
             basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32)).contiguous()
-            shape = (layer.A.shape[0], k) if side == "left" else (k, layer.Bt.shape[1])
+            shape = (layer.shape[0], k) if side == "left" else (k, layer.shape[1])
             module.sketch = GradientSketch(side, basis, basis.new_zeros(shape, requires_grad=True))
         self._leaves = Leaves([sketch.leaf for sketch in self._sketches()])
 

@@ -137,5 +137,5 @@ def make_room(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | 
 def _capacities(layers: Sequence[AdapterLayer], capacity: int | None) -> list[int]:
     """Of each layer; at most as many as the widest one has singular values, since none can use more."""
     # One limit for all: a narrow layer that is full earlier would let all be recompressed earlier.
-    most = max(min(layer.A.shape[0], layer.Bt.shape[1]) for layer in layers)
+    most = max(min(layer.shape) for layer in layers)
     return [min(8 * layer.rank if capacity is None else capacity, most) for layer in layers]

@@ -20,6 +20,7 @@ from ...common.disk_layout import BASE_FILE, STATE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config, plain_name
+from ...layers.layout import grown, matrix_keys
 from ...layers.lora_config import refuse_former_pair, scale
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
@@ -160,9 +161,9 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
             own = f"{name}.accumulated.{adapter}"  # entries of a sharded model, gathered here
             gathered = f"{own}.P" in whole and is_sharded(held.P)  # of another they may be of another time
             P, Qt = (whole[f"{own}.P"], whole[f"{own}.Qt"]) if gathered else held.columns()
-            for part, more, dim in (("lora_A", Qt[: held.used], 0), ("lora_B", P[:, : held.used], 1)):
-                now = getattr(layer, part)[adapter].weight.detach()
-                key = f"{name}.{part}.{adapter}.weight"
+            keys, pair = matrix_keys(layer, adapter), (Qt[: held.used], P[:, : held.used])
+            for dim, (key, more) in enumerate(zip(keys, pair, strict=True)):
+                now, key = layer.matrices(adapter)[dim].detach(), f"{name}.{key}"
                 given = whole.get(key)
                 if given is None or given.shape[dim] == now.shape[dim] + held.used:
                     continue  # nothing of it, or all columns
@@ -176,7 +177,7 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
                         f"state_dict: {key} holds trained columns of another time, to which the accumulated ones of "
                         "now do not belong: leave state_dict out, or pass model.state_dict()"
                     )
-                whole[key] = torch.cat([given.to(more.dtype), more.to(given.device)], dim)  # pyright: ignore
+                whole[key] = grown(given, more, dim)
     return whole
 
 

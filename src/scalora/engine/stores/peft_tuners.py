@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
 from ...common.errors import ScaloraError
 from ...layers.accumulated import Accumulated
 from ...layers.joined_config import JoinedConfig, link_config
+from ...layers.layout import grown, lora_a, lora_b
 from ...layers.stand_in import StandIn
 
 
@@ -62,7 +62,7 @@ class OneAdapter(KnowsItsBase, LoraModel):
         if isinstance(source, JoinedConfig):
             link_config(self.peft_config, adapter_name, self.model)
             for layer in stand_ins(self):
-                if source._adapter in layer.accumulated and adapter_name in layer.lora_A:
+                if source._adapter in layer.accumulated and adapter_name in layer.r:
                     held = layer.accumulated[source._adapter]
                     layer.accumulated[adapter_name] = twin = room_for(layer, adapter_name, held.room)  # pyright: ignore
                     twin.used = held.used  # pyright: ignore
@@ -97,10 +97,8 @@ def wrapped(owner: nn.Module) -> nn.Module:
 
 def room_for(layer: LoraLayer, adapter: str, room: int) -> Accumulated:
     """No accumulated columns yet, and room for so many."""
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    assert isinstance(A, Tensor)
-    assert isinstance(B, Tensor)
-    return Accumulated(B.shape[0], A.shape[1], room, A)
+    A, B = lora_a(layer, adapter), lora_b(layer, adapter)
+    return Accumulated(B.shape[0], A.shape[1:].numel(), room, A)
 
 
 def refuse_written(model: nn.Module, what: str) -> None:
@@ -137,19 +135,18 @@ def _put_in_all_columns(tuner: LoraModel, adapter: str) -> Iterator[Callable[[],
     config: Any = tuner.peft_config[adapter]
     written = config.to_dict()
     for layer in stand_ins(tuner):
-        held = layer.held(adapter) if adapter in layer.lora_A else None
+        held = layer.held(adapter) if adapter in layer.r else None
         if held is None:
             continue
         P, Qt = held.columns()
-        former = layer.lora_A[adapter], layer.lora_B[adapter]
-        for place, matrix in (
-            (layer.lora_A, torch.cat([former[0].weight.detach(), Qt])),  # pyright: ignore
-            (layer.lora_B, torch.cat([former[1].weight.detach(), P], 1)),  # pyright: ignore
-        ):
+        bare = adapter in layer.lora_embedding_A
+        places: Any = (layer.lora_embedding_A, layer.lora_embedding_B) if bare else (layer.lora_A, layer.lora_B)
+        for dim, (place, more) in enumerate(zip(places, (Qt, P), strict=True)):
             yield (lambda place=place, module=place[adapter]: place.__setitem__(adapter, module))
-            linear = nn.Linear(*reversed(matrix.shape), bias=False, device="meta")
-            linear.weight = nn.Parameter(matrix, requires_grad=False)
-            place[adapter] = linear
+            matrix = nn.Parameter(grown(layer.matrices(adapter)[dim].detach(), more, dim), requires_grad=False)
+            linear = nn.Linear(1, 1, bias=False, device="meta")
+            linear.weight = matrix
+            place[adapter] = matrix if bare else linear
     if written["r"] != config.r or written["rank_pattern"] != config.rank_pattern:
         whole = {name: written[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")}
         former_fields = {name: getattr(config, name) for name in whole}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 
 
@@ -23,7 +24,8 @@ class Move(NamedTuple):
 
 def whole_update(layer: AdapterLayer, sign: float = 1.0) -> Move:
     """sign·s·A Bᵀ of one layer as it is now."""
-    return Move([layer], layer.A[None], layer.A.new_full((1, layer.rank), sign), layer.Bt.mT[None])
+    A, Bt = as_matrix(layer.A), as_matrix(layer.Bt)
+    return Move([layer], A[None], A.new_full((1, layer.rank), sign), Bt.mT[None])
 
 
 def whole_updates(layers: Sequence[AdapterLayer], A: Tensor, B: Tensor) -> Move:

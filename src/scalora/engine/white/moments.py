@@ -139,7 +139,7 @@ def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
     for side in (0, 1):
         bases = []
         for i in members:
-            size = layers[i].Bt.shape[1] if side else layers[i].A.shape[0]
+            size = layers[i].shape[side]
             generator = torch.Generator().manual_seed(7_368_787 + 2 * i + side)
             bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator)))
         like: Tensor = layers[members[0]].A

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full
 from ..groups import Group
@@ -49,7 +50,7 @@ class WhiteSteps:
         for group, white in zip(self.moments.groups, self.moments.white, strict=True):
             params = _parameters(group)
             gradients = gather_full([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-            found = zip(params, _whitened(gradients, white), strict=True)
+            found = zip(params, _whitened([as_matrix(g) for g in gradients], white), strict=True)
             used = [(p.grad, value) for p, value in found if p.grad is not None]
             copy_into([gradient for gradient, _ in used], [value for _, value in used])
 
@@ -64,7 +65,7 @@ class WhiteSteps:
                 if not found:
                     continue
                 members, states = zip(*found, strict=True)
-                X = torch.stack(gather_full(states)).to(before.U)
+                X = torch.stack([as_matrix(state) for state in gather_full(states)]).to(before.U)
                 X = now.at(members).whiten(before.at(members).color(X if tall else X.mT))
                 copy_into(states, [*(X if tall else X.mT)])
 
@@ -75,7 +76,7 @@ class WhiteSteps:
         """
         for group, white in zip(self.moments.groups, self.moments.white, strict=True):
             A, Bt = (
-                gather_full([p.detach() for p in part])
+                [as_matrix(p) for p in gather_full([p.detach() for p in part])]
                 for part in ([x.A for x in group.layers], [x.Bt for x in group.layers])
             )
             drawn = white.inputs.whiten(torch.stack(Bt).to(white.inputs.U).mT).mT
@@ -94,7 +95,7 @@ class WhiteSteps:
         groups = zip(self.moments.groups, self.moments.white, self._before, strict=False)
         for group, white, before in groups:
             params = [p.detach() for p in _parameters(group)]
-            now, then = (gather_full(tensors) for tensors in (params, before))
+            now, then = ([as_matrix(t) for t in gather_full(tensors)] for tensors in (params, before))
             wide = white.inputs.U.dtype
             steps = _whitened([n.to(wide) - t.to(wide) for n, t in zip(now, then, strict=True)], white)
             copy_into(params, [t.to(wide) + d for t, d in zip(then, steps, strict=True)])

@@ -27,6 +27,7 @@ from ...common.disk_layout import (
 )
 from ...common.errors import ScaloraError
 from ...common.files import damage, expand_user, is_sealed
+from ...layers.layout import as_matrix
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
 from ..yaml_words import load_written
@@ -215,7 +216,9 @@ def _kind(folder: Path, path: Path, export: dict[str, Any] | None) -> tuple[Arte
         raise ScaloraError(f"{str(folder)!r} holds no {', '.join(_SETTINGS)}: {hint}")
     config = read_json_object(folder / found)
     plain = config.get("peft_type") == "LORA" and not any(config.get(name) for name in VARIANTS)
-    if plain and all(re.search(r"\.lora_[AB]\.weight$", n) for n in _names(folder / WEIGHTS) if ".lora_" in n):
+    if plain and all(
+        re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", n) for n in _names(folder / WEIGHTS) if ".lora_" in n
+    ):
         return "lora", config
     return _SETTINGS[found], config
 
@@ -235,9 +238,10 @@ def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactor
     folder, config = artefact.folder, artefact.config
     tensors, found = read_tensors(folder / WEIGHTS), {}
     for key, A in tensors.items():
-        if key.endswith(".lora_B.weight"):  # PEFT's B is the paper's A
-            name = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
-            Bt = tensors.get(f"{key.removesuffix('.lora_B.weight')}.lora_A.weight")
+        of_B = re.search(r"\.lora_(embedding_)?B(\.weight)?$", key)
+        if of_B:  # PEFT's B is the paper's A
+            name = key[: of_B.start()].removeprefix(PREFIX)
+            Bt = tensors.get(key[: of_B.start()] + of_B[0].replace("B", "A"))
             if Bt is None or Bt.shape[0] != A.shape[1]:
                 raise ScaloraError(f"{folder / WEIGHTS}: layer {name} lacks its lora_A: take another checkpoint")
             columns = A.shape[1]
@@ -245,6 +249,7 @@ def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactor
                 columns = ranks.get(name, columns)
             if artefact.moved:  # its last column is a mark
                 A, Bt = A[:, :columns], Bt[:columns]
+            A, Bt = as_matrix(A), as_matrix(Bt)
             found[name] = LayerFactors(A * scale(config, name, columns), Bt.mT)
     return found
 

@@ -20,7 +20,7 @@ from ...common.environment import environment
 from ...common.errors import ScaloraError
 from ...common.files import expand_user, replace_folder, write_json
 from ...engine.plain_lora import Kept, Truncation, joined_factors, plain_lora, write_plain_lora
-from ...layers.peft_lora import find_layers
+from ...layers.peft_lora import sort_layers
 from ...methods.lora import said_beside
 from ...models.heads import auto_class
 from .artefact import Artefact, find_artefact, read_factors
@@ -209,7 +209,7 @@ def _write_lora(trained: Restored, folder: Path, base: Base, truncation: Truncat
     said_beside(base.head, folder, trained.model)
     if truncation is not None:
         return {name.removeprefix(PREFIX): kept for name, kept in truncation.kept.items()}
-    ranks = {layer.name: joined_factors(layer)[0].shape[1] for layer in find_layers(trained.model)}
+    ranks = {layer.name: joined_factors(layer)[0].shape[1] for layer in sort_layers(trained.model)[0]}
     return {name.removeprefix(PREFIX): Kept(rank, rank, 1.0) for name, rank in ranks.items()}
 
 

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...common.disk_layout import BASE_FILE, PREFIX, WEIGHTS
 from ...common.errors import ScaloraError
@@ -18,7 +17,8 @@ from ...engine.attach import prepare
 from ...engine.config import ScaLoraConfig
 from ...engine.plain_lora import joined_factors
 from ...layers.fingerprint import base_fingerprint
-from ...layers.peft_lora import AdapterLayer, changes_base, find_layers, is_dense
+from ...layers.layout import in_weight_layout
+from ...layers.peft_lora import AdapterLayer, changes_base, is_dense, sort_layers
 from ...layers.stand_in import StandIn
 from ...layers.written_base import whole_adapter
 from ...methods.peft_any import merged_update
@@ -75,12 +75,7 @@ class _Peft(Restored):
         """(Name, PEFT's module, difference from its present weight) of every adapted layer."""
         for name, module in self.model.named_modules():
             if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
-                if (update := merged_update(module)) is None:
-                    raise ScaloraError(
-                        f"layer {name} ({type(module).__name__}) cannot be merged: its base weight is quantised or no "
-                        "matrix, or PEFT has no merge for it; load the adapter with PEFT as it is"
-                    )
-                yield name.removeprefix(PREFIX), module, update
+                yield name.removeprefix(PREFIX), *_merged(name, module)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +128,7 @@ class _Lora(_Peft):
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
         if artefact.state is not None:
-            written = [layer.base.weight for layer in find_layers(self.model)] if artefact.only_ours else []
+            written = [layer.base.weight for layer in sort_layers(self.model)[0]] if artefact.only_ours else []
             if base_fingerprint(self.model, written) != artefact.state["base"]:  # pyright: ignore
                 raise does_not_fit(artefact, base, "its weights are others than those of the training")
         if artefact.moved:
@@ -153,13 +148,16 @@ class _Lora(_Peft):
     @torch.no_grad()
     def _put_back(self, artefact: Artefact) -> None:
         weights = {_plain_name(name): w for name, w in read_tensors(artefact.folder / BASE_FILE).items()}
-        for layer in find_layers(self.model):
+        for layer in sort_layers(self.model)[0]:
             name = _plain_name(layer.name)
             self.start[name] = layer.base_weight.clone()
             layer.base_weight.copy_(weights[name])
 
     def layers(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
-        for layer in find_layers(self.model):
+        exact, others = sort_layers(self.model)
+        for layer in others:
+            yield _plain_name(layer.name), *_merged(layer.name, layer.module)
+        for layer in exact:
             if not is_dense(layer):
                 raise ScaloraError(
                     f"layer {layer.name} ({type(layer.base).__name__}) is quantised or no ordinary matrix: use --to "
@@ -172,12 +170,22 @@ class _Lora(_Peft):
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        moved = {_plain_name(layer.name): layer for layer in find_layers(self.model)} if self.start else {}
+        moved = {_plain_name(layer.name): layer for layer in sort_layers(self.model)[0]} if self.start else {}
         for parameter, update in super().deltas():
             name = parameter.removesuffix(".weight")
             if name in moved:
                 update += _stored(moved[name], moved[name].base_weight.float() - self.start[name].float())
             yield parameter, update
+
+
+def _merged(name: str, module: Any) -> tuple[nn.Module, Tensor]:
+    """A layer, and what PEFT's own merge adds to its weight."""
+    if (update := merged_update(module)) is None:
+        raise ScaloraError(
+            f"layer {name} ({type(module).__name__}) cannot be merged: its base weight is quantised or no matrix, or "
+            "PEFT has no merge for it; load the adapter with PEFT as it is"
+        )
+    return module, update
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -194,4 +202,4 @@ def _plain_name(name: str) -> str:
 
 def _stored(layer: AdapterLayer, update: Tensor) -> Tensor:
     """An m×n difference in the layout of the layer's weight."""
-    return update.T if isinstance(layer.base, Conv1D) else update
+    return in_weight_layout(layer.module, layer.adapter, update)

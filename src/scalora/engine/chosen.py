@@ -1,0 +1,46 @@
+"""Which layers a run rescales, and which it leaves as PEFT's plain LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..common.errors import ScaloraError
+from ..layers.peft_lora import AdapterLayer, sort_layers
+from .config import Unsupported
+
+
+def choose_layers(model: nn.Module, unsupported: Unsupported) -> tuple[list[AdapterLayer], dict[AdapterLayer, str]]:
+    """The trained layers that are rescaled; those that are left, and why.
+
+    Args:
+        model: a PEFT LoRA model.
+        unsupported: what becomes of layers that cannot be rescaled exactly.
+
+    Raises:
+        ScaloraError: there is one and ``unsupported`` is "refuse", or there is no other; and as
+            :func:`scalora.layers.peft_lora.sort_layers`.
+    """
+    layers, left = sort_layers(model)
+    for layer, why in left.items():
+        if not layers:
+            and_no_other = f"; unsupported={unsupported!r} has nothing to rescale" if unsupported == "leave" else ""
+            raise ScaloraError(f"layer {layer.name} {why}{and_no_other}")
+        if unsupported == "refuse":
+            raise ScaloraError(
+                f"layer {layer.name} {why}, or train such layers as PEFT's plain LoRA: unsupported='leave'"
+            )
+    return layers, left
+
+
+def warn_of_left(left: Mapping[str, str]) -> None:
+    """Name, once a handle, the layers that are left, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in left.items():
+        names.setdefault(why, []).append(name)
+    for why, those in names.items():
+        which = f"layers {', '.join(those)} train" if len(those) > 1 else f"layer {those[0]} trains"
+        each = "each" if len(those) > 1 else "it"
+        warnings.warn(f"{which} as PEFT's plain LoRA, since {each} {why.partition(':')[0]}", stacklevel=4)
