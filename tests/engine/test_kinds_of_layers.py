@@ -86,6 +86,38 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(kind, store):
 
 
 @pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+def test_events_between_compiled_steps_cause_no_recompilation(kind):
+    model = lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=2))
+    compiled = torch.compile(model, backend="aot_eager")
+    train(compiled, optimizer, kind, 1)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    train(compiled, optimizer, kind, 7, 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert len(handle.stats) == 4
+    torch.testing.assert_close(outputs(compiled, kind), outputs(model, kind), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+def test_a_bf16_base_rounds_the_whole_sum_once(kind):
+    """The trained and the accumulated columns at once: what an event changes is at most a last place of the sum."""
+    model = lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
+    train(model, optimizer, kind, 6)
+    first, x = model.base_model.model.first, KINDS[kind][1](99)
+    first.base_layer.bfloat16()
+    with torch.no_grad():
+        x = x.bfloat16() if x.is_floating_point() else x
+        found, base = first(x), first.base_layer(x)
+        whole = first.base_layer.float()(x.float() if x.is_floating_point() else x)
+        update = first(x.float() if x.is_floating_point() else x) - whole
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, (base.float() + update).bfloat16(), rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
 def test_a_truncation_is_the_best_approximation(tmp_path, kind):
     model, _, handle, *_ = trained(kind)
     P, Q = joined_factors(handle.layers[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +53,11 @@ class LoraForward(nn.Module, LoraLayer):
     def is_linear(self) -> bool:
         """Whether it is PEFT's ordinary layer for linear ones, whose pass we know."""
         return super().forward.__func__ is Linear.forward  # pyright: ignore
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is PEFT's for linear layers, embeddings or convolutions, all of whose passes we know."""
+        return super().forward.__func__ in (Linear.forward, Embedding.forward, Conv2d.forward)  # pyright: ignore
 
     def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own pass."""

@@ -69,7 +69,7 @@ class StandIn(WrittenBase):
     def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own pass, and the accumulated columns beside it."""
         names = kwargs.get("adapter_names")
-        if not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and self.is_linear:
+        if not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and self.is_known:
             return self._in_one_sum(x)
         result = super().peft_forward(x, *args, **kwargs)
         if self.disable_adapters or self.merged or isinstance(self, MultiheadAttention):
@@ -84,18 +84,21 @@ class StandIn(WrittenBase):
         return result
 
     def _in_one_sum(self, x: Tensor) -> Tensor:
-        """PEFT's pass of its ordinary linear layer, all columns added before the sum is rounded to half precision."""
+        """PEFT's pass of a layer that we know, all columns added before the sum is rounded to half precision."""
         result = self.base_layer(x)
         dtype = result.dtype
         for adapter in self.active_adapters:
-            if adapter not in self.lora_A:
+            if adapter not in self.r:
                 continue
-            lora_A, lora_B, scale = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
-            x = self._cast_input_dtype(x, lora_A.weight.dtype)  # pyright: ignore
-            result = result + lora_B(lora_A(self.lora_dropout[adapter](x))) * scale
+            A, B = self.matrices(adapter)
+            if adapter in self.lora_A:
+                x = self._cast_input_dtype(x, A.dtype)
+                own = self.lora_B[adapter](self.lora_A[adapter](self.lora_dropout[adapter](x)))
+            else:
+                own = thin_pass(self, adapter, x, B, A)
+            result = result + own * self.scaling[adapter]
             if (held := self.held(adapter)) is not None:
-                P, Qt = held.live()
-                result = result + nn.functional.linear(nn.functional.linear(x.to(P.dtype), Qt), P) * scale
+                result = result + thin_pass(self, adapter, x, *held.live()) * self.scaling[adapter]
         return result.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
