@@ -247,7 +247,7 @@ def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, page
     fixed = dataclasses.replace(comparison, fixed={lora: 1e-3, scalora: 2e-3})
     record = run.run_comparison(fixed, tmp_path / "out", command="x", log=lambda line: None)
     assert [(t.stage, t.contender, t.lr) for t in calls] == [
-        ("final", c, lr) for c, lr in fixed.fixed.items() for _ in (0, 1)
+        ("final", c, lr) for _ in (0, 1) for c, lr in fixed.fixed.items()
     ]
     assert record.chosen == {lora: Chosen(lora, 1e-3), scalora: Chosen(scalora, 2e-3)}
 

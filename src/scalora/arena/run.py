@@ -160,7 +160,9 @@ def _work(
         settled = {"after", "given_up"} if policy.prune else {"after"}
         wanted = [each for each in _all(stages) if settled.isdisjoint(results.get(each, ()))]
         trial = None
-        for trials in stages.values():  # the next contender's are put there when nothing of this one's waits
+        # The next contender's are put there when nothing of this one's waits; at fixed rates all go seed by seed.
+        by_seed = None if comparison.fixed is None else comparison.final(chosen_settings(results, comparison))
+        for trials in stages.values() if by_seed is None else [by_seed]:
             fresh = [each for each in trials if each not in offered]
             queue.enqueue(fresh, retry=policy.retry, prune=policy.prune)
             offered.update(fresh)

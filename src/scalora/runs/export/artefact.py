@@ -27,7 +27,6 @@ from ...common.disk_layout import (
 )
 from ...common.errors import ScaloraError
 from ...common.files import damage, expand_user, is_sealed
-from ...layers.layout import as_matrix
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
 from ..yaml_words import load_written
@@ -249,7 +248,7 @@ def _factors(artefact: Artefact, ranks: dict[str, int]) -> dict[str, LayerFactor
                 columns = ranks.get(name, columns)
             if artefact.moved:  # its last column is a mark
                 A, Bt = A[:, :columns], Bt[:columns]
-            A, Bt = as_matrix(A), as_matrix(Bt)
+            A, Bt = A.flatten(1), Bt.flatten(1)
             found[name] = LayerFactors(A * scale(config, name, columns), Bt.mT)
     return found
 
