@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reading import Reading
+from .reading import ROWS, Reading
 
 Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
 
@@ -27,50 +27,26 @@ class GradientSketch(NamedTuple):
     leaf: Tensor
 
 
-def gather_sketch(result: Tensor, x: Tensor, sketch: GradientSketch, reads: Reading | None = None) -> Tensor:
-    """``result`` (…, m) as it is; backward adds the sketch of gᵀx to the leaf's. x: (…, n), or what is read."""
-    if reads is not None:
-        return _GatherRead.apply(result, x, sketch.leaf, sketch.basis, sketch.side, reads)  # pyright: ignore
-    return _Gather.apply(result, x, sketch.leaf, sketch.basis, sketch.side)  # pyright: ignore
+def gather_sketch(result: Tensor, x: Tensor, sketch: GradientSketch, reads: Reading = ROWS) -> Tensor:
+    """``result``, a layer's outputs, as it is; backward adds the sketch of G to the leaf's. x: what the layer reads."""
+    return _Gather.apply(result, x, sketch.leaf, sketch.basis, sketch.side, reads)  # pyright: ignore
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, result: Tensor, x: Tensor, leaf: Tensor, basis: Tensor, side: Side
+        ctx: Any, result: Tensor, x: Tensor, leaf: Tensor, basis: Tensor, side: Side, reads: Reading
     ) -> Tensor:
-        flat = x.to(result.dtype).flatten(0, -2)
         left = side == "left"
-        ctx.side, ctx.leaf_dtype = side, leaf.dtype
-        ctx.save_for_backward(flat @ basis.to(result) if left else flat, None if left else basis)
+        ctx.side, ctx.leaf_dtype, ctx.reads = side, leaf.dtype, reads
+        ctx.save_for_backward(reads.times(x, basis.to(result)) if left else x, None if left else basis)
         return result.view_as(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, basis = ctx.saved_tensors
-        flat = g.flatten(0, -2)
-        saved = saved.to(g)
-        found = (saved.mT @ flat).mT if ctx.side == "left" else (flat @ basis.to(g)).mT @ saved
-        return g, None, found.to(ctx.leaf_dtype), None, None
-
-
-class _GatherRead(torch.autograd.Function):
-    """As the one above, of inputs that are read."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, result: Tensor, x: Tensor, leaf: Tensor, basis: Tensor, side: Side, reads: Reading
-    ) -> Tensor:
-        ctx.side, ctx.reads = side, reads
-        ctx.save_for_backward(x, basis)
-        return result.view_as(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, basis = ctx.saved_tensors
-        flat = ctx.reads.rows(g).to(basis)
+        flat = ctx.reads.rows(g)
         left = ctx.side == "left"
-        found = flat.mT @ ctx.reads.times(x, basis) if left else ctx.reads.transposed(x, flat @ basis).mT
-        return g, None, found, None, None, None
+        found = flat.mT @ saved.to(g) if left else ctx.reads.transposed(saved, flat @ basis.to(g)).mT
+        return g, None, found.to(ctx.leaf_dtype), None, None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reading import Reading
+from .reading import ROWS, Reading
 
 
 class MomentSketch(NamedTuple):
@@ -32,34 +32,12 @@ class MomentSketch(NamedTuple):
         return [self.of_inputs, self.of_outputs, self.trace]
 
 
-def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch, reads: Reading | None = None) -> Tensor:
-    """``result`` (…, m) as it is; backward adds to the leaves' gradients. x: (…, n), or what is read."""
-    if reads is not None:
-        return _GatherRead.apply(result, x, reads, *sketch)  # pyright: ignore
-    return _Gather.apply(result, x, *sketch)  # pyright: ignore
+def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch, reads: Reading = ROWS) -> Tensor:
+    """``result``, a layer's outputs, as it is; backward adds to the leaves' gradients. x: what the layer reads."""
+    return _Gather.apply(result, x, reads, *sketch)  # pyright: ignore
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, result: Tensor, x: Tensor, inputs: Tensor, outputs: Tensor, *leaves: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, inputs, outputs)
-        return result.view_as(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, inputs, outputs = ctx.saved_tensors
-        x, y = x.flatten(0, -2).to(inputs), g.flatten(0, -2).to(outputs)
-        of_x, of_y = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, y))
-        x, y = x * of_y, y * of_x
-        return g, None, None, None, x.mT @ (x @ inputs), y.mT @ (y @ outputs), (of_x * of_y).square().sum()
-
-
-class _GatherRead(torch.autograd.Function):
-    """As the one above, of inputs that are read."""
-
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, result: Tensor, x: Tensor, reads: Reading, inputs: Tensor, outputs: Tensor, *leaves: Tensor

@@ -1,7 +1,7 @@
-"""What sketches ask of the inputs X of a layer that is no linear one, T rows of n: XM, XᵀY and the rows' squared norms.
+"""What sketches ask of the inputs X of a layer, T rows of n: XM, XᵀY and the rows' squared norms.
 
-A row is one output's share of the input: the token that an embedding looks up, as a unit vector, or the patch that a
-convolution sees. Neither is ever written out.
+A row is one output's share of the input: of a linear layer its vector, of an embedding the token that it looks up, as a
+unit vector, of a convolution the patch that it sees. The latter two are never written out.
 """
 
 from __future__ import annotations
@@ -35,13 +35,30 @@ class Reading(Protocol):
         ...
 
 
-def reading(module: LoraLayer) -> Reading | None:
-    """That of a layer; None where its inputs are the rows themselves."""
+class _Rows(NamedTuple):
+    def rows(self, outputs: Tensor) -> Tensor:
+        return outputs.flatten(0, -2)
+
+    def times(self, x: Tensor, M: Tensor) -> Tensor:
+        return self.rows(x).to(M) @ M
+
+    def transposed(self, x: Tensor, Y: Tensor) -> Tensor:
+        return self.rows(x).to(Y).mT @ Y
+
+    def squares(self, x: Tensor, like: Tensor) -> Tensor:
+        return self.rows(x).to(like).square().sum(-1, keepdim=True)
+
+
+ROWS = _Rows()  # of a linear layer
+
+
+def reading(module: LoraLayer) -> Reading:
+    """That of a layer."""
     if len(module.lora_embedding_A):
         base, scale = _embedding(module), module._get_embed_scale()
         return _Tokens(base.num_embeddings, 1.0 if scale is None else scale, base.padding_idx)
     first = next(iter(module.lora_A.values()), None)
-    return _Patches(first) if isinstance(first, CONVOLUTIONS) else None
+    return _Patches(first) if isinstance(first, CONVOLUTIONS) else ROWS
 
 
 def _embedding(module: LoraLayer) -> nn.Embedding:
@@ -62,6 +79,7 @@ class _Tokens(NamedTuple):
         return M[x.flatten()] * self._weights(x, M)
 
     def transposed(self, x: Tensor, Y: Tensor) -> Tensor:
+        Y = Y.to(torch.promote_types(Y.dtype, torch.float32))  # a token may come a thousand times
         return Y.new_zeros(self.size, Y.shape[1]).index_add_(0, x.flatten(), Y * self._weights(x, Y))
 
     def squares(self, x: Tensor, like: Tensor) -> Tensor:
