@@ -151,10 +151,10 @@ class Runner:
         if self.handle is None:
             return 0.0
         interval, refresh = self.handle.config.interval, self.handle.refresh
-        if interval is None and refresh is None:
-            return 0.0
+        if refresh is not None:
+            return sum(self.events) / len(self.events) / refresh.every if self.events else math.nan
         if interval is None:
-            return sum(self.events) / len(self.events) / refresh.every if self.events else math.nan  # pyright: ignore
+            return 0.0
         self.events.clear()
         self.backward(batch)
         for _ in range(_MEASURED_EVENTS):

@@ -9,12 +9,14 @@ trials taken in the order in which a single worker would take them. Writes OUTPU
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from scalora.arena.plan import Trial
 from scalora.arena.pruning import MARGINS, bars
 from scalora.arena.results import ComparisonRecord, read_comparison
 from scalora.arena.statistics import choose_setting
@@ -35,32 +37,25 @@ class Case(NamedTuple):
 
 
 def replay(found: ComparisonRecord, margins: Mapping[float, float] = MARGINS) -> list[Case]:
-    """Every case of a comparison."""
+    """Every case of a comparison whose trials have their curves."""
     comparison, cases = found.comparison, []
-    everything = {t: r for t, r in found.results.items() if t.stage == "tune" and (r.get("losses") or "after" not in r)}
-    for contender in comparison.everyone:
+    known = [t for t in comparison.tuning() if (r := found.results.get(t)) and (r.get("losses") or "error" in r)]
+    for contender, seed in product(comparison.everyone, comparison.tuning_seeds):
         settings = comparison.settings[contender]
-        for seed in comparison.tuning_seeds:
-            trials = [t for t in comparison.tuning() if t.contender in settings and t.seed == seed and t in everything]
-            whole = {t: everything[t] for t in trials}
-            kept: dict[Any, Any] = {}
-            taken = total = 0.0
-            for trial in trials:
-                result = everything[trial]
-                if "error" in result:
-                    kept[trial] = result
-                    continue
-                share = _ends_at(result, bars(comparison, kept, trial, margins))
-                total += result["steps"]
-                taken += share * result["steps"]
-                if share == 1:
-                    kept[trial] = result
-            best, ours = choose_setting(whole, settings), choose_setting(kept, settings)
-            if best is None or ours is None or len(trials) < 2:
-                continue
-            loss = abs(_score(whole, best) - _score(whole, ours))
-            given_up = len(whole) - len(kept)
-            cases.append(Case(str(contender), len(trials), given_up, 1 - taken / total, best == ours, loss))
+        whole = {t: found.results[t] for t in known if t.contender in settings and t.seed == seed}
+        kept: dict[Trial, Any] = {}
+        taken = total = 0.0
+        for trial, result in whole.items():
+            steps = result.get("steps", 0)  # a failed trial has none
+            share = 1.0 if "error" in result else _ends_at(result, bars(comparison, kept, trial, margins))
+            taken, total = taken + share * steps, total + steps
+            if share == 1:
+                kept[trial] = result
+        best, ours = choose_setting(whole, settings), choose_setting(kept, settings)
+        if best is None or ours is None or len(whole) < 2:
+            continue
+        loss = abs(_score(whole, best) - _score(whole, ours))
+        cases.append(Case(str(contender), len(whole), len(whole) - len(kept), 1 - taken / total, best == ours, loss))
     return cases
 
 

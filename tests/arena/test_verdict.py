@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora.arena.contender import Contender
-from scalora.arena.statistics import summarize
 from scalora.arena.table import ComparisonTable, ContenderRow
 from scalora.arena.verdict import COSTS, RULE, frontier, ranking, ranking_table, recommendation
 
@@ -17,9 +16,7 @@ NOISE = (0.0, 0.01, -0.01)  # over seeds; every other seed is the same for all
 
 def _row(name, mean, time=1.0, memory=1.0, disk=10.0, seeds=3, shift=0):
     scores = {seed: mean + NOISE[(seed + shift) % 3] for seed in range(seeds)}
-    return ContenderRow(
-        Contender(name, 2), {}, 1e-3, summarize(list(scores.values())), scores, None, 1, time, memory, None, disk, {}
-    )
+    return ContenderRow(Contender(name, 2), {}, 1e-3, scores, None, 1, time, memory, None, disk, {})
 
 
 def _table(*rows, higher=True):

@@ -1,8 +1,8 @@
 """Which tuning trials are given up: those far behind the best finished one of their contender, at the same point.
 
 The measure is the training loss, which every trial logs. What counts is how far a trial is behind, as a share of what
-the best one had gained by then. Both shares were found by replay over recorded trials
-(``python -m benchmarks.studies.pruning``), so that the setting that is chosen stays the same.
+the best one had gained by then. Both shares were set by a replay over recorded trials of one ground
+(``python -m benchmarks.studies.pruning``).
 """
 
 from __future__ import annotations

@@ -65,7 +65,6 @@ class ContenderRow:
     contender: Contender
     setting: Mapping[str, Any]  # option → its chosen value, of those for which several were tried
     lr: float
-    quality: Mean  # of the test metric, over seeds
     scores: Mapping[int, float]  # seed → test metric
     difference: Difference | None  # to the baseline; None for itself and where they share no seed
     trainable: int
@@ -74,6 +73,11 @@ class ContenderRow:
     held: float | None  # bytes of what is trained, gradients, optimizer and store; None in results of before they were
     disk: float  # bytes of the saved adapter
     validation: Mapping[float, float]  # learning rate → mean validation metric there; failed trials are missing
+
+    @property
+    def quality(self) -> Mean:
+        """Of the test metric, over seeds."""
+        return summarize(list(self.scores.values()))
 
 
 # Field → its column's title, and its text. {baseline} is who the others are held against.
@@ -159,7 +163,6 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 contender,
                 comparison.varied(contender, choice),
                 choice.lr,
-                summarize(list(values[contender].values())),
                 values[contender],
                 paired_difference(values[contender], values[base], higher_is_better=higher)
                 if contender != base
