@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 from scalora.arena.plan import Comparison, Contender
-from scalora.arena.run import check_comparison, run_comparison
+from scalora.arena.run import Policy, check_comparison, run_comparison
 from scalora.arena.settle import settle_precision
 from scalora.arena.statistics import (
     Difference,
@@ -88,7 +88,7 @@ def measure(
     }  # fmt: skip
     settled = {name: settle_precision(each, setting.folder / name) for name, each in comparisons.items()}
     inputs = {  # of all at first: the last set's data must not be found wanting after hours
-        name: check_comparison(comparison, setting.folder / name, retry=setting.retry, log=setting.log)
+        name: check_comparison(comparison, setting.folder / name, policy=Policy(retry=setting.retry), log=setting.log)
         for name, (comparison, _) in settled.items()
     }
     found = {}
@@ -96,7 +96,12 @@ def measure(
         setting.log(f"{name}: {comparison.recipe.model}; precision: {choice}")
         folder = setting.folder / name
         record = run_comparison(
-            comparison, folder, command=setting.command, retry=setting.retry, log=setting.log, inputs=inputs[name]
+            comparison,
+            folder,
+            command=setting.command,
+            policy=Policy(retry=setting.retry),
+            log=setting.log,
+            inputs=inputs[name],
         )
         found[name] = Measured(comparison, record.results)
     return found

@@ -68,7 +68,9 @@ def test_a_failed_trial_is_shown_and_does_not_end_the_rest(comparison, tmp_path,
     count = len(calls)
     run.run_comparison(comparison, tmp_path / "out", command="x", log=lines.append)
     assert len(calls) == count
-    record = run.run_comparison(comparison, tmp_path / "out", command="x", retry=True, log=lines.append)
+    record = run.run_comparison(
+        comparison, tmp_path / "out", command="x", policy=run.Policy(retry=True), log=lines.append
+    )
     assert record.chosen[broke] == Chosen(broke, 1e-2)
 
 

@@ -36,7 +36,7 @@ def _run(comparison, folder, monkeypatch, best, extend):
         return comparisons.fake_result(c, trial) | {"after": {"accuracy": 1 / (1 + off), "nll": off}}
 
     monkeypatch.setattr(run, "run_trial", run_trial)
-    order = {"command": "x", "log": lambda line: None, "extend": extend}
+    order = {"command": "x", "log": lambda line: None, "policy": run.Policy(extend=extend)}
     return calls, run.run_comparison(comparison, folder / "out", **order)
 
 

@@ -97,7 +97,7 @@ def test_what_was_given_up_has_no_score_and_runs_where_asked_for(comparison, tmp
     queue.enqueue([good])
     queue.take([good])
     queue.finish(good, _finished(turned, good))
-    record = run.run_comparison(turned, tmp_path / "out", prune=True, **order)
+    record = run.run_comparison(turned, tmp_path / "out", policy=run.Policy(prune=True), **order)
     assert "given_up" in record.results[bad]
     assert any("given up at step 10 of 30" in line for line in lines)
     assert record.chosen[SCALORA].lr == 1e-2
@@ -108,9 +108,12 @@ def test_what_was_given_up_has_no_score_and_runs_where_asked_for(comparison, tmp
 
     before = len(calls)
     (tmp_path / "out" / "trials.sqlite3").unlink()  # as in a clone
-    assert run.run_comparison(turned, tmp_path / "out", prune=True, **order).results.keys() == record.results.keys()
+    assert (
+        run.run_comparison(turned, tmp_path / "out", policy=run.Policy(prune=True), **order).results.keys()
+        == record.results.keys()
+    )
     assert len(calls) == before
-    again = run.run_comparison(turned, tmp_path / "out", prune=False, **order)
+    again = run.run_comparison(turned, tmp_path / "out", **order)
     assert calls[before:] == [bad]
     assert "after" in again.results[bad]
     assert given_up_sentence(again.results) is None

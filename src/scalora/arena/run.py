@@ -30,13 +30,19 @@ Show = Callable[[TextTable], None]
 
 
 class Policy(NamedTuple):
-    """How a comparison is worked on: failed trials again, hopeless ones given up, so many rates beyond the grid."""
+    """How a comparison is worked on.
 
-    retry: bool
-    prune: bool
-    extend: int
+    ``retry``: failed trials run again. ``prune``: tuning trials that are far behind are given up
+    (:mod:`~scalora.arena.pruning`); without it those that were are run. ``extend``: so many rates beyond either end of
+    the grid are for a method that chose the last one.
+    """
+
+    retry: bool = False
+    prune: bool = False
+    extend: int = 0
 
 
+_PLAIN = Policy()
 _POLL = 5.0  # seconds between looks at what other workers do
 _REPORT = 30.0  # seconds at least between one report and the next while trials run
 
@@ -46,9 +52,7 @@ def run_comparison(
     folder: Path,
     *,
     command: str,
-    retry: bool = False,
-    prune: bool = False,
-    extend: int = 0,
+    policy: Policy = _PLAIN,
     log: Log = print,
     show: Show = lambda table: None,
     inputs: Any = None,
@@ -62,9 +66,7 @@ def run_comparison(
         comparison: who competes on what.
         folder: trials.sqlite3, results.json and report.html lie here.
         command: how it was called, for the record.
-        retry: run failed trials again.
-        prune: give up tuning trials that are far behind (:mod:`~scalora.arena.pruning`); else those that were are run.
-        extend: rates beyond either end of the grid that a method may try which chose the last one.
+        policy: what else is run, and what is not.
         log: takes lines on progress.
         show: takes a table of what is done, whenever there is something new.
         inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
@@ -77,7 +79,7 @@ def run_comparison(
         _refuse_other(inputs, queue.inputs, folder)
         queue.keep_inputs(inputs)
     try:
-        _work(queue, comparison, folder, command, Policy(retry, prune, extend), log, show)
+        _work(queue, comparison, folder, command, policy, log, show)
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
@@ -103,9 +105,7 @@ def check_comparison(
     comparison: Comparison,
     folder: Path,
     *,
-    retry: bool = False,
-    prune: bool = False,
-    extend: int = 0,
+    policy: Policy = _PLAIN,
     log: Log = print,
 ) -> Any:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
@@ -121,8 +121,8 @@ def check_comparison(
     if (folder / QUEUE).exists() or (folder / RESULTS).exists():
         queue = TrialQueue(folder, comparison)
         begun, results = queue.inputs, queue.results()
-        wanted = _all(_stages(comparison, results, extend))
-        again = ends_to_repeat(retry, prune)
+        wanted = _all(_stages(comparison, results, policy.extend))
+        again = ends_to_repeat(policy.retry, policy.prune)
         if all(t in results and again.isdisjoint(results[t]) for t in wanted):
             return None  # a report can be drawn anew where there is neither data nor model
     notes, inputs = check_recipe(comparison.recipe)

@@ -67,7 +67,7 @@ def compare(
         require("compare", "optuna", "scipy")
         from ..arena.contender import Contender, parse_contender
         from ..arena.plan import CURVE_RANKS, Comparison
-        from ..arena.run import check_comparison, run_comparison
+        from ..arena.run import Policy, check_comparison, run_comparison
         from ..arena.settle import settle_precision
 
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
@@ -91,10 +91,12 @@ def compare(
             console.print(line, highlight=False)
 
         try:
-            how = {"retry": retry, "prune": prune, "extend": extend, "log": log}
-            inputs = check_comparison(comparison, folder, **how)
+            policy = Policy(retry, prune, extend)
+            inputs = check_comparison(comparison, folder, policy=policy, log=log)
             with _board(console) as show:
-                record = run_comparison(comparison, folder, command=command, inputs=inputs, show=show, **how)
+                record = run_comparison(
+                    comparison, folder, command=command, policy=policy, log=log, show=show, inputs=inputs
+                )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)
         show_comparison(console, record)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reading import ROWS, Reading
+from .reading import LINEAR, Reading
 
 Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
 
@@ -27,7 +27,7 @@ class GradientSketch(NamedTuple):
     leaf: Tensor
 
 
-def gather_sketch(result: Tensor, x: Tensor, sketch: GradientSketch, reads: Reading = ROWS) -> Tensor:
+def gather_sketch(result: Tensor, x: Tensor, sketch: GradientSketch, reads: Reading = LINEAR) -> Tensor:
     """``result``, a layer's outputs, as it is; backward adds the sketch of G to the leaf's. x: what the layer reads."""
     return _Gather.apply(result, x, sketch.leaf, sketch.basis, sketch.side, reads)  # pyright: ignore
 

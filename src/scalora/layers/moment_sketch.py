@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reading import ROWS, Reading
+from .reading import LINEAR, Reading
 
 
 class MomentSketch(NamedTuple):
@@ -32,7 +32,7 @@ class MomentSketch(NamedTuple):
         return [self.of_inputs, self.of_outputs, self.trace]
 
 
-def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch, reads: Reading = ROWS) -> Tensor:
+def gather_moments(result: Tensor, x: Tensor, sketch: MomentSketch, reads: Reading = LINEAR) -> Tensor:
     """``result``, a layer's outputs, as it is; backward adds to the leaves' gradients. x: what the layer reads."""
     return _Gather.apply(result, x, reads, *sketch)  # pyright: ignore
 

@@ -49,7 +49,7 @@ class _Rows(NamedTuple):
         return self.rows(x).to(like).square().sum(-1, keepdim=True)
 
 
-ROWS = _Rows()  # of a linear layer
+LINEAR = _Rows()  # of a linear layer
 
 
 def reading(module: LoraLayer) -> Reading:
@@ -58,7 +58,7 @@ def reading(module: LoraLayer) -> Reading:
         base, scale = _embedding(module), module._get_embed_scale()
         return _Tokens(base.num_embeddings, 1.0 if scale is None else scale, base.padding_idx)
     first = next(iter(module.lora_A.values()), None)
-    return _Patches(first) if isinstance(first, CONVOLUTIONS) else ROWS
+    return _Patches(first) if isinstance(first, CONVOLUTIONS) else LINEAR
 
 
 def _embedding(module: LoraLayer) -> nn.Embedding:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -14,9 +15,29 @@ from transformers.training_args import OptimizerNames
 from ..common.errors import ScaloraError
 from ..layers.peft_lora import find_layers
 from ..models.heads import Head
-from .lora import lora_model, lora_spectra, save_plain
-from .method import Adapted, Family, Method
+from .lora import Lora
+from .method import Adapted, Family
 from .support.own_optimizer import other_groups
+
+
+class _Around(Lora):
+    """LoRA by one of PEFT's optimizers around the recipe's, whichever that is."""
+
+    family = Family.AROUND
+
+    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
+        adapted = super().adapt(model, head)
+
+        def optimizer(arguments: TrainingArguments) -> Optimizer:
+            cls, settings = _recipe_optimizer(arguments, adapted.model, self.name)
+            return _regroup(self.create(adapted.model, cls, settings), adapted.model, arguments)
+
+        adapted.optimizer = optimizer
+        return adapted
+
+    @abstractmethod
+    def create(self, model: Any, cls: type[Optimizer], settings: dict[str, Any]) -> Optimizer:
+        """PEFT's optimizer of a PEFT model, of the recipe's class and with its settings."""
 
 
 class LoraPlusOptions(BaseModel):
@@ -29,25 +50,17 @@ class LoraPlusOptions(BaseModel):
     )
 
 
-class LoraPlus(Method):
+class LoraPlus(_Around):
     """lora_A and the head have the recipe's learning rate, lora_B λ times as much, whatever the recipe's optimizer."""
 
     name = "lora+"
     summary = "LoRA+ (2402.12354): B learns faster than A"
-    family = Family.AROUND
     Options = LoraPlusOptions
     lr_factor = 0.5  # PEFT's advice beside a ratio: half of LoRA's
 
-    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
+    def create(self, model: Any, cls: type[Optimizer], settings: dict[str, Any]) -> Optimizer:
         assert isinstance(self.options, LoraPlusOptions)
-        ratio, peft_model = self.options.ratio, lora_model(model, self.spec, head)
-
-        def optimizer(arguments: TrainingArguments) -> Optimizer:
-            cls, settings = _recipe_optimizer(arguments, peft_model, self.name)
-            made = create_loraplus_optimizer(peft_model, cls, loraplus_lr_ratio=ratio, **settings)
-            return _regroup(made, peft_model, arguments)
-
-        return _lora_adapted(peft_model, head, optimizer)
+        return create_loraplus_optimizer(model, cls, loraplus_lr_ratio=self.options.ratio, **settings)
 
 
 class RiemannianOptions(BaseModel):
@@ -58,28 +71,16 @@ class RiemannianOptions(BaseModel):
     reg: float = Field(default=1e-2, gt=0, allow_inf_nan=False, description="δ, added to the diagonals of BᵀB and AAᵀ.")
 
 
-class Riemannian(Method):
+class Riemannian(_Around):
     """(BᵀB + δI)⁻¹ g_A and g_B (AAᵀ + δI)⁻¹ go to the recipe's optimizer in place of the clipped gradients."""
 
     name = "riemannian"
     summary = "Riemannian preconditioned LoRA, ScaledAdam (2402.02347): each gradient scaled by the other matrix"
-    family = Family.AROUND
     Options = RiemannianOptions
 
-    def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
+    def create(self, model: Any, cls: type[Optimizer], settings: dict[str, Any]) -> Optimizer:
         assert isinstance(self.options, RiemannianOptions)
-        reg, peft_model = self.options.reg, lora_model(model, self.spec, head)
-
-        def optimizer(arguments: TrainingArguments) -> Optimizer:
-            cls, settings = _recipe_optimizer(arguments, peft_model, self.name)
-            made = create_riemannian_optimizer(peft_model, cls, reg=reg, **settings)
-            return _regroup(made, peft_model, arguments)
-
-        return _lora_adapted(peft_model, head, optimizer)
-
-
-def _lora_adapted(model: PeftModel, head: Head, optimizer: Any) -> Adapted:
-    return Adapted(model, lambda path: save_plain(model, head, path), lambda: lora_spectra(model), optimizer=optimizer)
+        return create_riemannian_optimizer(model, cls, reg=self.options.reg, **settings)
 
 
 def _recipe_optimizer(arguments: TrainingArguments, model: Any, name: str) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -99,7 +100,7 @@ def _recipe_optimizer(arguments: TrainingArguments, model: Any, name: str) -> tu
     return cls, settings
 
 
-def _regroup(optimizer: Optimizer, model: PeftModel, arguments: TrainingArguments) -> Optimizer:
+def _regroup(optimizer: Optimizer, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
     """Keep the adapters' groups, with the arguments' weight decay; the rest is grouped as Trainer does.
 
     The optimizer has not taken a step; it is changed in place and returned.
