@@ -1,7 +1,7 @@
 """How the two matrices of A Bᵀ share its size, and the r×r maps that share it anew without touching the product.
 
 A T and B T⁻ᵀ have the product of A and B for every invertible T. Two choices of T make their Gram matrices equal:
-S̃^−½, S̃ being the geometric mean of BᵀB⁻¹ and AᵀA (RefLoRA, 2505.18877), and the one by which they become UΣ^½ and
+S̃^−½, S̃ being the geometric mean of (BᵀB)⁻¹ and AᵀA (RefLoRA, 2505.18877), and the one by which they become UΣ^½ and
 VΣ^½ of the product's singular value decomposition (BaLoRA, as published). Both follow from AᵀA and BᵀB alone.
 
 Batched over leading dimensions (layers), in float64, without waiting for the device. What is zero, or not finite, stays
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..common.shapes import Bool, Float
 
-_RESOLVED = (
-    1e-4  # of the largest singular value: what is smaller drowns in a float32 gradient's rounding if raised to it
-)
-_ALIVE = 1e-6  # likewise: a balance would leave a smaller one no gradient to grow by
+# Shares of the largest singular value. What is smaller drowns, inverted, in the rounding of a float32 gradient;
+_RESOLVED = 1e-4
+# and a balance would leave what is smaller no gradient to grow by.
+_ALIVE = 1e-6
 
 
 class FactorGrams(NamedTuple):
