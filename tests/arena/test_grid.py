@@ -161,9 +161,11 @@ def test_compare_takes_grids_from_the_command_line(tmp_path, calls):
     recipe = workspace.lay(tmp_path)
     where = ["--set", "task.data.validation_size=10", "--output", str(tmp_path / "out"), "--no-curve"]
     methods = ["--methods", "lora,full,scalora:interval=5/10", "--lr", "1e-2", "--alpha", "8,32", "--seeds", "2"]
+    methods.append("--no-ranks")
     result = CliRunner().invoke(app, ["compare", str(recipe), *methods, *where], terminal_width=200)
     assert result.exit_code == 0, result.output
     assert len({t.contender for t in calls if t.stage == "tune"}) == 2 + 1 + 4
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["ranks"] is False
     said = result.stdout.replace("\n", " ")
     assert "rank does not matter here" in said or "whether rank matters here is not known" in said
     assert "alpha=" in said

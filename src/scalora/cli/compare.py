@@ -43,6 +43,9 @@ def compare(
     tuning_seeds: Annotated[int, typer.Option(help="Runs per setting and rate when choosing.")] = 1,
     output: Annotated[str, typer.Option(help="Folder for trials, results.json and report.html.")] = "runs/compare",
     curve: Annotated[bool, typer.Option(help="Last measure LoRA over rank 1 to 32: does rank matter here?")] = True,
+    ranks: Annotated[
+        bool, typer.Option(help="Measure the rank of each final update; dense updates take a minute and more for it.")
+    ] = True,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
     prune: Annotated[
         bool, typer.Option(help="Give up tuning trials that are far behind another setting of their method.")
@@ -80,6 +83,7 @@ def compare(
             tuple(range(seeds)),
             tuple(range(tuning_seeds)),
             tuple(Contender("lora", rank) for rank in CURVE_RANKS) if curve else (),
+            ranks=ranks,
             alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
         console, folder = Console(), Path(output)
