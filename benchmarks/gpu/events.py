@@ -34,15 +34,18 @@ class Kind(NamedTuple):
     per_step: float  # how many of it there are in a step
 
 
-def measure(rivals: Rivals) -> list[dict[str, Any]]:
-    """A row per method and kind of event; the rivals learn what events take per step, and of memory."""
+def measure(rivals: Rivals, counted: bool) -> list[dict[str, Any]]:
+    """A row per method and kind of event; the rivals learn what events take per step, and of memory.
+
+    Launches are counted if `counted`: the profiler takes seconds for what runs in milliseconds.
+    """
     rows: list[dict[str, Any]] = []
     for name, runner in rivals.runners.items():
         if runner.handle is None:
             continue
         with rivals.failures.noting(rivals.cell, f"events of {name}"):
             for kind in _kinds(rivals, runner, runner.handle):
-                row = _measured(rivals, runner, kind)
+                row = _measured(rivals, runner, kind, counted)
                 rows.append({"method": name, "kind": kind.name} | row)
                 own = rivals.event_seconds.get(name, 0.0) + kind.per_step * row["milliseconds"] / 1e3
                 rivals.event_seconds[name] = own
@@ -111,7 +114,7 @@ def _of_white_steps(runner: Runner, rivals: Rivals, handle: ScaLora) -> list[Kin
     ]
 
 
-def _measured(rivals: Rivals, runner: Runner, kind: Kind) -> dict[str, Any]:
+def _measured(rivals: Rivals, runner: Runner, kind: Kind, counted: bool) -> dict[str, Any]:
     device, budget = rivals.device, rivals.budget
     runner.optimizer.zero_grad()
     before = allocated(device)
@@ -138,9 +141,9 @@ def _measured(rivals: Rivals, runner: Runner, kind: Kind) -> dict[str, Any]:
         row["peak_bytes"] = bytes_taken
         kind.prepare()
         row["synchronisations"] = _synchronisations(kind.run)
-        budget.ask(times[-1])
-        kind.prepare()
-        row |= _calls(kind.run)
+        if counted:
+            kind.prepare()
+            row |= _calls(kind.run)
     runner.optimizer.zero_grad()
     return row
 
@@ -155,7 +158,7 @@ def _synchronisations(run: Callable[[], object]) -> int:
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(each.message) for each in found)
+    return sum("called a synchronizing" in str(each.message) for each in found)
 
 
 def _calls(run: Callable[[], object]) -> dict[str, int]:

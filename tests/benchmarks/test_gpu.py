@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from benchmarks.gpu import budget, command, exactness, rivals, step
+from benchmarks.gpu import budget, command, exactness, page, rivals, step
 from benchmarks.gpu.failures import Failures
 from benchmarks.gpu.models import random_batch, random_model, sharing_weights
 
@@ -47,6 +47,10 @@ def test_the_smallest_form_measures_every_method_and_kind_of_event(run):
         assert row["greatest_logit"] > 100 * exactness.LIMIT
         if name != "scalora:base":  # whose base holds a part
             assert row["reloaded"] <= exactness.LIMIT
+    shown = page.tables(found)
+    assert [line.startswith("|") for line in shown.splitlines()].count(True) == 3 * 2 + sum(
+        len(found[part]) for part in ("cells", "events", "exactness")
+    )
 
 
 def test_it_stops_in_time_and_says_what_it_left_out(run):
