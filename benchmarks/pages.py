@@ -22,6 +22,8 @@ from scalora.common.disk_layout import RESULTS
 from scalora.common.files import write_text
 from scalora_papers.run import read_experiment
 
+from .gpu.page import tables as on_device
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("benchmarks/results")
 NOTES, PAGE = ROOT / "benchmarks" / "notes.md", ROOT / "docs" / "results.md"
@@ -127,7 +129,13 @@ def figure(name: str, *words: str) -> str:
     return f"![{' '.join(words)}](images/{name}.png)"
 
 
-PARTS = {part.__name__: part for part in (overview, comparison, against, seeds, tables, command, figure)}
+def gpu() -> str:
+    """What ``python -m benchmarks.gpu`` has measured on a device; so far it may not have run on any."""
+    file = ROOT / FOLDER / "gpu.json"
+    return on_device(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
+
+
+PARTS = {part.__name__: part for part in (overview, comparison, against, seeds, tables, command, figure, gpu)}
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def parser(doc: str | None, place: str) -> argparse.ArgumentParser:
 def header(**packages: str) -> dict[str, Any]:
     """What a result was obtained with; ``packages`` are versions that matter beside those of the environment."""
     spec = sys.modules["__main__"].__spec__
-    script = ["python", "-m", spec.name] if spec else sys.argv[:1]
+    script = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return {
         "command": shlex.join([*script, *sys.argv[1:]]),
         "git_revision": git_revision(),

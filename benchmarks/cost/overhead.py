@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.common import environment as provenance
 from scalora.engine.event import ScaLora
@@ -32,6 +32,7 @@ from scalora.engine.white.moments import EVERY
 from scalora.layers.hira_forward import HiraForward
 from scalora.layers.lora_forward import LoraForward
 from scalora.methods import MethodSpec, build_method
+from scalora.models.heads import Head
 from scalora.models.load import load_model
 
 from .. import record
@@ -65,17 +66,16 @@ _MEASURED_EVENTS = 3 * SLOTS
 
 
 class Runner:
-    """One method on its own copy of the model, driven as Trainer would drive it."""
+    """One method on a model of its own, which is adapted in place and driven as Trainer would drive it."""
 
-    def __init__(self, name: str, what: dict[str, Any], precision: str, device: str) -> None:
-        labels = 2 if what["head"] == "sequence-classification" else None
-        model, _ = load_model(what["source"], head=what["head"], num_labels=labels)
+    def __init__(self, name: str, model: PreTrainedModel, head: Head, rank: int, precision: str) -> None:
+        device = model.device.type
         method, _, option = name.partition(":")
-        method, _, rank = method.partition("@")
-        r = what["rank"] * (4 if rank else 1)
+        method, _, larger = method.partition("@")
+        r = rank * (4 if larger else 1)
         spec = MethodSpec(name=method, rank=r, options={"accumulate": option} if option == "base" else {})
         torch.manual_seed(0)
-        self.adapted = build_method(spec).adapt(model.to(device).train(), what["head"])
+        self.adapted = build_method(spec).adapt(model.train(), head)  # pyright: ignore[reportArgumentType]
         self.model = self.adapted.model
         if option == "peft":  # as PEFT computes it
             ours = [module for module in self.model.modules() if isinstance(module, (LoraForward, HiraForward))]
@@ -177,6 +177,13 @@ class Runner:
             )
 
 
+def load_runner(name: str, what: dict[str, Any], precision: str, device: str) -> Runner:
+    """One method on a packaged model."""
+    labels = 2 if what["head"] == "sequence-classification" else None
+    model, _ = load_model(what["source"], head=what["head"], num_labels=labels)
+    return Runner(name, model.to(device), what["head"], what["rank"], precision)  # pyright: ignore[reportArgumentType]
+
+
 def make_batch(what: dict[str, Any], device: str, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, 20_000, (what["batch"], what["tokens"]), generator=generator)
@@ -208,6 +215,19 @@ def measure(
     return seconds, shares
 
 
+def compared(values: list[float], reference: list[float], events: float) -> dict[str, Any]:
+    """A method's steps beside those of the reference in the same rounds; ``events``: seconds more per step."""
+    share = events / median(reference)
+    ratios = sorted(value / base + share for value, base in zip(values, reference, strict=True))
+    return {
+        "seconds": values,
+        "event_seconds_per_step": events,
+        "median": median(values) + events,
+        "ratio": median(ratios),
+        "quartiles": (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]),
+    }
+
+
 def peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -> int:
     """Bytes at the peak of three steps, above what the imports take; on a CPU the process's resident memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -216,7 +236,7 @@ def peak_memory(name: str, what: dict[str, Any], precision: str, device: str) ->
 
 def _peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -> int:
     before = provenance.peak_memory() if device == "cpu" else 0
-    runner, batch = Runner(name, what, precision, device), make_batch(what, device, 0)
+    runner, batch = load_runner(name, what, precision, device), make_batch(what, device, 0)
     for _ in range(3):
         runner.step(batch)
     return provenance.peak_memory() - before
@@ -236,20 +256,13 @@ def main() -> None:
     if REFERENCE not in names:
         parser.error(f"--methods {options.methods}: {REFERENCE} must be among them, all others are measured against it")
     memory = {name: peak_memory(name, what, options.precision, device) for name in names}
-    runners = {name: Runner(name, what, options.precision, device) for name in names}
+    runners = {name: load_runner(name, what, options.precision, device) for name in names}
     seconds, events = measure(runners, what, device, options.repeats)
     reference = median(seconds[REFERENCE])
     table = Table("method", "s a step", "ratio to PEFT's", "quartiles", "events", "peak memory", "store's own")
     rows = {}
     for name, values in seconds.items():
-        share = events[name] / reference
-        ratios = sorted(value / base + share for value, base in zip(values, seconds[REFERENCE], strict=True))
-        row = {
-            "seconds": values,
-            "event_seconds_per_step": events[name],
-            "median": median(values) + events[name],
-            "ratio": median(ratios),
-            "quartiles": (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]),
+        row = compared(values, seconds[REFERENCE], events[name]) | {
             "peak_memory_bytes": memory[name],
             "memory_ratio": memory[name] / memory[REFERENCE],
             "store_bytes": _store_bytes(runners[name].model),
@@ -257,7 +270,7 @@ def main() -> None:
         rows[name] = row
         table.add_row(
             name, f"{row['median']:.4f}", f"{row['ratio']:.3f}", "{:.3f} – {:.3f}".format(*row["quartiles"]),
-            f"{share:.3f}", f"{row['memory_ratio']:.3f}", f"{row['store_bytes'] / 2**20:.1f} MiB",
+            f"{events[name] / reference:.3f}", f"{row['memory_ratio']:.3f}", f"{row['store_bytes'] / 2**20:.1f} MiB",
         )  # fmt: skip
     Console().print(table)
     content = {

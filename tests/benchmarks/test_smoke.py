@@ -107,6 +107,10 @@ def throughput(patch, module):
     return ["--data", ".", "--rows", "8", "--rounds", "1"], "throughput.json"
 
 
+def command(patch, module):  # of benchmarks.gpu
+    return ["--precisions", "autocast"], "gpu.json"
+
+
 def demo_comparison(patch, module):
     small(patch, module, RATES=(1e-2,), VALIDATION=10)
     small(patch, module, subprocess=SimpleNamespace(run=in_this_process))
@@ -245,7 +249,7 @@ def test_overhead_compares_with_layers_of_peft(name, kind, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("benchmarks.cost.overhead")
     overhead(monkeypatch, module)
-    runner = module.Runner(name, module.MODELS["tiny"], "fp32", "cpu")
+    runner = module.load_runner(name, module.MODELS["tiny"], "fp32", "cpu")
     assert {type(layer) for layer in runner.model.modules() if isinstance(layer, kind)} == {kind}
 
 

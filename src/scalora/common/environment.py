@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     """Versions and hardware, for results files."""
     names = ("scalora", "torch", "transformers", "peft", "accelerate", "datasets")
     return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
@@ -40,6 +40,14 @@ def _processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: a checkout runs without that, and without what only the command line needs."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_revision(package: Path = Path(__file__).parent) -> str | None:

@@ -112,7 +112,7 @@ class Refresh:
         """Ω of one layer, the same on every process and in a resumed run."""
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
-        random = torch.randn(layer.shape[1], 2 * layer.rank, generator=generator).to(layer.A.device)
+        random = torch.randn(layer.shape[1], 2 * layer.rank, generator=generator, device="cpu").to(layer.A.device)
         if self.white is None:
             return random
         inputs = self.white.of(index).inputs

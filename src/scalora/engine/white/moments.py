@@ -141,7 +141,7 @@ def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
         for i in members:
             size = layers[i].shape[side]
             generator = torch.Generator().manual_seed(7_368_787 + 2 * i + side)
-            bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator)))
+            bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator, device="cpu")))
         like: Tensor = layers[members[0]].A
         wide = torch.promote_types(like.dtype, torch.float32)
         sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous()))

@@ -1,0 +1,5 @@
+"""``python -m benchmarks.gpu``."""
+
+from .command import main
+
+main()
