@@ -13,10 +13,11 @@ import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
-from scalora.arena.contender import parse_contender
+from scalora.arena.contender import Contender, parse_contender
 from scalora.arena.results import ComparisonRecord, read_comparison, read_results
-from scalora.arena.statistics import over_rates
+from scalora.arena.statistics import over_rates, primary
 from scalora.arena.table import ComparisonTable, TextTable, comparison_table
 from scalora.common.disk_layout import RESULTS
 from scalora.common.files import write_text
@@ -112,6 +113,20 @@ def seeds(folder: str, rate: str) -> str:
     return _untitled(TextTable("", ["method", *names], rows))
 
 
+def tuning(folder: str) -> str:
+    """Command, and the validation metric of every setting at every rate, means over seeds; the best setting first."""
+    record, (metric, higher) = _record(folder), primary(_record(folder).results)
+    found: dict[Contender, dict[float, float]] = {}
+    for setting in dict.fromkeys(each for c in record.comparison.contenders for each in record.comparison.settings[c]):
+        if values := over_rates(record.results, setting, metric):
+            found[setting] = {rate: mean(of) for rate, of in values.items()}
+    rates = sorted({rate for values in found.values() for rate in values})
+    best = max if higher else min
+    order = sorted(found, key=lambda setting: best(found[setting].values()), reverse=higher)
+    rows = [[str(c), *(f"{found[c][rate]:.4f}" if rate in found[c] else "" for rate in rates)] for c in order]
+    return f"{command(folder)}\n\n{_untitled(TextTable('', ['method', *(f'{rate:g}' for rate in rates)], rows))}"
+
+
 def tables(folder: str) -> str:
     """Command and tables of a paper's experiment."""
     record = read_experiment(read_results(ROOT / FOLDER / folder), FOLDER / folder / RESULTS)
@@ -135,7 +150,7 @@ def gpu() -> str:
     return on_device(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
 
 
-PARTS = {part.__name__: part for part in (overview, comparison, against, seeds, tables, command, figure, gpu)}
+PARTS = {part.__name__: part for part in (overview, comparison, against, seeds, tuning, tables, command, figure, gpu)}
 
 
 def main() -> None:

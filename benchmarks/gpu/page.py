@@ -20,7 +20,7 @@ def tables(content: Mapping[str, Any]) -> str:
         _exactness(content["exactness"]),
         *(f"- {each['what']} ({each['cell']}) failed: {each['error']}" for each in content["failures"]),
     ]
-    return "\n\n".join(part.strip() for part in parts)
+    return "\n\n".join(part.strip("\n") for part in parts)
 
 
 def _steps(cells: list[dict[str, Any]]) -> str:
