@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_NO_KERNEL = {"_unsafe_view", "_local_scalar_dense", "lift_fresh", "lift", "is_same_size"}
+_NO_KERNEL = {"_unsafe_view", "_local_scalar_dense", "lift_fresh", "lift", "is_same_size", "promote_types"}
 _TENSORS = 48  # of a list that torch handles in one launch, where they lie alike
 
 

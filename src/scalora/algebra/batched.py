@@ -66,3 +66,9 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor]:
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     factor: Tensor = torch.linalg.cholesky_ex(torch.addcmul(gram, eye, trace, value=_RIDGE))[0]  # pyright: ignore
     return (torch.linalg.solve_triangular(factor, eye, upper=False),)
+
+
+def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (…, k), ascending, and eigenvectors (…, k, k) of symmetric matrices."""
+    w, V = torch.linalg.eigh(S)
+    return w, V
