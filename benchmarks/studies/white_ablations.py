@@ -32,13 +32,12 @@ _MOMENTS, _STEPS, _WHITENING = (
 )  # fmt: skip
 
 
-def _one_side(kept: Literal["outputs", "inputs"]) -> Callable[..., Whitening]:
-    """In place of `nystrom`, which each group calls for its outputs and then for its inputs: only one is whitened."""
-    sides = itertools.cycle(("outputs", "inputs"))
+def _one_side(kept: Literal["outputs", "inputs"]) -> Callable[..., list[Whitening]]:
+    """In place of `nystrom`, which sees each group's outputs and then its inputs: only one is whitened."""
 
-    def found(*arguments: Any) -> Whitening:
-        white = nystrom(*arguments)
-        return white if next(sides) == kept else no_whitening(white.U)
+    def found(*arguments: Any) -> list[Whitening]:
+        sides = itertools.cycle(("outputs", "inputs"))
+        return [white if next(sides) == kept else no_whitening(white.U) for white in nystrom(*arguments)]
 
     return found
 

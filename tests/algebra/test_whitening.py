@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora.algebra.directions import dense_svd, optimal_adapters, range_basis
-from scalora.algebra.whitening import DAMPING, no_whitening, nystrom, white_adapters
+from scalora.algebra.whitening import DAMPING, Seen, no_whitening, nystrom, white_adapters
 
 SEEDS = st.integers(0, 999)
 
@@ -29,7 +29,7 @@ def looked(C, k, times, seed=0, factor=1.0):
     basis = range_basis(torch.randn(len(C), k, generator=torch.Generator().manual_seed(seed), dtype=C.dtype))
     white = no_whitening(basis)
     for _ in range(times):
-        white = nystrom(white, factor * C @ white.U, factor * C.trace(), 0.0)
+        (white,) = nystrom([Seen(white, factor * C @ white.U, factor * C.trace())], 0.0)
     return white
 
 
@@ -55,7 +55,8 @@ def test_each_look_comes_nearer(seed):
 @given(keep=st.floats(0.1, 0.9), seed=SEEDS)
 def test_what_was_known_is_kept_in_part(keep, seed):
     old, new = moments(6, seed), 7 * moments(6, seed + 1)  # as many directions as there are: nothing is lost
-    found = nystrom(looked(old, 6, 2, seed), new @ looked(old, 6, 2, seed).U, new.trace(), keep)
+    former = looked(old, 6, 2, seed)
+    (found,) = nystrom([Seen(former, new @ former.U, new.trace())], keep)
     mean = keep * old / old.diagonal().mean() + (1 - keep) * new / new.diagonal().mean()
     torch.testing.assert_close((found.U * found.e) @ found.U.mT, mean, rtol=1e-6, atol=1e-8)
 
@@ -65,9 +66,9 @@ def test_what_is_nothing_finite_teaches_nothing():
     product = former.U.clone()
     for bad in (product * torch.nan, product * torch.inf):
         for trace in (torch.tensor(1.0), torch.tensor(torch.nan)):
-            found = nystrom(former, bad, trace.double(), 0.5)
+            (found,) = nystrom([Seen(former, bad, trace.double())], 0.5)
             assert all(torch.equal(one, other) for one, other in zip(found, former, strict=True))
-    found = nystrom(former, 0 * product, torch.tensor(0.0).double(), 0.5)
+    (found,) = nystrom([Seen(former, 0 * product, torch.tensor(0.0).double())], 0.5)
     assert all(torch.equal(one, other) for one, other in zip(found, former, strict=True))
 
 

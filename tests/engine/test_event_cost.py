@@ -2,26 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import models
 from helpers.attached import attached, full
+from helpers.operations import Operations
 from scalora.engine.stores.adapter import SLOTS
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations called inside, and the largest tensor that one of them made."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.largest = set(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        if isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.numel())
-        return result
 
 
 def _event(handle, model, kind):

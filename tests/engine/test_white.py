@@ -6,6 +6,7 @@ from peft import PeftModel
 
 import scalora
 from helpers import models
+from helpers.operations import Operations
 from scalora import ScaLoraConfig, ScaloraError
 from scalora.algebra.scaling import optimal_scaling
 from scalora.algebra.whitening import DAMPING
@@ -14,8 +15,10 @@ from scalora.engine.white.moments import EVERY, FIRST
 EVENTS = {"no events": {"interval": None}, "rescaled": {"interval": 2}, "refreshed": {"interval": None, "refresh": 4}}
 
 
-def attached(kind="llama", optimizer_cls=torch.optim.AdamW, lr=1e-3, config=None, dtype=torch.float32, **lora):
-    model = models.lora(kind, dtype, **{"r": 2, **lora})
+def attached(
+    kind="llama", optimizer_cls=torch.optim.AdamW, lr=1e-3, config=None, dtype=torch.float32, layers=2, **lora
+):
+    model = models.lora(kind, dtype, layers, **{"r": 2, **lora})
     optimizer = optimizer_cls(models.trainable(model), lr=lr)
     config = ScaLoraConfig(coordinates="white", **(config or EVENTS["no events"]))
     return model, optimizer, scalora.attach(model, optimizer, config)
@@ -197,6 +200,38 @@ def test_a_run_resumes_bitwise(events, stop):
     models.train(second, optimizer, "llama", 14 - stop, start=stop)
     for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_step_has_no_operation_of_its_own_for_any_layer():
+    """What white coordinates add to LoRA's step grows with the number of shapes only."""
+    found = []
+    for layers in (1, 4):
+        model, optimizer, handle = attached(lr=1e-3, layers=layers)
+        optimizer.defaults["foreach"] = optimizer.param_groups[0]["foreach"] = True
+        models.train(model, optimizer, "llama", 4)
+        assert not handle.white.moments.looking
+        model(**models.batch("llama", 4)).loss.backward()
+        with Operations() as step:
+            optimizer.step()
+        optimizer.zero_grad()
+        with Operations() as opened:
+            handle.white.moments.open()
+        model(**models.batch("llama", 5)).loss.backward()
+        with Operations() as closed:
+            handle.white.moments.close()
+        handle.detach()
+        model(**models.batch("llama", 6)).loss.backward()
+        with Operations() as plain:
+            optimizer.step()
+        shapes = len(handle.white.moments.groups)
+        assert step.launches - plain.launches <= 40 * shapes
+        assert opened.launches <= 3 * shapes
+        assert closed.launches <= 110 * shapes
+        sizes = {side.U.shape[-1] for white in handle.white.moments.white for side in white}
+        assert closed.launched["_linalg_eigh"] == 2 * len(sizes)  # each waits for the device
+        assert "linalg_qr" not in closed.names
+        found.append([step.launches, opened.launches, closed.launches])
+    assert found[0] == found[1]
 
 
 def test_without_events_it_is_a_plain_lora_of_its_rank(tmp_path):

@@ -21,31 +21,31 @@ TARGETS = {
 }
 
 
-def base(kind: str, dtype: torch.dtype = torch.float32):
+def base(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2):
     torch.manual_seed(1)
     if kind == "llama":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes))
     elif kind == "bert":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=3, **sizes, **quiet))
     else:
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32, **quiet)
+            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=32, **quiet)
         )
     return model.to(dtype)
 
 
-def lora(kind: str, dtype: torch.dtype = torch.float32, **options):
+def lora(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2, **options):
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind]}
     if kind == "bert":
         defaults["task_type"] = "SEQ_CLS"  # PEFT then trains the classifier too (modules_to_save)
     if kind == "gpt2":
         defaults["fan_in_fan_out"] = True
     torch.manual_seed(2)
-    return get_peft_model(base(kind, dtype), LoraConfig(**{**defaults, **options}))
+    return get_peft_model(base(kind, dtype, layers), LoraConfig(**{**defaults, **options}))
 
 
 def batch(kind: str, seed: int = 0):

@@ -7,6 +7,7 @@ that nothing of size m×n is ever formed.
 # pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,14 @@ def gram_products(
     with exact_matmul(A.device):
         products = A.mT @ A, B.mT @ B, grad_A.mT @ grad_A, grad_B.mT @ grad_B, A.mT @ grad_A
     return Gram(*(p.double() for p in products), epsilon=torch.finfo(working).eps)
+
+
+def joined(grams: Sequence[Gram]) -> Gram:
+    """Those of layers of one rank, one after the other, (L, r, r)."""
+    if len(grams) == 1:
+        return grams[0]
+    *products, epsilons = zip(*grams, strict=True)
+    return Gram(*(torch.cat(part) for part in products), epsilon=max(epsilons))
 
 
 def column_norms(gram: Gram) -> Float[Tensor, "*batch k"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.shapes import Float, Int
+from .batched import eigh, together
+
+_DEPENDENT = 1e-14  # squared share of a column of norm 1: float32's rounding
 
 
 class Truncated(NamedTuple):
@@ -31,21 +35,39 @@ def truncate(
         settled: the first so many columns are what an earlier truncation left, orthogonal to one another in P and in
             Q, so that only those after them need a factorisation.
     """
-    basis_P, basis_Q = _Basis.of(P, settled), _Basis.of(Q, settled)
+    return truncate_all([(P, Q)], [rank], [settled])[0]
+
+
+def truncate_all(
+    products: Sequence[tuple[Tensor, Tensor]], ranks: Sequence[int], settled: Sequence[int]
+) -> list[Truncated]:
+    """As :func:`truncate`, for P (…, m, k) and Q (…, n, k) of several sizes: what is k×k is factorised in one go."""
+    sides = [X for pair in products for X in pair]
+    bases = _bases(sides, [count for count in settled for _ in range(2)])
+    pairs = list(zip(bases[::2], bases[1::2], strict=True))
     # The core's squared singular values to float64's precision are its own to float32's, at half the price of an SVD.
-    core = (basis_P.R @ basis_Q.R.mT).double()
-    energy, V = torch.linalg.eigh(core.mT @ core)
-    energy, V = energy.flip(-1).clamp(min=0), V.flip(-1)
+    cores = [basis_P.R @ basis_Q.R.mT for basis_P, basis_Q in pairs]
+    solved = together(eigh, [core.mT @ core for core in cores])
+    return [
+        _best(pair, core, energy.flip(-1).clamp(min=0), V.flip(-1), rank)
+        for pair, core, (energy, V), rank in zip(pairs, cores, solved, ranks, strict=True)
+    ]
+
+
+def _best(bases: tuple[_Basis, _Basis], core: Tensor, energy: Tensor, V: Tensor, rank: int) -> Truncated:
+    """From the core's squared singular values, descending, and its right singular vectors."""
+    basis_P, basis_Q = bases
+    dtype = basis_P.rest.dtype
     kept = min(rank, energy.shape[-1])
     sigma = energy[..., None, :kept].sqrt()
     # What rounding made would be orthogonal to nothing.
-    root = torch.where(sigma > torch.finfo(P.dtype).eps * sigma[..., :1], sigma, 0.0).sqrt()
+    root = torch.where(sigma > torch.finfo(dtype).eps * sigma[..., :1], sigma, 0.0).sqrt()
     V = V[..., :kept]
     return Truncated(
         _widen(basis_P.lift(torch.where(root > 0, core @ V / root, 0.0)), rank),
         _widen(basis_Q.lift(V * root), rank),
-        energy[..., kept:].sum(-1).to(P.dtype),
-        energy.sum(-1).to(P.dtype),
+        energy[..., kept:].sum(-1).to(dtype),
+        energy.sum(-1).to(dtype),
     )
 
 
@@ -66,7 +88,7 @@ def effective_rank(sigma: Float[Tensor, "*batch l"]) -> Float[Tensor, "*batch"]:
 
 
 class _Basis(NamedTuple):
-    """P = basis @ R with orthonormal columns: those of ``first`` divided by their norms, then those of ``rest``.
+    """P = basis @ R with orthonormal columns: those of ``first`` divided by their norms, then ``rest @ turn``.
 
     The product holds however well the settled columns have kept their orthogonality; the basis is as good as that.
     """
@@ -74,34 +96,57 @@ class _Basis(NamedTuple):
     first: Float[Tensor, "*batch m settled"]
     norms: Float[Tensor, "*batch settled"]
     rest: Float[Tensor, "*batch m l"]
-    R: Float[Tensor, "*batch _ k"]
+    turn: Float[Tensor, "*batch l l"]  # float64
+    R: Float[Tensor, "*batch k k"]  # float64
 
-    @classmethod
-    def of(cls, P: Float[Tensor, "*batch m k"], settled: int) -> _Basis:
-        """By Gram-Schmidt against the settled columns, twice, and a QR factorisation of what remains."""
-        first, rest = P[..., :settled], P[..., settled:]
-        if not settled:
-            rest, R = torch.linalg.qr(P)
-            return cls(first, first.sum(-2), rest, R)
-        squares = first.square().sum(-2)
-        squares = torch.where(squares > torch.finfo(squares.dtype).tiny, squares, 0.0)  # 1/squares stays finite
-        inverse = torch.where(squares > 0, 1 / squares, 0.0)[..., None]
-        along = inverse * (first.mT @ rest)
-        rest = rest - first @ along
-        again = inverse * (first.mT @ rest)
-        rest, R = torch.linalg.qr(rest - first @ again)
-        norms = squares.sqrt()
-        above = torch.cat([torch.diag_embed(norms), norms[..., None] * (along + again)], -1)
-        return cls(first, norms, rest, torch.cat([above, torch.nn.functional.pad(R, (settled, 0))], -2))
-
-    def lift(self, X: Float[Tensor, "*batch _ l"]) -> Float[Tensor, "*batch m l"]:
+    def lift(self, X: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch m l"]:
         """basis @ X."""
-        above, below = X.to(self.rest.dtype).split([self.norms.shape[-1], self.rest.shape[-1]], -2)
-        lifted = self.rest @ below
+        above, below = X.split([self.norms.shape[-1], self.rest.shape[-1]], -2)
+        lifted = self.rest @ (self.turn @ below).to(self.rest.dtype)
         if self.norms.shape[-1]:
             norms = self.norms[..., None]
-            lifted += self.first @ torch.where(norms > 0, above / norms, 0.0)
+            lifted += self.first @ torch.where(norms > 0, above.to(norms.dtype) / norms, 0.0)
         return lifted
+
+
+def _bases(sides: Sequence[Tensor], settled: Sequence[int]) -> list[_Basis]:
+    """By Gram-Schmidt against the settled columns, twice, and the eigenvectors of what remains, XᵀX, in float64."""
+    begun = [_past_the_settled(P, count) for P, count in zip(sides, settled, strict=True)]
+    turned = together(_gram_root, [rest.mT.double() @ rest.double() for _, _, rest, _ in begun])
+    bases = []
+    for (first, norms, rest, along), (turn, R) in zip(begun, turned, strict=True):
+        above = torch.cat([torch.diag_embed(norms), norms[..., None] * along], -1).double()
+        whole = torch.cat([above, torch.nn.functional.pad(R, (norms.shape[-1], 0))], -2)
+        bases.append(_Basis(first, norms, rest, turn, whole))
+    return bases
+
+
+def _past_the_settled(P: Tensor, settled: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The settled columns, their norms, what the others have beside them, and how much of them the others have."""
+    first, rest = P[..., :settled], P[..., settled:]
+    squares = first.square().sum(-2)
+    if not settled:
+        return first, squares, rest, P.new_zeros(*P.shape[:-2], 0, rest.shape[-1])
+    squares = torch.where(squares > torch.finfo(squares.dtype).tiny, squares, 0.0)  # 1/squares stays finite
+    inverse = torch.where(squares > 0, 1 / squares, 0.0)[..., None]
+    along = inverse * (first.mT @ rest)
+    rest = rest - first @ along
+    again = inverse * (first.mT @ rest)
+    return first, squares.sqrt(), rest - first @ again, along + again
+
+
+def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """T and R with X = (X T) R and orthonormal columns of X T, from XᵀX (…, l, l) in float64.
+
+    Columns are first brought to norm 1, so that small ones keep their digits. What float32 cannot tell from a
+    combination of the others, a share of 1e-7, is left out of both.
+    """
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    w, V = eigh(gram * inverse[..., :, None] * inverse[..., None, :])
+    root = torch.where(w > _DEPENDENT, w, 0.0).sqrt()
+    upright = V * torch.where(root > 0, 1 / root, 0.0)[..., None, :]
+    return inverse[..., :, None] * upright, (V * root[..., None, :]).mT * norms[..., None, :]
 
 
 def _widen(factor: Float[Tensor, "*batch m kept"], rank: int) -> Float[Tensor, "*batch m rank"]:

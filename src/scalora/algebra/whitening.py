@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..common.shapes import Float
+from .batched import orthonormal, together
 from .directions import Directions, optimal_adapters, sketched_svd
 
 DAMPING = 0.1  # δ
@@ -39,19 +40,39 @@ class Whitening(NamedTuple):
         index = i if isinstance(i, int) else list(i)
         return Whitening(*(part[index] for part in self))
 
+    def root(self, power: float) -> Root:
+        """M to twice a power, for all that is multiplied by it."""
+        others = (self.tail[..., None, None] + DAMPING).pow(power)
+        return Root(self.U, (self.e[..., None, :] + DAMPING).pow(power) - others, others)
+
     def whiten(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M⁻¹X: a gradient into the white coordinates, or a step out of them."""
-        return self._power(X, -0.5)
+        return self.root(-0.5).times(X)
 
     def color(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M X: a parameter into the white coordinates."""
-        return self._power(X, 0.5)
+        return self.root(0.5).times(X)
 
-    def _power(self, X: Tensor, power: float) -> Tensor:
-        others = (self.tail[..., None, None] + DAMPING).pow(power)
-        along = (self.e[..., None, :] + DAMPING).pow(power) - others
+
+class Root(NamedTuple):
+    """U diag(along) Uᵀ + others·I, a symmetric n×n matrix."""
+
+    U: Float[Tensor, "*batch n k"]
+    along: Float[Tensor, "*batch _ k"]
+    others: Float[Tensor, "*batch _ _"]
+
+    def times(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
+        """Its product with X; Xᵀ lies there row by row."""
         rows = X.mT.contiguous()  # a few long rows: on a CPU a third of the time of as many columns
-        return (others * rows + (along * (rows @ self.U)) @ self.U.mT).mT
+        return (self.others * rows + (self.along * (rows @ self.U)) @ self.U.mT).mT
+
+
+class Seen(NamedTuple):
+    """What a look has seen of some vectors whose whitening so far is ``former``, Φ its U."""
+
+    former: Whitening
+    product: Float[Tensor, "*batch n k"]  # C Φ, up to a factor
+    trace: Float[Tensor, "*batch"]  # of C, up to the same
 
 
 def no_whitening(basis: Float[Tensor, "*batch n k"]) -> Whitening:
@@ -59,39 +80,45 @@ def no_whitening(basis: Float[Tensor, "*batch n k"]) -> Whitening:
     return Whitening(basis, basis.new_ones((*basis.shape[:-2], basis.shape[-1])), basis.new_ones(basis.shape[:-2]))
 
 
-def nystrom(
-    former: Whitening,
-    product: Float[Tensor, "*batch n k"],
-    trace: Float[Tensor, "*batch"],
-    keep: float,
-) -> Whitening:
-    """The whitening of keep·(what was known) + (1 − keep)·C/λ; the former one where C is nothing finite.
+def nystrom(sides: Sequence[Seen], keep: float) -> list[Whitening]:
+    """The whitenings of keep·(what was known) + (1 − keep)·C/λ; the former one where C is nothing finite.
 
     Args:
-        former: its U is Φ.
-        product: C Φ, up to a factor.
-        trace: of C, up to the same.
+        sides: each (L, …), of any sizes; small matrices of one size are factorised in one call for all.
         keep: from 0 to 1.
     """
-    n, k = product.shape[-2:]
-    Phi = former.U
-    usable = torch.isfinite(product.sum((-2, -1))) & torch.isfinite(trace) & (trace > 0)
-    # Where there is nothing to go by, the identity is computed with, and not returned: nobody waits for the device.
-    seen = torch.where(usable[..., None, None], product * (n / trace)[..., None, None], Phi)
-    seen = torch.lerp(seen, Phi * former.e[..., None, :], keep)
-    core = (Phi.mT @ seen).double()
-    w, V = torch.linalg.eigh((core + core.mT) / 2)
-    root = torch.where(w > 1e-5 * w[..., -1:], w.clamp_min(1e-300).rsqrt(), 0.0)
+    usable = [torch.isfinite(x.product.sum((-2, -1))) & torch.isfinite(x.trace) & (x.trace > 0) for x in sides]
+    seen, cores = [], []
+    for (former, product, trace), good in zip(sides, usable, strict=True):
+        Phi, n = former.U, product.shape[-2]
+        # Where there is nothing to go by, the identity is computed with, and not returned: nobody waits for the device.
+        found = torch.where(good[..., None, None], product * (n / trace)[..., None, None], Phi)
+        seen.append(torch.lerp(found, Phi * former.e[..., None, :], keep))
+        cores.append((Phi.mT @ seen[-1]).double())
+    roots = together(_inverse_root, cores)
     # C ≈ S (ΦᵀCΦ)⁻¹ Sᵀ with S = CΦ = QR: the eigenvectors are Q's columns, turned by those of a k×k matrix.
-    Q, R = torch.linalg.qr(seen)
-    half = R.double() @ (V * root[..., None, :])
-    e, W = torch.linalg.eigh(half @ half.mT)
-    U, e = Q @ W.flip(-1).to(Q), e.flip(-1).clamp_min(0)
-    tail = (n - e.sum(-1)).clamp_min(0) / max(1, n - k)
+    bases = orthonormal(seen, [side.former.U for side in sides])
+    halves = [Q.mT @ S.double() @ root for Q, S, (root,) in zip(bases, seen, roots, strict=True)]
+    turned = together(torch.linalg.eigh, [half @ half.mT for half in halves])
+    return [
+        _where(good, Q @ W.flip(-1), e.flip(-1).clamp_min(0), side.former)
+        for side, good, Q, (e, W) in zip(sides, usable, bases, turned, strict=True)
+    ]
+
+
+def _inverse_root(core: Tensor) -> tuple[Tensor]:
+    """V w^−½ of a symmetric matrix V w Vᵀ, without what is small."""
+    w, V = torch.linalg.eigh((core + core.mT) / 2)
+    return (V * torch.where(w > 1e-5 * w[..., -1:], w.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :],)
+
+
+def _where(good: Tensor, U: Tensor, e: Tensor, former: Whitening) -> Whitening:
+    """Eigenvectors and values that were found, what is left of n being the tail, where they are good."""
+    tail = (U.shape[-2] - e.sum(-1)).clamp_min(0) / max(1, U.shape[-2] - U.shape[-1])
     return Whitening(
-        torch.where(usable[..., None, None], U, former.U),
-        torch.where(usable[..., None], e.to(former.e), former.e),
-        torch.where(usable, tail.to(former.tail), former.tail),
+        torch.where(good[..., None, None], U.to(former.U), former.U),
+        torch.where(good[..., None], e.to(former.e), former.e),
+        torch.where(good, tail.to(former.tail), former.tail),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..algebra.gram import product_norm
+from ..algebra.gram import Gram, joined, product_norm
 from ..algebra.precision import exact_matmul, representable
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
@@ -25,7 +25,7 @@ from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .chosen import choose_layers, warn_of_left
 from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
-from .groups import Group, Stacked, grouped, has_gradient, on_device, per_parameter, stack_with_gram
+from .groups import Group, Stacked, by_rank, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
 from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
@@ -248,10 +248,13 @@ class ScaLora:
         self.constants = self.constants.to(stacks[0].A.device)
         finite = self._gradients_finite(stacks)
         moves, scaled, record = [], [], Collector()
-        for group, stack in zip(groups, stacks, strict=True):
-            alpha, beta = self._factors(group, stack, finite, record)
-            moves.append(Move(group.layers, stack.A, 1 - alpha * beta, stack.B))
-            scaled += per_parameter(group, alpha, beta)
+        for alike in by_rank(stacks):
+            alike_groups = [groups[i] for i in alike]
+            found = self._factors(alike_groups, joined([stacks[i].gram for i in alike]), finite, record)
+            sizes = [len(group.members) for group in alike_groups]
+            for i, alpha, beta, d in zip(alike, *(part.split(sizes) for part in found), strict=True):
+                moves.append(Move(groups[i].layers, stacks[i].A, d, stacks[i].B))
+                scaled += per_parameter(groups[i], alpha, beta)
         params, factors, gradient_factors = zip(*scaled, strict=True)
         self.layers[0].module.watched = None  # pyright: ignore[reportAttributeAccessIssue]  # what is written now is ours
         with whole(self.layers):
@@ -265,19 +268,23 @@ class ScaLora:
         for layer in self.layers[:1] if self.attached else self.layers:
             layer.module.watch()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _factors(self, group: Group, stack: Stacked, finite: Tensor, record: Collector) -> tuple[Tensor, Tensor]:
-        """α and β (L, r), float64, of layers of one shape; 1 where there is no usable gradient."""
-        usable = has_gradient(group, finite)
-        index = on_device(tuple(group.members), torch.long, self.constants.device)
+    def _factors(
+        self, groups: list[Group], gram: Gram, finite: Tensor, record: Collector
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """α, β and 1 − α∘β (L, r), float64, of layers of one rank; 1, 1 and 0 where there is no usable gradient."""
+        members = [i for group in groups for i in group.members]
+        usable = has_gradient(groups, finite)
+        index = on_device(tuple(members), torch.long, self.constants.device)
         c = self.constants[index]
-        c = torch.where(c.isnan() & usable, calibrate(stack.gram), c)
+        c = torch.where(c.isnan() & usable, calibrate(gram), c)
         self.constants[index] = c
-        alpha, beta, kind = solve_scaling(stack.gram, c=c, method=self.config.scaling, floor=self.config.floor)
-        alpha, beta = (representable(torch.where(usable[:, None], f, 1.0), stack.A.dtype) for f in (alpha, beta))
-        size = product_norm(stack.gram, torch.ones_like(alpha))
-        moved = torch.where(size > 0, product_norm(stack.gram, 1 - alpha * beta) / size, 0.0)
-        record.collect(group.members, alpha, beta, torch.where(usable, kind, 0), moved)
-        return alpha, beta
+        alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
+        dtype = groups[0].A[0].dtype
+        alpha, beta = (representable(torch.where(usable[:, None], f, 1.0), dtype) for f in (alpha, beta))
+        size, d = product_norm(gram, torch.ones_like(alpha)), 1 - alpha * beta
+        moved = torch.where(size > 0, product_norm(gram, d) / size, 0.0)
+        record.collect(members, alpha, beta, torch.where(usable, kind, 0), moved)
+        return alpha, beta, d
 
     def _gradients_finite(self, stacks: list[Stacked]) -> Tensor:
         """Whether this step's gradients are finite and the step will be taken; a tensor, so that nothing waits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -79,26 +79,38 @@ def stack_with_gram(group: Group, coordinates: tuple[Whitening, Whitening] | Non
     return Stacked(now.A, now.B, gram_products(A, B, now.grad_A, now.grad_B))
 
 
-def has_gradient(group: Group, finite: Tensor) -> Tensor:
+def by_rank(stacks: Sequence[Stacked]) -> list[list[int]]:
+    """Which of them have one rank, dtype and device: what is r×r of theirs is computed in one go."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, stack in enumerate(stacks):
+        alike[stack.A.shape[-1], stack.A.dtype, stack.A.device].append(i)
+    return list(alike.values())
+
+
+def has_gradient(groups: Sequence[Group], finite: Tensor) -> Tensor:
     """``finite`` (0-d) for each layer whose two matrices have a gradient, else False: (L), without waiting.
 
     A layer that was not used, or is frozen again, stays as it is.
     """
-    no = torch.zeros_like(finite)
-    used = (A.grad is not None and Bt.grad is not None for A, Bt in zip(group.A, group.Bt, strict=True))
-    return torch.stack([finite if each else no for each in used])
+    pairs = [pair for group in groups for pair in zip(group.A, group.Bt, strict=True)]
+    used = [A.grad is not None and Bt.grad is not None for A, Bt in pairs]
+    return finite & on_device(tuple(used), torch.bool, finite.device)
 
 
 def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each parameter with the factor of its columns and that of its gradient; α and β are (L, r).
+    """Each parameter with the factors of its entries and those of its gradient's; α and β are (L, r).
 
-    The gradient of A diag(α) is g_A diag(β), and the other way round (Lemmas 2 and 4).
+    The gradient of A diag(α) is g_A diag(β), and the other way round (Lemmas 2 and 4). Factors are written out in the
+    shape of what they multiply: torch multiplies lists in a few launches only where shapes agree.
     """
-    dtype = group.A[0].dtype
-    for A, Bt, a, b in zip(group.A, group.Bt, alpha.to(dtype), beta.to(dtype), strict=True):
-        patch = (1,) * (A.ndim - 2)  # of a convolution
-        yield A, a.view(-1, *patch), b.view(-1, *patch)
-        yield Bt, shard_of(b.view(-1, 1, *patch), Bt), shard_of(a.view(-1, 1, *patch), Bt)
+    (A, *_), (Bt, *_) = group.A, group.Bt
+    alpha, beta = alpha.to(A.dtype), beta.to(A.dtype)
+    columns, rows = (1,) + A.shape[1:2] + (1,) * (A.ndim - 2), Bt.shape[:1] + (1,) * (Bt.ndim - 1)
+    of_A = [f.view(-1, *columns).expand(-1, *A.shape).contiguous() for f in (alpha, beta)]
+    of_Bt = [f.view(-1, *rows).expand(-1, *Bt.shape).contiguous() for f in (beta, alpha)]
+    for params, factors in ((group.A, of_A), (group.Bt, of_Bt)):
+        for p, own, of_gradient in zip(params, *factors, strict=True):
+            yield p, shard_of(own, p), shard_of(of_gradient, p)
 
 
 @lru_cache(maxsize=1024)

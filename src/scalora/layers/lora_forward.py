@@ -24,6 +24,8 @@ from .products import Adapter, add_adapters, frozen_weight, merged_linear, mergi
 from .reading import reading
 from .sharding import is_sharded
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class LoraForward(nn.Module, LoraLayer):
     """Stands in for PEFT's LoRA layers: a shorter forward pass of plain linear ones, sketches of any's gradient."""
@@ -69,7 +71,11 @@ class LoraForward(nn.Module, LoraLayer):
         W = frozen_weight(self.base_layer, x) if frozen else None
         if W is not None and merging_is_cheaper(x, W):
             return merged_linear(x, W, self.base_layer.bias, adapters)  # pyright: ignore
-        return add_adapters(self.base_layer(x), x, adapters)
+        result = self.base_layer(x)
+        if torch.is_autocast_enabled(x.device.type):
+            return add_adapters(result, x, adapters)
+        # As PEFT: in the adapter's dtype, and rounded once.
+        return add_adapters(result, x, adapters, torch.promote_types(result.dtype, adapters[0].lora_A.dtype))
 
     def _plain_adapters(self, x: Tensor) -> list[Adapter] | None:
         """Each active adapter; None where the short way would not do the same."""
@@ -89,8 +95,9 @@ class LoraForward(nn.Module, LoraLayer):
             A, B = lora_A.weight, lora_B.weight
             assert isinstance(A, Tensor)
             assert isinstance(B, Tensor)
-            # Without autocast PEFT computes in the adapter's dtype, which may be wider than the input's.
-            if is_sharded(A) or not (A.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+            if is_sharded(A) or not (torch.is_autocast_enabled(x.device.type) or self._in_their_dtype(x, A)):
+                return None
+            if found and A.dtype != found[0].lora_A.dtype:
                 return None
             scale = float(self.scaling[name])
             found.append(Adapter(A, B, scale))
@@ -98,6 +105,14 @@ class LoraForward(nn.Module, LoraLayer):
                 P, Qt = held.live()
                 found.append(Adapter(Qt, P, scale))
         return found
+
+    def _in_their_dtype(self, x: Tensor, lora_A: Tensor) -> bool:
+        """Whether it computes in lora_A's dtype without autocast: the input's, or a wider one on a base in half."""
+        if lora_A.dtype == x.dtype:
+            return True
+        base: Any = self.base_layer
+        casts = getattr(self, "cast_input_dtype_enabled", True)  # PEFT's disable_input_dtype_casting
+        return casts and x.dtype in _HALF and base.weight.dtype == x.dtype and lora_A.dtype.itemsize >= 4
 
     def held(self, adapter: str) -> Accumulated | None:
         """What has been moved out of an adapter and belongs to its function; None where there is nothing."""

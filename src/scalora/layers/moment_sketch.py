@@ -50,7 +50,9 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, inputs, outputs = ctx.saved_tensors
+        x = x.to(inputs) if x.is_floating_point() else x  # once for all that reads it
         y = ctx.reads.rows(g).to(outputs)
         of_x, of_y = ctx.reads.squares(x, inputs), y.square().sum(-1, keepdim=True)
         seen = ctx.reads.transposed(x, of_y * ctx.reads.times(x, inputs))
-        return g, None, None, None, None, seen, y.mT @ (of_x * (y @ outputs)), (of_x * of_y).sum()
+        trace = torch.dot(of_x.flatten(), of_y.flatten())
+        return g, None, None, None, None, seen, y.mT @ (of_x * (y @ outputs)), trace

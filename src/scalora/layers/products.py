@@ -34,16 +34,17 @@ class Adapter(NamedTuple):
     scale: float = 1.0
 
 
-def add_adapters(result: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """result + Σ s·(x lora_Aᵀ) lora_Bᵀ, computed where `result` is and in its dtype.
+def add_adapters(result: Tensor, x: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> Tensor:
+    """result + Σ s·(x lora_Aᵀ) lora_Bᵀ, computed where `result` is, in its dtype.
 
     Args:
         result: (…, m).
         x: (…, n).
+        dtype: a wider one that products and sum are computed in instead, which is rounded once, at the end.
         adapters: of any number of columns, floating dtype and device; each matrix may be trained or frozen. The
             gradients are those of autograd up to rounding; they cannot be differentiated again.
     """
-    return _ThinSum.apply(result, x, *_flatten(adapters))  # pyright: ignore
+    return _ThinSum.apply(result, x, dtype or result.dtype, *_flatten(adapters))  # pyright: ignore
 
 
 def merged_linear(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -87,16 +88,18 @@ def merging_is_cheaper(x: Tensor, W: Tensor) -> bool:
 class _ThinSum(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, result: Tensor, x: Tensor, scales: tuple[float, ...], *matrices: Tensor
+        ctx: Any, result: Tensor, x: Tensor, wide: torch.dtype, scales: tuple[float, ...], *matrices: Tensor
     ) -> Tensor:
         everyone = range(len(scales))
-        x_like = x.to(result.dtype)
-        h = x_like.flatten(0, -2) @ _stacked_A(matrices, everyone, result).mT
-        out = torch.addmm(result.flatten(0, -2), h, _stacked_B(matrices, scales, everyone, result).mT)
-        trained = ctx.needs_input_grad[3:]
-        # A slice would keep all of h alive.
-        kept = [own.clone() for i, own in _columns(h, matrices, everyone).items() if trained[2 * i + 1]]
-        ctx.scales, ctx.dtype, ctx.shape = scales, x.dtype, x.shape
+        scale, shares = _common(scales)
+        x_like = x.to(result.device, wide)
+        h = x_like.flatten(0, -2) @ _stacked_A(matrices, everyone, x_like).mT
+        out = _added(result.flatten(0, -2), h, _stacked_B(matrices, shares, everyone, x_like).mT, scale)
+        trained = ctx.needs_input_grad[4:]
+        kept = [own for i, own in _columns(h, matrices, everyone).items() if trained[2 * i + 1]]
+        if wide == result.dtype and h.shape[1] > sum(own.shape[1] for own in kept):
+            kept = [own.clone() for own in kept]  # a slice would keep all of h alive; beside a wider x that is little
+        ctx.scales, ctx.wide, ctx.dtype, ctx.shape = scales, wide, x.dtype, x.shape
         ctx.save_for_backward(x_like if any(trained[::2]) else None, *kept, *matrices)
         return out.view(result.shape)
 
@@ -105,15 +108,16 @@ class _ThinSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *kept = ctx.saved_tensors
         kept, matrices = kept[: -2 * len(ctx.scales)], tuple(kept[-2 * len(ctx.scales) :])
-        everyone, trained = range(len(ctx.scales)), ctx.needs_input_grad[3:]
-        flat = g.flatten(0, -2)
-        gh = flat @ _stacked_B(matrices, ctx.scales, everyone, g)
+        everyone, trained = range(len(ctx.scales)), ctx.needs_input_grad[4:]
+        scale, shares = _common(ctx.scales)
+        flat = g.flatten(0, -2).to(ctx.wide)
+        gh = _product(scale, flat, _stacked_B(matrices, shares, everyone, flat))
         gx = None
         if ctx.needs_input_grad[1]:
-            gx = (gh @ _stacked_A(matrices, everyone, g)).view(ctx.shape).to(ctx.dtype)
+            gx = (gh @ _stacked_A(matrices, everyone, gh)).view(ctx.shape).to(ctx.dtype)
         of_B = dict(zip((i for i in everyone if trained[2 * i + 1]), kept, strict=True))
         of_A = {i: own for i, own in _columns(gh, matrices, everyone).items() if trained[2 * i]}
-        return g, gx, None, *_matrix_gradients(matrices, ctx.scales, x, flat, of_A, of_B)
+        return g, gx, None, None, *_matrix_gradients(matrices, ctx.scales, x, flat, of_A, of_B)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -140,7 +144,8 @@ class _MergedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0] and total is None:
                 total = _sum(W, ctx.scales, matrices, g)
             gx = g @ total if ctx.needs_input_grad[0] else None
-            gh = flat @ _stacked_B(matrices, ctx.scales, ctx.of_A, g) if ctx.of_A else g
+            scale, shares = _common(ctx.scales)
+            gh = _product(scale, flat, _stacked_B(matrices, shares, ctx.of_A, g)) if ctx.of_A else g
             of_A, of_B = _columns(gh, matrices, ctx.of_A), _columns(h, matrices, ctx.of_B)
             gradients = _matrix_gradients(matrices, ctx.scales, x, flat, of_A, of_B)
         return gx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, *gradients
@@ -149,10 +154,32 @@ class _MergedLinear(torch.autograd.Function):
 def _sum(W: Tensor, scales: Sequence[float], matrices: Sequence[Tensor], like: Tensor) -> Tensor:
     """W + Σ s·lora_B lora_A, rounded to the dtype of `like` at the end."""
     everyone = range(len(scales))
-    B, A = _stacked_B(matrices, scales, everyone, like), _stacked_A(matrices, everyone, like)
+    scale, shares = _common(scales)
+    B, A = _stacked_B(matrices, shares, everyone, like), _stacked_A(matrices, everyone, like)
     if like.dtype == W.dtype:
-        return torch.addmm(W, B, A)
-    return (B @ A).add_(W)  # added in W's dtype
+        return torch.addmm(W, B, A, alpha=scale)
+    return _product(scale, B, A).add_(W)  # added in W's dtype
+
+
+def _added(result: Tensor, h: Tensor, Bt: Tensor, scale: float) -> Tensor:
+    """result + scale·h Bᵀ in the dtype of `result`, which may be narrower than that of the products."""
+    if result.dtype == h.dtype:
+        return torch.addmm(result, h, Bt, alpha=scale)
+    if result.is_cpu:
+        return _product(scale, h, Bt).add_(result).to(result.dtype)
+    # One pass over the sum, which a GPU rounds on its way.
+    return torch.add(result, h @ Bt, alpha=scale, out=torch.empty_like(result))
+
+
+def _product(scale: float, X: Tensor, Y: Tensor) -> Tensor:
+    """scale·X Y in one operation."""
+    return torch.addmm(X.new_empty(()), X, Y, beta=0, alpha=scale)
+
+
+def _common(scales: Sequence[float]) -> tuple[float, list[float]]:
+    """A scale for all, which products multiply by on their way, and what share of it is whose."""
+    first = scales[0] or 1.0
+    return first, [s / first for s in scales]
 
 
 def _flatten(adapters: Sequence[Adapter]) -> tuple[Any, ...]:
@@ -163,13 +190,17 @@ def _flatten(adapters: Sequence[Adapter]) -> tuple[Any, ...]:
 
 def _stacked_A(matrices: Sequence[Tensor], which: Iterable[int], like: Tensor) -> Tensor:
     """lora_A of these adapters above one another, (k, n)."""
-    return torch.cat([matrices[2 * i].to(like) for i in which])
+    return _cat([matrices[2 * i].to(like) for i in which], 0)
 
 
 def _stacked_B(matrices: Sequence[Tensor], scales: Sequence[float], which: Iterable[int], like: Tensor) -> Tensor:
     """s·lora_B of these adapters beside one another, (m, k)."""
     scaled = ((scales[i], matrices[2 * i + 1]) for i in which)
-    return torch.cat([(B if s == 1 else B * s).to(like) for s, B in scaled], 1)
+    return _cat([(B if s == 1 else B * s).to(like) for s, B in scaled], 1)
+
+
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _columns(joined: Tensor, matrices: Sequence[Tensor], which: Sequence[int]) -> dict[int, Tensor]:
@@ -191,5 +222,7 @@ def _matrix_gradients(
     for i, gh in of_A.items():
         gradients[2 * i] = (gh.mT @ x.flatten(0, -2)).to(matrices[2 * i])
     for i, h in of_B.items():
-        gradients[2 * i + 1] = (h.mT @ g).mT.to(matrices[2 * i + 1]) * scales[i]
+        # A few long rows take a CPU a quarter of the time; autograd copies what is transposed, which a GPU minds more.
+        found = _product(scales[i], h.mT, g).mT if g.is_cpu else _product(scales[i], g.mT, h)
+        gradients[2 * i + 1] = found.to(matrices[2 * i + 1])
     return gradients

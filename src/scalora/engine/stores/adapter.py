@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...algebra.lowrank import truncate
+from ...algebra.lowrank import truncate_all
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
+from ..groups import on_device
 from .peft_model import carry
 from .store import Move, Store, only_where
 
@@ -75,22 +76,28 @@ class AdapterStore(Store):
     def recompress(self) -> None:
         """Recompress every layer to its capacity; the slots past it are free again."""
         order = sorted(range(len(self.layers)), key=self._shape)
-        for _, members in groupby(order, key=self._shape):
-            index = list(members)
+        alike = [list(members) for _, members in groupby(order, key=self._shape)]
+        products, settled = zip(*map(self._product, alike), strict=True)
+        capacities = [self.capacities[index[0]] for index in alike]
+        for index, best in zip(alike, truncate_all(products, capacities, settled), strict=True):
             held = [self.layers[i].accumulated for i in index]
-            factors = gather_full([h.P.detach() for h in held] + [h.Qt.detach() for h in held])
-            P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
-            capacity = self.capacities[index[0]]
-            # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
-            settled = capacity if all(h.settled for h in held) and P.dtype == torch.float32 else 0
-            best = truncate(P, Q, capacity, settled=settled)
-            pad = (0, P.shape[-1] - best.P.shape[-1])
+            pad = (0, held[0].room - best.P.shape[-1])
             copy_into([h.P for h in held], list(nn.functional.pad(best.P, pad)))
-            copy_into([h.Qt for h in held], list(nn.functional.pad(best.Q, pad).mT))
+            copy_into([h.Qt for h in held], list(nn.functional.pad(best.Q.mT, (0, 0, *pad))))
             for h in held:
-                h.used, h.settled = min(capacity, h.used), True
-            self.discarded[index] += best.discarded.to(self.discarded)
-            self.total[index] = best.total.to(self.total)
+                h.used, h.settled = min(self.capacities[index[0]], h.used), True
+            there = on_device(tuple(index), torch.long, self.total.device)
+            self.discarded[there] += best.discarded.to(self.discarded)
+            self.total[there] = best.total.to(self.total)
+
+    def _product(self, index: Sequence[int]) -> tuple[tuple[Tensor, Tensor], int]:
+        """P and Q of layers of one shape, stacked, and how many of the first columns are settled."""
+        held = [self.layers[i].accumulated for i in index]
+        factors = gather_full([h.P.detach() for h in held] + [h.Qt.detach() for h in held])
+        P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
+        # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
+        settles = all(h.settled for h in held) and P.dtype == torch.float32
+        return (P, Q), self.capacities[index[0]] if settles else 0
 
     def _shape(self, i: int) -> tuple[int, ...]:
         held = self.layers[i].accumulated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.directions import range_basis
-from ...algebra.whitening import Whitening, no_whitening, nystrom
+from ...algebra.whitening import Root, Seen, Whitening, no_whitening, nystrom
 from ...layers.adopt import adopt
 from ...layers.lora_forward import LoraForward
 from ...layers.moment_sketch import MomentSketch
@@ -43,6 +43,7 @@ class Moments:
         self.white = [_start(layers, group.members) for group in self.groups]
         self.looks = 0
         self.looking = False
+        self._roots: list[tuple[White, tuple[Root, Root]] | None] = [None] * len(self.groups)
         self._place = {i: (g, j) for g, group in enumerate(self.groups) for j, i in enumerate(group.members)}
         self._leaves = Leaves([])
         self._modules = [adopt(layer.module, LoraForward) for layer in layers]  # pyright: ignore[reportArgumentType]
@@ -57,15 +58,27 @@ class Moments:
         found = [self.of(i) for i in members]
         return White(*(Whitening(*map(torch.stack, zip(*side, strict=True))) for side in zip(*found, strict=True)))
 
+    def inverse(self, group: int) -> tuple[Root, Root]:
+        """N⁻¹ and M⁻¹ of a group, ready for products until the next look."""
+        white = self.white[group]
+        if (known := self._roots[group]) is None or known[0] is not white:
+            known = white, (white.outputs.root(-0.5), white.inputs.root(-0.5))
+            self._roots[group] = known
+        return known[1]
+
+    @torch.no_grad()
     def open(self) -> None:
         """Begin to look."""
-        sketches = []
+        sketches: dict[int, MomentSketch] = {}
+        for group, white in zip(self.groups, self.white, strict=True):
+            Psi, Phi = white.outputs.U, white.inputs.U
+            # Leaves of one stack: nothing is launched for each.
+            leaves = (torch.zeros_like(Phi), torch.zeros_like(Psi), Phi.new_zeros(len(Phi)))
+            for i, *own, a, b, c in zip(group.members, Phi, Psi, *leaves, strict=True):
+                sketches[i] = MomentSketch(*own, *(leaf.detach().requires_grad_() for leaf in (a, b, c)))
         for i, module in enumerate(self._modules):
-            Psi, Phi = (side.U for side in self.of(i))
-            leaves = (like.new_zeros(shape) for like, shape in ((Phi, Phi.shape), (Psi, Psi.shape), (Phi, ())))
-            module.moments = MomentSketch(Phi, Psi, *(leaf.requires_grad_() for leaf in leaves))
-            sketches.append(module.moments)
-        self._leaves = Leaves([leaf for sketch in sketches for leaf in sketch.leaves])
+            module.moments = sketches[i]
+        self._leaves = Leaves([leaf for i in range(len(sketches)) for leaf in sketches[i].leaves])
         self.looking = True
 
     @torch.no_grad()
@@ -79,14 +92,15 @@ class Moments:
         self._leaves.gather()
         totals = self._leaves.totals()
         keep = min(self.looks / (self.looks + 1), KEEP)
-        for g, group in enumerate(self.groups):
+        sides: list[Seen] = []
+        for group, white in zip(self.groups, self.white, strict=True):
             of_inputs, of_outputs, trace = (
                 torch.stack([totals[3 * i + part] for i in group.members]) for part in range(3)
             )
-            outputs, inputs = self.white[g]
-            found = nystrom(outputs, of_outputs, trace, keep), nystrom(inputs, of_inputs, trace, keep)
-            # Contiguous, as after a resume: in another layout some processors round products otherwise.
-            self.white[g] = White(*(Whitening(*(part.contiguous() for part in side)) for side in found))
+            sides += [Seen(white.outputs, of_outputs, trace), Seen(white.inputs, of_inputs, trace)]
+        # Contiguous, as after a resume: in another layout some processors round products otherwise.
+        found = [Whitening(*(part.contiguous() for part in side)) for side in nystrom(sides, keep)]
+        self.white = [White(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
         self.looks += 1
         self.detach()
         return True

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
-from ...layers.sharding import copy_into, gather_full
+from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import Group
 from ..optimizers import linear_state
 from .moments import Moments, White, due
@@ -47,12 +47,21 @@ class WhiteSteps:
             self._begin()
         if due(step):
             self.moments.open()
-        for group, white in zip(self.moments.groups, self.moments.white, strict=True):
+        gradients, values = [], []
+        for g, group in enumerate(self.moments.groups):
             params = _parameters(group)
-            gradients = gather_full([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-            found = zip(params, _whitened([as_matrix(g) for g in gradients], white), strict=True)
-            used = [(p.grad, value) for p, value in found if p.grad is not None]
-            copy_into([gradient for gradient, _ in used], [value for _, value in used])
+            full = gather_full([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+            for p, value in zip(params, self._whitened(g, *_stacked(full)), strict=True):
+                if p.grad is not None:
+                    gradients.append(p.grad)
+                    values.append(value)
+        copy_into(gradients, values)
+
+    def _whitened(self, group: int, of_A: Tensor, of_Bt: Tensor) -> list[Tensor]:
+        """N⁻¹X of X (L, m, r) and X M⁻¹ of X (L, r, n), matrix by matrix; each lies there whole."""
+        outputs, inputs = self.moments.inverse(group)
+        X, Xt = outputs.times(of_A.to(outputs.U)), inputs.times(of_Bt.mT.to(inputs.U)).mT
+        return [*X.to(of_A.dtype).contiguous(), *Xt.to(of_Bt.dtype)]
 
     def _turn(self, former: Sequence[White]) -> None:
         """Means of gradients go over into the present coordinates: N⁻¹N' of the former N'. A collective."""
@@ -66,8 +75,10 @@ class WhiteSteps:
                     continue
                 members, states = zip(*found, strict=True)
                 X = torch.stack([as_matrix(state) for state in gather_full(states)]).to(before.U)
-                X = now.at(members).whiten(before.at(members).color(X if tall else X.mT))
-                copy_into(states, [*(X if tall else X.mT)])
+                if len(members) != len(params) or len(set(members)) != len(params):  # one state of each, as a rule
+                    before, now = before.at(members), now.at(members)
+                X = now.whiten(before.color(X if tall else X.mT))
+                copy_into(states, [*(X.contiguous() if tall else X.mT)])
 
     def _begin(self) -> None:
         """Where A is still zero, B becomes M⁻¹B: what is drawn at random is drawn in white coordinates. A collective.
@@ -80,25 +91,28 @@ class WhiteSteps:
                 for part in ([x.A for x in group.layers], [x.Bt for x in group.layers])
             )
             drawn = white.inputs.whiten(torch.stack(Bt).to(white.inputs.U).mT).mT
-            for layer, a, b in zip(group.layers, A, drawn, strict=True):
-                if layer.A.grad is not None and layer.Bt.requires_grad and not a.any():
+            untouched = (torch.stack(A) == 0).flatten(1).all(1).tolist()
+            for layer, zero, b in zip(group.layers, untouched, drawn, strict=True):
+                if layer.A.grad is not None and layer.Bt.requires_grad and zero:
                     copy_into([layer.Bt.detach()], [b])
                     layer.A.grad.zero_()
 
     @torch.no_grad()
     def remember(self) -> None:
         """To be called after all events: what changes from here on is the optimizer's step."""
-        self._before = [[p.detach().clone() for p in _parameters(group)] for group in self.moments.groups]
+        self._before = [_copies(_parameters(group)) for group in self.moments.groups]
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        groups = zip(self.moments.groups, self.moments.white, self._before, strict=False)
-        for group, white, before in groups:
-            params = [p.detach() for p in _parameters(group)]
-            now, then = ([as_matrix(t) for t in gather_full(tensors)] for tensors in (params, before))
-            wide = white.inputs.U.dtype
-            steps = _whitened([n.to(wide) - t.to(wide) for n, t in zip(now, then, strict=True)], white)
-            copy_into(params, [t.to(wide) + d for t, d in zip(then, steps, strict=True)])
+        params, values = [], []
+        for g, (group, before) in enumerate(zip(self.moments.groups, self._before, strict=False)):
+            own = _parameters(group)
+            full, wide = gather_full([*(p.detach() for p in own), *before]), self.moments.white[g].inputs.U.dtype
+            now, then = ([part.to(wide) for part in _stacked(half)] for half in (full[: len(own)], full[len(own) :]))
+            steps = self._whitened(g, *(n - t for n, t in zip(now, then, strict=True)))
+            params += own
+            values += torch._foreach_add([*then[0], *then[1]], steps)
+        copy_into([p.detach() for p in params], values)
         self._before = []
 
 
@@ -107,8 +121,17 @@ def _parameters(group: Group) -> list[nn.Parameter]:
     return [layer.A for layer in group.layers] + [layer.Bt for layer in group.layers]
 
 
-def _whitened(tensors: Sequence[Tensor], white: White) -> list[Tensor]:
-    """N⁻¹X of the first half, each m×r, and X M⁻¹ of the second, each r×n."""
-    half = len(tensors) // 2
-    of_A, of_Bt = (torch.stack(list(part)).to(white.inputs.U) for part in (tensors[:half], tensors[half:]))
-    return [*white.outputs.whiten(of_A), *white.inputs.whiten(of_Bt.mT).mT]
+def _copies(params: Sequence[Tensor]) -> list[Tensor]:
+    """Of the parameters of a group, in two operations where each process has all of them."""
+    params = [p.detach() for p in params]
+    if any(is_sharded(p) for p in params):
+        return [p.clone() for p in params]
+    half = len(params) // 2
+    return [*torch.stack(params[:half]), *torch.stack(params[half:])]
+
+
+def _stacked(full: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The first half, each m×r, and the second, each r×n: (L, m, r) and (L, r, n)."""
+    half = len(full) // 2
+    of_A, of_Bt = (torch.stack([as_matrix(t) for t in part]) for part in (full[:half], full[half:]))
+    return of_A, of_Bt
