@@ -37,7 +37,7 @@ FIGURES = {
 }  # fmt: skip
 # A task in words, its folder, and who stands for this project there.
 OVERVIEW = (
-    ("random pairs, SmolLM2, rank 8", "smollm2-recall", "white-lora@8"),
+    ("random pairs, SmolLM2, rank 8", "smollm2-recall", "white-lora:damping=0.1@8"),
     ("turned digits, dense network, rank 2", "digits", "scalora-i@2"),
     ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4"),
     ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4"),

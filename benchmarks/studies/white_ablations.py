@@ -27,9 +27,7 @@ from scalora.runs.training import train
 
 from .. import record
 
-_MOMENTS, _STEPS, _WHITENING = (
-    "scalora.engine.white.moments", "scalora.engine.white.steps.WhiteSteps", "scalora.algebra.whitening",
-)  # fmt: skip
+_MOMENTS, _STEPS = "scalora.engine.white.moments", "scalora.engine.white.steps.WhiteSteps"
 
 
 def _one_side(kept: Literal["outputs", "inputs"]) -> Callable[..., list[Whitening]]:
@@ -37,7 +35,7 @@ def _one_side(kept: Literal["outputs", "inputs"]) -> Callable[..., list[Whitenin
 
     def found(*arguments: Any) -> list[Whitening]:
         sides = itertools.cycle(("outputs", "inputs"))
-        return [white if next(sides) == kept else no_whitening(white.U) for white in nystrom(*arguments)]
+        return [white if next(sides) == kept else no_whitening(white.U, 1.0) for white in nystrom(*arguments)]
 
     return found
 
@@ -57,12 +55,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "looks every 20 steps": {f"{_MOMENTS}.EVERY": 20},
     "16 directions": {f"{_MOMENTS}.DIRECTIONS": 16},
     "64 directions": {f"{_MOMENTS}.DIRECTIONS": 64},
-    "damping 0.03": {f"{_WHITENING}.DAMPING": 0.03},
-    "damping 0.3": {f"{_WHITENING}.DAMPING": 0.3},
+    "damping 0.03": {"damping": 0.03},
+    "damping 0.3": {"damping": 0.3},
+    "damping 1": {"damping": 1},
+    "damping 3": {"damping": 3},
     "rescaled every 10 steps": {"interval": 10},
     "refreshed every 25 steps": {"refresh": 25},
 }
-_OPTIONS = ("interval", "refresh")
+_OPTIONS = ("interval", "refresh", "damping")
 
 
 @contextmanager

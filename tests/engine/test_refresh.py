@@ -7,7 +7,7 @@ import scalora
 from helpers import models
 from helpers.attached import accumulated
 from scalora import ScaLoraConfig, ScaloraError
-from scalora.algebra.whitening import DAMPING
+from scalora.engine.config import DAMPING
 from scalora.engine.refresh.refresh import WARMUP
 from scalora.engine.refresh.sketch import Sketch
 

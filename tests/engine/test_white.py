@@ -9,7 +9,6 @@ from helpers import models
 from helpers.operations import Operations
 from scalora import ScaLoraConfig, ScaloraError
 from scalora.algebra.scaling import optimal_scaling
-from scalora.algebra.whitening import DAMPING
 from scalora.engine.white.moments import EVERY, FIRST
 
 EVENTS = {"no events": {"interval": None}, "rescaled": {"interval": 2}, "refreshed": {"interval": None, "refresh": 4}}
@@ -38,9 +37,9 @@ def recorded(handle):
 
 def dense(side, power):
     """(C/λ + δI) to a power, from what is known of C; float64."""
-    U, e, tail = (part.double() for part in side)
+    U, e, tail, damping = (part.double() for part in side)
     C = (U * e) @ U.mT + tail * (torch.eye(len(U), dtype=U.dtype) - U @ U.mT)
-    values, V = torch.linalg.eigh(C + DAMPING * torch.eye(len(C), dtype=C.dtype))
+    values, V = torch.linalg.eigh(C + damping * torch.eye(len(C), dtype=C.dtype))
     return (V * values.pow(power)) @ V.mT
 
 
@@ -280,6 +279,8 @@ def test_a_step_that_is_not_taken_changes_nothing():
         ({"coordinates": "black"}, "coordinates is 'black': choose one of plain, white"),
         ({"accumulate": "base"}, "accumulate is 'base', but interval and refresh are both None"),
         ({"capacity": 3}, "capacity is 3, but interval and refresh are both None"),
+        ({"damping": 0}, "damping is 0: it must be a positive number"),
+        ({"damping": 0.1, "coordinates": "plain", "interval": 10}, "damping is 0.1, but coordinates is 'plain'"),
     ],
 )
 def test_refusals(config, message):

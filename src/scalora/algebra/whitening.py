@@ -7,7 +7,7 @@ N = (D/μ + δI)^½, where λ and μ are the means of their diagonals, W̃ = N W
 count as much as any other. For W = A Bᵀ that means Ã = N A and B̃ = M B, with the gradients N⁻¹g_A and M⁻¹g_B.
 
 Source: the two Kronecker factors of the empirical Fisher matrix (K-FAC, 1503.05671; Shampoo, 1802.09568), taken apart
-between the two matrices of LoRA. Derived; the damping δ is measured.
+between the two matrices of LoRA. Derived.
 
 Neither C nor D is formed. The leading eigenvectors come from C Φ (n×k; Nyström), Φ being those of last time, so that
 they get better from one look to the next; what is left of the trace is spread over all other directions.
@@ -25,8 +25,6 @@ from ..common.shapes import Float
 from .batched import orthonormal, together
 from .directions import Directions, optimal_adapters, sketched_svd
 
-DAMPING = 0.1  # δ
-
 
 class Whitening(NamedTuple):
     """C/λ ≈ U diag(e) Uᵀ + tail·(I − UUᵀ), C (n×n) the second moments of some vectors, λ the mean of its diagonal."""
@@ -34,6 +32,7 @@ class Whitening(NamedTuple):
     U: Float[Tensor, "*batch n k"]
     e: Float[Tensor, "*batch k"]
     tail: Float[Tensor, "*batch"]
+    damping: Float[Tensor, "*batch"]  # δ
 
     def at(self, i: int | Sequence[int]) -> Whitening:
         """One, or some, of several."""
@@ -42,8 +41,8 @@ class Whitening(NamedTuple):
 
     def root(self, power: float) -> Root:
         """M to twice a power, for all that is multiplied by it."""
-        others = (self.tail[..., None, None] + DAMPING).pow(power)
-        return Root(self.U, (self.e[..., None, :] + DAMPING).pow(power) - others, others)
+        others = (self.tail + self.damping)[..., None, None].pow(power)
+        return Root(self.U, (self.e + self.damping[..., None])[..., None, :].pow(power) - others, others)
 
     def whiten(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M⁻¹X: a gradient into the white coordinates, or a step out of them."""
@@ -75,9 +74,10 @@ class Seen(NamedTuple):
     trace: Float[Tensor, "*batch"]  # of C, up to the same
 
 
-def no_whitening(basis: Float[Tensor, "*batch n k"]) -> Whitening:
+def no_whitening(basis: Float[Tensor, "*batch n k"], damping: float) -> Whitening:
     """Vectors that are alike in all directions; the basis (orthonormal columns) is what is looked along next."""
-    return Whitening(basis, basis.new_ones((*basis.shape[:-2], basis.shape[-1])), basis.new_ones(basis.shape[:-2]))
+    *batch, _, k = basis.shape
+    return Whitening(basis, basis.new_ones(*batch, k), basis.new_ones(batch), basis.new_full(batch, damping))
 
 
 def nystrom(sides: Sequence[Seen], keep: float) -> list[Whitening]:
@@ -119,6 +119,7 @@ def _where(good: Tensor, U: Tensor, e: Tensor, former: Whitening) -> Whitening:
         torch.where(good[..., None, None], U.to(former.U), former.U),
         torch.where(good[..., None], e.to(former.e), former.e),
         torch.where(good, tail.to(former.tail), former.tail),
+        former.damping,
     )
 
 

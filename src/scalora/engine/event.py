@@ -81,7 +81,9 @@ class ScaLora:
         self.knows_its_past = self.optimizer in _KNOWN  # or a state tells
         _KNOWN.add(self.optimizer)
         self.history = History()
-        self.white = WhiteSteps(self.layers, self.optimizer) if config.coordinates == "white" else None
+        self.white = None
+        if config.coordinates == "white":
+            self.white = WhiteSteps(self.layers, self.optimizer, config.damping)
         self.refresh = None
         if config.refresh is not None:
             white = self.white.moments if self.white else None

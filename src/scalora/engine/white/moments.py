@@ -20,6 +20,7 @@ from ..leaves import Leaves
 DIRECTIONS = 32  # eigenvectors that are followed, at most
 FIRST = 3  # passes that are looked at one after the other at first
 EVERY = 10  # and then so many steps apart
+_LEARNT = ("U", "e", "tail")  # of a Whitening
 KEEP = 0.75  # of what was known, at most, when one more pass is looked at
 
 
@@ -37,10 +38,10 @@ class White(NamedTuple):
 class Moments:
     """White coordinates by group of layers; each look begins from the eigenvectors that those before have found."""
 
-    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer], damping: float) -> None:
         self.layers = list(layers)
         self.groups = grouped(self.layers)
-        self.white = [_start(layers, group.members) for group in self.groups]
+        self.white = [_start(layers, group.members, damping) for group in self.groups]
         self.looks = 0
         self.looking = False
         self._roots: list[tuple[White, tuple[Root, Root]] | None] = [None] * len(self.groups)
@@ -118,22 +119,18 @@ class Moments:
             "looks": self.looks,
             "looking": self.looking,
             "white": {
-                name: {
-                    side: {k: t.clone() for k, t in part._asdict().items()} for side, part in white._asdict().items()
-                }
+                name: {side: {k: getattr(part, k).clone() for k in _LEARNT} for side, part in white._asdict().items()}
                 for name, white in named
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for g, group in enumerate(self.groups):
-            saved, like = [state["white"][layer.name] for layer in group.layers], self.white[g].inputs.U
+            saved = [state["white"][layer.name] for layer in group.layers]
             self.white[g] = White(
                 *(
-                    Whitening(
-                        *(torch.stack([each[side][part].to(like) for each in saved]) for part in Whitening._fields)
-                    )
-                    for side in White._fields
+                    part._replace(**{k: torch.stack([each[side][k].to(part.U) for each in saved]) for k in _LEARNT})
+                    for side, part in self.white[g]._asdict().items()
                 )
             )
         self.looks = int(state["looks"])
@@ -147,7 +144,7 @@ def due(step: int) -> bool:
     return step + 1 < FIRST or (step > 0 and step % EVERY == 0)
 
 
-def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
+def _start(layers: Sequence[AdapterLayer], members: Sequence[int], damping: float) -> White:
     """No whitening, and random bases: the same on every process and in a resumed run."""
     sides = []
     for side in (0, 1):
@@ -158,5 +155,5 @@ def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
             bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator, device="cpu")))
         like: Tensor = layers[members[0]].A
         wide = torch.promote_types(like.dtype, torch.float32)
-        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous()))
+        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous(), damping))
     return White(*sides)

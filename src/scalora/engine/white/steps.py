@@ -26,8 +26,8 @@ from .moments import Moments, White, due
 class WhiteSteps:
     """What :class:`scalora.engine.event.ScaLora` does before and after every step."""
 
-    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer) -> None:
-        self.moments = Moments(layers)
+    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, damping: float) -> None:
+        self.moments = Moments(layers, damping)
         self.moments.open()
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
