@@ -16,6 +16,7 @@ from scalora.arena.contender import Contender, parse_contender
 from scalora.arena.plan import Chosen, Comparison, Trial
 from scalora.arena.queue import TrialQueue
 from scalora.arena.report import write_report
+from scalora.arena.storage import open_study
 from scalora.runs.recipe import load_recipe
 
 
@@ -86,7 +87,7 @@ def test_a_killed_comparison_continues_where_it_stopped(comparison, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     # The trial that was running belongs to a process that is gone.
-    monkeypatch.setattr("scalora.arena.queue._worker_lives", lambda frozen: False)
+    monkeypatch.setattr("scalora.arena.liveness._is_gone", lambda frozen: True)
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))
     run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == len(set(calls)) == 12
@@ -119,6 +120,9 @@ def test_a_silent_worker_is_taken_for_dead_whatever_its_number(comparison, tmp_p
     assert other.take(wanted) is None  # it lives: this process
     monkeypatch.setattr(time, "time", lambda: 1e12)
     other.enqueue(wanted)
+    assert other.take(wanted) is None  # whoever has seen no sign for a moment only knows nothing
+    monkeypatch.setattr(time, "monotonic", lambda: 1e12)
+    other.enqueue(wanted)
     assert other.take(wanted) == wanted[0]
     # The first one slept only; when it wakes, its result comes too late and harms nothing.
     sleeper.heartbeat(wanted[0])
@@ -141,6 +145,29 @@ def test_two_workers_share_the_trials(comparison, tmp_path):
     assert two.results()[taken[0]]["primary"] == "accuracy"
     one.enqueue(wanted)  # running ones of a live worker stay taken
     assert two.take(wanted) is None
+
+
+def test_what_two_workers_put_there_at_one_moment_runs_once(comparison, tmp_path):
+    one, two = TrialQueue(tmp_path / "out", comparison), TrialQueue(tmp_path / "out", comparison)
+    wanted = comparison.tuning()[:2]
+    for each in wanted:  # neither has seen what the other put there
+        for _ in range(2):
+            one.study.enqueue_trial(
+                {}, user_attrs={"trial": [each.stage, str(each.contender), each.lr, each.seed], "ends": 0}
+            )
+    assert one.take(wanted) == wanted[0]
+    assert two.take(wanted) == wanted[1]
+    assert one.take(wanted) is None
+    for store, each in zip((one, two), wanted, strict=True):
+        store.finish(each, {"error": "out of memory"})
+        for _ in range(2):
+            store.study.enqueue_trial(
+                {}, user_attrs={"trial": [each.stage, str(each.contender), each.lr, each.seed], "ends": 1}
+            )
+    assert two.take(wanted) == wanted[0]
+    two.finish(wanted[0], {"error": "out of memory"})
+    assert two.take(wanted) == wanted[1]
+    assert two.take(wanted) is None  # what failed is tried once more, not twice
 
 
 def test_a_result_stays_while_the_same_trial_waits_again(comparison, tmp_path):
@@ -206,11 +233,17 @@ def test_a_comparison_of_another_recipe_is_refused(comparison, tmp_path, overrid
 
 
 def test_a_store_of_an_earlier_version_is_continued(comparison, tmp_path):
-    store = TrialQueue(tmp_path / "out", comparison)
+    (tmp_path / "out").mkdir()
+    study, _ = open_study(tmp_path / "out")
     early = {key: comparison.recipe.model_dump(mode="json")[key] for key in ("model", "dtype", "task", "training")}
     del early["task"]["data"]["folder"]
-    store.study.set_user_attr("recipe", {**early, "target_modules": ["old"]})
+    study.set_user_attr("recipe", {**early, "target_modules": ["old"]})
     TrialQueue(tmp_path / "out", comparison)
+    with pytest.raises(ScaloraError, match="another model"):
+        TrialQueue(
+            tmp_path / "out",
+            dataclasses.replace(comparison, recipe=comparison.recipe.model_copy(update={"model": "x"})),
+        )
 
 
 def test_trial_recipes_differ_in_method_rate_and_seed_only(comparison):

@@ -8,20 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.disk_layout import QUEUE, REPORT, RESULTS
+from ..common.disk_layout import REPORT, RESULTS
 from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from ..runs.inputs import Inputs
 from .contender import Contender
 from .extending import extension
+from .liveness import HEARTBEAT
 from .plan import Comparison, Trial
 from .progress import in_minutes, progress_table, seconds_left
 from .pruning import bars
-from .queue import HEARTBEAT, TrialQueue, ends_to_repeat
+from .queue import TrialQueue, ends_to_repeat
 from .report import write_report
 from .results import ComparisonRecord, write_comparison
 from .statistics import Results, chosen_settings, in_order
+from .storage import Storage, has_study
 from .table import TextTable
 from .trial import check_recipe, run_trial
 
@@ -56,11 +58,13 @@ def run_comparison(
     log: Log = print,
     show: Show = lambda table: None,
     inputs: Any = None,
+    storage: Storage | None = None,
 ) -> ComparisonRecord:
     """Run what is missing of a comparison in ``folder``; what its results.json holds then.
 
-    Several workers may run this on one folder at once. results.json and report.html are rewritten as results come, and
-    at the end, whatever ends it. Where only results.json is there, as in a clone, the queue begins with its trials.
+    Several workers may run this on one folder at once, or on one `storage`, each machine with a folder of its own.
+    results.json and report.html are rewritten as results come, and at the end, whatever ends it. Where only
+    results.json is there, as in a clone, the queue begins with its trials.
 
     Args:
         comparison: who competes on what.
@@ -70,16 +74,20 @@ def run_comparison(
         log: takes lines on progress.
         show: takes a table of what is done, whenever there is something new.
         inputs: what :func:`check_comparison` returned; a trial that would read anything else fails.
+        storage: the database that holds the trials instead of the folder.
 
     Raises:
-        ScaloraError: the folder holds a comparison of another recipe, or every trial failed.
+        ScaloraError: the folder holds a comparison of another recipe, every trial failed, or the database stays away.
     """
-    queue = TrialQueue(folder, comparison)
+    queue = TrialQueue(folder, comparison, storage, log)
     if inputs is not None:
-        _refuse_other(inputs, queue.inputs, folder)
         queue.keep_inputs(inputs)
+        _refuse_other(inputs, queue)
     try:
         _work(queue, comparison, folder, command, policy, log, show)
+    except BaseException:
+        queue.patience = 0.0
+        raise
     finally:
         record = _write(queue, comparison, folder, command)
     for contender in comparison.contenders:
@@ -107,6 +115,7 @@ def check_comparison(
     *,
     policy: Policy = _PLAIN,
     log: Log = print,
+    storage: Storage | None = None,
 ) -> Any:
     """Before any trial, and before anything is written: load what the recipe names, if a trial is still to run.
 
@@ -117,10 +126,10 @@ def check_comparison(
             tokenizer or another base model; the message says which.
     """
     check_writable(folder, "--output")
-    begun, results = None, {}
-    if (folder / QUEUE).exists() or (folder / RESULTS).exists():
-        queue = TrialQueue(folder, comparison)
-        begun, results = queue.inputs, queue.results()
+    queue, results = None, {}
+    if has_study(folder, storage) or (folder / RESULTS).exists():
+        queue = TrialQueue(folder, comparison, storage, log)
+        results = queue.results()
         wanted = _all(_stages(comparison, results, policy.extend))
         again = ends_to_repeat(policy.retry, policy.prune)
         if all(t in results and again.isdisjoint(results[t]) for t in wanted):
@@ -128,16 +137,21 @@ def check_comparison(
     notes, inputs = check_recipe(comparison.recipe)
     for note in notes:
         log(note)
-    _refuse_other(inputs, begun, folder)
-    if begun is None and results:
-        log(f"{folder} does not say what it began with: whether data, tokenizer and base model are the same is unknown")
+    if queue is not None and not _refuse_other(inputs, queue) and results:
+        log(
+            f"{queue.place} does not say what it began with: whether data, tokenizer and base model are the same is "
+            "unknown"
+        )
     return inputs
 
 
-def _refuse_other(inputs: Any, begun: Any, folder: Path) -> None:
-    if begun is not None:
-        way_out = "put back what it began with, or choose another --output"
-        Inputs(**inputs).refuse_other(begun, f"the comparison in {folder}", way_out)
+def _refuse_other(inputs: Any, queue: TrialQueue) -> bool:
+    """Whether a comparison says what it began with; raises ScaloraError where that was something else."""
+    if (begun := queue.inputs) is None:
+        return False
+    way_out = f"put back what it began with, or choose another {queue.option}"
+    Inputs(**inputs).refuse_other(begun, f"the comparison in {queue.place}", way_out)
+    return True
 
 
 def _write(queue: TrialQueue, comparison: Comparison, folder: Path, command: str) -> ComparisonRecord:

@@ -53,6 +53,18 @@ def compare(
     extend: Annotated[
         int, typer.Option(min=0, help="Rates beyond either end of the grid for a method that chose the last one.")
     ] = 2,
+    storage: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="SCALORA_STORAGE",
+            metavar="URL",
+            help="A database for the trials, so that several machines work on them: postgresql+psycopg://user@host/db.",
+        ),
+    ] = None,
+    study: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="The comparison's name in --storage, the same on every machine."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
     ] = None,
@@ -60,7 +72,7 @@ def compare(
     """Compare methods on one recipe: each tuned on the same grid, then scored on the test split once per seed.
 
     Every trial is its own process. The same command continues a comparison that was stopped, and several may work on
-    one at once.
+    one at once; with --storage on several machines, each with an --output of its own.
     """
     with guarded():
         from ..runs.recipe import load_recipe
@@ -72,6 +84,7 @@ def compare(
         from ..arena.plan import CURVE_RANKS, Comparison
         from ..arena.run import Policy, check_comparison, run_comparison
         from ..arena.settle import settle_precision
+        from ..arena.storage import read_storage, without_password
 
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:
@@ -86,9 +99,14 @@ def compare(
             ranks=ranks,
             alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
-        console, folder = Console(), Path(output)
-        command = shlex.join(["scalora", *sys.argv[1:]])
-        comparison, choice = settle_precision(comparison, folder)
+        console, folder, shared, words = Console(), Path(output), None, sys.argv[1:]
+        if storage is not None:
+            shared = read_storage(storage, study)
+            words = without_password(words, storage, shared)
+        elif study is not None:
+            raise ScaloraError(f"--study {study!r} names a comparison in a database: add --storage, or leave it out")
+        command = shlex.join(["scalora", *words])
+        comparison, choice = settle_precision(comparison, folder, shared)
         console.print(f"precision: {choice}", highlight=False)
 
         def log(line: str) -> None:
@@ -96,10 +114,17 @@ def compare(
 
         try:
             policy = Policy(retry, prune, extend)
-            inputs = check_comparison(comparison, folder, policy=policy, log=log)
+            inputs = check_comparison(comparison, folder, policy=policy, log=log, storage=shared)
             with _board(console) as show:
                 record = run_comparison(
-                    comparison, folder, command=command, policy=policy, log=log, show=show, inputs=inputs
+                    comparison,
+                    folder,
+                    command=command,
+                    policy=policy,
+                    log=log,
+                    show=show,
+                    inputs=inputs,
+                    storage=shared,
                 )
         except KeyboardInterrupt:
             leave(f"stopped; the same command continues it: {command}", 130)

@@ -27,3 +27,4 @@ DELTA, REPLACED = "delta.safetensors", "replaced.safetensors"
 # A comparison or an experiment: every result, this machine's queue of trials, and the pages made of results.
 RESULTS, QUEUE = "results.json", "trials.sqlite3"
 REPORT, TABLES = "report.html", "tables.md"
+UNSENT = "unsent-{}.json"  # a result on its way to a database that machines share
