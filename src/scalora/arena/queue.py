@@ -208,6 +208,13 @@ class TrialQueue(Patient):
             if "after" in result:
                 self._add_late(trial, result)
 
+    def give_back(self) -> None:
+        """Let others take what this process runs no more, without waiting until they miss it."""
+        while self.running:
+            _, asked = self.running.popitem()
+            with suppress(UpdateFinishedTrialError, *AWAY):
+                self.study.tell(asked, state=TrialState.FAIL, skip_if_finished=True)
+
     @patient
     def workers(self) -> int:
         """Processes that are at work on trials of the study, this one among them."""

@@ -87,6 +87,7 @@ def run_comparison(
         _work(queue, comparison, folder, command, policy, log, show)
     except BaseException:
         queue.patience = 0.0
+        queue.give_back()
         raise
     finally:
         record = _write(queue, comparison, folder, command)
