@@ -48,7 +48,9 @@ def read_storage(url: str, study: str | None) -> Storage:
     """
     if not study or study.strip() != study or len(study) > _LONGEST_NAME:
         given = "is missing" if study is None else f"{study[:_LONGEST_NAME]!r} is no name"
-        raise ScaloraError(f"--study {given}: with --storage, name the comparison in up to {_LONGEST_NAME} characters")
+        raise ScaloraError(
+            f"--study {given}: with --storage (SCALORA_STORAGE) give a name of up to {_LONGEST_NAME} characters"
+        )
     try:
         read = make_url(url)
     except (ArgumentError, ValueError):  # whose text may be the URL, password and all
@@ -167,7 +169,7 @@ def _explained(folder: Path, storage: Storage | None) -> Iterator[None]:
     """Raises ScaloraError for what opening a database raises."""
     try:
         yield
-    except AWAY as error:
+    except (*AWAY, TypeError) as error:  # the latter is a driver's, of an option in the URL that it does not know
         if storage is None:
             raise ScaloraError(
                 f"{(folder / QUEUE).resolve()} cannot be used ({type(error).__name__}): it is damaged or not yours to "

@@ -100,7 +100,7 @@ def compare(
             alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
         console, folder, shared, words = Console(), Path(output), None, sys.argv[1:]
-        if storage is not None:
+        if storage:
             shared = read_storage(storage, study)
             words = without_password(words, storage, shared)
         elif study is not None:
