@@ -65,3 +65,36 @@ def test_only_columns_in_use_are_multiplied():
     assert width() == [r, r]
     models.train(model, optimizer, "llama", room // r)
     assert width() == [r, room - (SLOTS - 1) * r]  # recompressed to its capacity, and one event
+
+
+def _launches(layers, what, **config):
+    """Of an event, one with a recompression, or a step in which sketches turn round or adapters are refreshed."""
+    model, optimizer, handle = attached(layers=layers, **config)
+    optimizer.param_groups[0]["foreach"] = True
+    while (what == "turn" and handle.step < 2) or (what == "refresh" and handle.step < 4):
+        models.train(model, optimizer, "llama", 1)
+    while what in ("event", "recompression") and (handle.step < 3 or full(handle.store) is not (what != "event")):
+        models.train(model, optimizer, "llama", 1)
+    model(**models.batch("llama")).loss.backward()
+    act = handle.rescale if what in ("event", "recompression") else optimizer.step
+    with Operations() as seen:
+        act()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("what", "config", "most", "per_layer"),
+    [
+        ("event", {}, 420, 1),  # a window of P
+        ("event", {"accumulate": "base"}, 420, 2),  # a weight, and s
+        ("recompression", {}, 720, 1),
+        ("turn", {"interval": None, "refresh": 4}, 200, 1),  # what is drawn for each layer, on the CPU
+        ("refresh", {"interval": None, "refresh": 4}, 560, 8),  # two windows of P, what is drawn, the optimizer's state
+    ],
+)
+def test_operations_do_not_grow_with_the_layers(what, config, most, per_layer):
+    few, many = (_launches(layers, what, **config) for layers in (1, 5))
+    more = 4 * len(models.TARGETS["llama"])
+    assert many.launches - few.launches <= per_layer * more + 8  # long lists take some launches more
+    assert few.launches <= most
+    assert "linalg_qr" not in many.names

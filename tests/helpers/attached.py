@@ -8,9 +8,9 @@ from scalora import ScaLoraConfig
 
 
 def attached(
-    kind="llama", dtype=torch.float32, optimizer_cls=torch.optim.AdamW, lr=3e-3, lora=None, opt=None, **config
+    kind="llama", dtype=torch.float32, optimizer_cls=torch.optim.AdamW, lr=3e-3, lora=None, opt=None, layers=2, **config
 ):
-    model = models.lora(kind, dtype, **(lora or {}))
+    model = models.lora(kind, dtype, layers, **(lora or {}))
     optimizer = optimizer_cls(models.trainable(model), lr=lr, **(opt or {}))
     return model, optimizer, scalora.attach(model, optimizer, ScaLoraConfig(**{"interval": 1, **config}))
 

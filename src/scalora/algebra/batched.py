@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SHIFT = torch.finfo(torch.float32).eps  # of a matrix's norm: what float32 leaves unknown of it anyway
+from ..common.shapes import Float
+
+_SHIFT = {torch.float32: 1.2e-7, torch.float64: 1e-13}  # of a matrix's norm: hardly more than is rounding in it
 _TINY = 1e-30  # in place of a norm of 0
+_BATCHED = 32  # order of the largest matrices that cuSOLVER solves many of in one launch
+_SINGLY = 128  # order from which one after the other is no worse, by counting
+_SWEEPS = 7  # what is left beside the diagonal is hardly more than rounding, in all that was tried
 _RIDGE = 1e-15  # of a Gram matrix's trace: more than float64's rounding takes from its eigenvalues
 
 
@@ -40,21 +46,24 @@ def together(function: Callable[[Tensor], tuple[Tensor, ...]], stacks: Sequence[
     return found
 
 
-def orthonormal(stacks: Sequence[Tensor], towards: Sequence[Tensor]) -> list[Tensor]:
-    """Orthonormal bases, float64, of the columns of X + ε‖X‖Φ, which are never dependent; each (L, n, k), k ≤ n.
+def orthonormal(stacks: Sequence[Tensor], towards: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Orthonormal bases, float64, of the columns of X + ε‖X‖Φ, which are never dependent; each (…, n, k), k ≤ n.
 
     Args:
-        stacks: X, with ΦᵀX positive semi-definite up to rounding: products of such matrices with Φ.
-        towards: Φ, orthonormal columns. Where X has no direction the basis takes one from there.
+        stacks: X, float32 or float64.
+        towards: Φ, orthonormal columns: where X has no direction the basis takes one from there. Left out, they are
+            the first columns of the identity.
 
     Source: shifted Cholesky QR (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, SIAM J. Sci. Comput. 42, 2020),
     and the shift of Nyström's approximation (Martinsson and Tropp, Acta Numerica 29, 2020, 14.4).
     """
+    towards = [torch.eye(*X.shape[-2:], dtype=X.dtype, device=X.device) for X in stacks] if towards is None else towards
     norms = (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(_TINY) for X in stacks)
     bases = [
-        torch.addcmul(X, Phi, norm, value=_SHIFT).double() for X, Phi, norm in zip(stacks, towards, norms, strict=True)
+        torch.addcmul(X, Phi, norm, value=_SHIFT[X.dtype]).double()
+        for X, Phi, norm in zip(stacks, towards, norms, strict=True)
     ]
-    for _ in range(2):  # the second time for what rounding has left
+    for _ in range(3):  # the second and third time for what rounding has left
         inverses = together(_inverse_factor, [Q.mT @ Q for Q in bases])
         bases = [Q @ inverse.mT for Q, (inverse,) in zip(bases, inverses, strict=True)]
     return bases
@@ -68,7 +77,55 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor]:
     return (torch.linalg.solve_triangular(factor, eye, upper=False),)
 
 
-def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (…, k), ascending, and eigenvectors (…, k, k) of symmetric matrices."""
-    w, V = torch.linalg.eigh(S)
-    return w, V
+def eigh(S: Float[Tensor, "*batch k k"]) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch k k"]]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric, positive semi-definite matrices."""
+    if S.is_cpu or S.ndim == 2 or not _BATCHED < S.shape[-1] < _SINGLY:
+        w, V = torch.linalg.eigh(S)
+        return w, V
+    w, V = block_jacobi(S.flatten(0, -3))
+    return w.view(S.shape[:-1]), V.view(S.shape)
+
+
+def block_jacobi(S: Float[Tensor, "L k k"]) -> tuple[Float[Tensor, "L k"], Float[Tensor, "L k k"]]:
+    """As :func:`eigh`, from matrices no larger than what a GPU's library solves by the batch: others it takes singly.
+
+    Blocks of half that size meet in pairs, all pairs once a sweep as in a tournament; those that play at one time are
+    solved at once, and whole matrices turned by what was found (Golub and Van Loan, Matrix Computations, 8.5.6).
+    """
+    L, k, _ = S.shape
+    more = -k % _BATCHED
+    pairs = (k + more) // _BATCHED
+    rows, turn = torch.nn.functional.pad(S, (0, more, 0, more)), _next_round(2 * pairs, S.device)
+    # What is only there to fill the last pair lies below all eigenvalues, and mixes with none.
+    low = S.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) + torch.finfo(S.dtype).tiny
+    rows.diagonal(dim1=-2, dim2=-1)[:, k:] = -low
+    vectors = torch.eye(k + more, dtype=S.dtype, device=S.device).expand(L, -1, -1)
+    for _ in range(_SWEEPS):
+        # By falling size, or spread eigenvalues take twice the sweeps.
+        order = rows.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+        rows = rows.gather(1, order[..., None].expand_as(rows)).gather(2, order[:, None].expand_as(rows))
+        vectors = vectors.gather(1, order[..., None].expand_as(vectors))
+        for _ in range(2 * pairs - 1):
+            blocks = rows.view(L, pairs, _BATCHED, pairs, _BATCHED).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+            Qt = _by_block(torch.linalg.eigh(blocks)[1])
+            left = (Qt @ rows.view(L, pairs, _BATCHED, -1)).view(L, k + more, -1)
+            right = (Qt @ left.mT.index_select(-1, turn).view(L, pairs, _BATCHED, -1)).view(L, k + more, -1)
+            rows = right.index_select(1, turn)
+            vectors = (Qt @ vectors.reshape(L, pairs, _BATCHED, -1)).view(L, k + more, -1).index_select(1, turn)
+    w, order = rows.diagonal(dim1=-2, dim2=-1).sort()
+    return w[:, more:], vectors.gather(1, order[..., None].expand_as(vectors))[:, more:, :k].mT
+
+
+def _by_block(V: Tensor) -> Tensor:
+    """Eigenvectors as rows, each with the block that most of it is in: if sorted, some blocks would never meet."""
+    order = V[..., : _BATCHED // 2, :].square().sum(-2).argsort(-1, descending=True)
+    return V.mT.gather(-2, order[..., None].expand_as(V))
+
+
+@lru_cache
+def _next_round(blocks: int, device: torch.device) -> Tensor:
+    """Where rows come from in the next round: the first block stays, all others move on by one place."""
+    half = _BATCHED // 2
+    places = [0, *range(2, blocks, 2), *range(blocks - 1, 0, -2)]  # round the table: the upper row, then the lower
+    before = dict(zip(places[1:], [places[-1], *places[1:-1]], strict=True)) | {0: 0}
+    return torch.tensor([half * before[i] + j for i in range(blocks) for j in range(half)], device=device)

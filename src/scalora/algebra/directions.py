@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.shapes import Float
+from .batched import orthonormal
 
 
 class SVD(NamedTuple):
@@ -44,14 +45,14 @@ def dense_svd(G: Float[Tensor, "*batch m n"]) -> SVD:
 
 def range_basis(Y: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
     """An orthonormal basis of the columns of Y = GΩ; k ≤ m."""
-    return torch.linalg.qr(Y)[0]
+    return orthonormal([Y])[0].to(Y)
 
 
 def sketched_svd(Q: Float[Tensor, "*batch m k"], Z: Float[Tensor, "*batch n k"]) -> SVD:
     """The SVD of QZᵀ from Q with orthonormal columns and Z = GᵀQ; k ≤ min(m, n)."""
-    basis, R = torch.linalg.qr(Z)
-    U, sigma, Vt = torch.linalg.svd(R.mT, full_matrices=False)
-    return SVD(Q @ U, sigma, basis @ Vt.mT)
+    (basis,) = orthonormal([Z])
+    U, sigma, Vt = torch.linalg.svd((basis.mT @ Z.double()).mT.to(Z), full_matrices=False)
+    return SVD(Q @ U, sigma, basis.to(Z) @ Vt.mT)
 
 
 def optimal_adapters(svd: SVD, rank: int, c: Float[Tensor, "*batch"] | float) -> Directions:

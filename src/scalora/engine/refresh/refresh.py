@@ -22,7 +22,7 @@ from ...algebra.whitening import white_adapters
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
-from ..groups import Gathered, Group, gather_group, grouped
+from ..groups import Gathered, Group, gather_group, grouped, on_device
 from ..stores import Store, whole_updates
 from ..white.moments import Moments
 from ..whole import whole
@@ -90,45 +90,67 @@ class Refresh:
             self.steps.append(step)
             self.since = 0
         if step % self.every == 0:
-            self.sketch.open("left", [self._random(step, i) for i in range(len(self.layers))])
+            self.sketch.open("left", self._drawn(step))
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
-            # Where a gradient overflowed the sketches are zero, and the layer keeps its adapters.
-            self.sketch.open("right", [self._left(i, Y) for i, Y in enumerate(self.sketch.close())])
+            self.sketch.open("right", self._found(self.sketch.close()))
         if self.since < self.warmup:
-            self._before = [
-                local_shard(p).clone() for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())
-            ]
+            params = self._params()
+            self._before = [torch.empty_like(p) for p in params]
+            torch._foreach_copy_(self._before, params)
         return refreshed
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._before:
-            params = [local_shard(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
-            share = (self.since + 1) / (self.warmup + 1)
-            torch._foreach_copy_(params, [torch.lerp(b, p, share) for b, p in zip(self._before, params, strict=True)])
+            params = self._params()
+            torch._foreach_copy_(
+                params, torch._foreach_lerp(self._before, params, (self.since + 1) / (self.warmup + 1))
+            )
             self._before = []
+
+    def _params(self) -> list[Tensor]:
+        return [local_shard(p) for layer in self.layers for p in (layer.A.detach(), layer.Bt.detach())]
 
     def _random(self, step: int, index: int) -> Tensor:
         """Ω of one layer, the same on every process and in a resumed run."""
         layer = self.layers[index]
         generator = torch.Generator().manual_seed(1_000_003 * step + index)
-        random = torch.randn(layer.shape[1], 2 * layer.rank, generator=generator, device="cpu").to(layer.A.device)
-        if self.white is None:
-            return random
-        inputs = self.white.of(index).inputs
-        return inputs.whiten(random.to(inputs.U))
+        return torch.randn(layer.shape[1], 2 * layer.rank, generator=generator, device="cpu")
 
-    def _left(self, index: int, Y: Tensor) -> Tensor:
-        """The basis of the second sketch of one layer, of what the first has found; zero where that overflowed."""
-        usable = _is_finite(Y)
-        if self.white is None:
-            return range_basis(_finite(Y)) * usable
-        outputs = self.white.of(index).outputs
-        return outputs.whiten(range_basis(outputs.whiten(_finite(Y)))) * usable
+    def _drawn(self, step: int) -> list[Tensor]:
+        """Ω of every layer, in white coordinates where there are such."""
+        bases: dict[int, Tensor] = {}
+        for group in grouped(self.layers):
+            Omega = torch.stack([self._random(step, i) for i in group.members]).to(group.A[0].device)
+            if self.white:
+                inputs = self.white.for_members(group.members).inputs
+                Omega = inputs.whiten(Omega.to(inputs.U))
+            bases.update(zip(group.members, Omega, strict=True))
+        return [bases[i] for i in range(len(self.layers))]
+
+    def _found(self, sketches: Sequence[Tensor]) -> list[Tensor]:
+        """The basis of the second sketch of every layer, of what the first has found; zero where that overflowed.
+
+        The sketches are zero then, and the layer keeps its adapters.
+        """
+        bases: dict[int, Tensor] = {}
+        for group in grouped(self.layers):
+            Y, usable = _finite([sketches[i] for i in group.members])
+            if self.white:
+                outputs = self.white.for_members(group.members).outputs
+                Q = outputs.whiten(range_basis(outputs.whiten(Y)))
+            else:
+                Q = range_basis(Y)
+            bases.update(zip(group.members, Q * usable, strict=True))
+        return [bases[i] for i in range(len(self.layers))]
 
     def refresh(self, left: list[Tensor], right: list[Tensor]) -> None:
         """New adapters from Q (m×k) and Z = GᵀQ (n×k) of every layer; one without a usable sketch keeps its own."""
-        parts = [part for group in grouped(self.layers) if (part := self._part(group, left, right)).layers]
+        groups = grouped(self.layers)
+        found, usable = zip(*(self._part(group, left, right) for group in groups), strict=True)
+        fit = iter(torch.cat([each.to(self.constants.device) for each in usable]).tolist())  # waits, once for all
+        live = [[next(fit) for _ in part.layers] for part in found]
+        parts = [part for part, own in zip(map(_only, found, live), live, strict=True) if any(own)]
         if not parts:
             return
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
@@ -145,33 +167,31 @@ class Refresh:
             for part in parts:
                 self._replace(part, share.to(part.now.A.dtype))
 
-    def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> _Part:
-        """The layers of one shape that took part in the last steps, and what they become."""
+    def _part(self, group: Group, left: list[Tensor], right: list[Tensor]) -> tuple[_Part, Tensor]:
+        """The layers of one shape and what they become, and which of them took part in the last steps."""
         now = gather_group(group)
-        Q, Z = (torch.stack([_finite(basis[i]) for i in group.members]) for basis in (left, right))
-        rank, c = now.A.shape[-1], self.constants[group.members].to(Z.device)
+        (Q, _), (Z, _) = (_finite([basis[i] for i in group.members]) for basis in (left, right))
+        rank, index = now.A.shape[-1], on_device(tuple(group.members), torch.long, self.constants.device)
+        c = self.constants[index].to(Z.device)
         if self.white:
             new = white_adapters(Q, Z, *self.white.for_members(group.members), rank, c)
         else:
             new = optimal_adapters(sketched_svd(Q, Z), rank, c)
         usable = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
-        live = [i for i, fit in enumerate(usable.tolist()) if fit]
-        layers = [group.layers[i] for i in live]
-        s = torch.tensor([layer.scale for layer in layers], device=Z.device)[:, None, None]
-        new = Directions(*(x[live].to(now.A.dtype) for x in new))
-        return _Part(
-            layers, Gathered(*(x[live] for x in now)), new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
-        )
+        s = on_device(tuple(layer.scale for layer in group.layers), torch.float32, Z.device)[:, None, None]
+        new = new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
+        return _Part(group.layers, now, Directions(*(x.to(now.A.dtype) for x in new))), usable
 
     def _replace(self, part: _Part, share: Tensor) -> None:
         layers, _, new = part
-        copy_into([layer.A for layer in layers], list(new.A))
-        copy_into([layer.Bt for layer in layers], list(new.B.mT))
-        for layer, grad_A, grad_B in zip(layers, new.grad_A, new.grad_B, strict=True):
-            for p, gradient in ((layer.A, grad_A), (layer.Bt, grad_B.mT)):
-                if p.grad is not None:
-                    copy_into([p.grad], [gradient * share])
-                self.optimizer.state.pop(p, None)
+        A, Bt, grad_A, grad_Bt = new.A.contiguous(), new.B.mT.contiguous(), new.grad_A, new.grad_B.mT
+        copy_into([layer.A for layer in layers] + [layer.Bt for layer in layers], [*A, *Bt])
+        gradients = [*(grad_A * share).contiguous(), *(grad_Bt * share).contiguous()]
+        params = [layer.A for layer in layers] + [layer.Bt for layer in layers]
+        there = [(p.grad, g) for p, g in zip(params, gradients, strict=True) if p.grad is not None]
+        copy_into([grad for grad, _ in there], [g for _, g in there])
+        for p in params:
+            self.optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -185,9 +205,18 @@ class Refresh:
         self.sketch.load_state_dict(state["sketch"])
 
 
-def _is_finite(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor).all()
+def _finite(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacked, zeros in place of what is not finite through and through; and which are, (L, 1, 1)."""
+    stack = torch.stack(list(tensors))
+    usable = torch.isfinite(stack).flatten(1).all(1)[:, None, None]
+    return torch.where(usable, stack, 0.0), usable
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.where(_is_finite(tensor), tensor, 0.0)
+def _only(part: _Part, live: Sequence[bool]) -> _Part:
+    """Some of its layers."""
+    if all(live):
+        return part
+    kept = [i for i, fit in enumerate(live) if fit]
+    return _Part(
+        [part.layers[i] for i in kept], Gathered(*(x[kept] for x in part.now)), Directions(*(x[kept] for x in part.new))
+    )

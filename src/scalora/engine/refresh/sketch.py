@@ -13,6 +13,7 @@ from ...layers.gradient_sketch import GradientSketch, Side
 from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import local_shard
+from ..groups import grouped
 from ..leaves import Leaves
 
 
@@ -20,20 +21,24 @@ class Sketch:
     """Sums of one sketch per layer over the backward passes between :meth:`open` and :meth:`close`."""
 
     def __init__(self, layers: Sequence[AdapterLayer]) -> None:
-        self.layers = layers
+        self.layers = list(layers)
         self.side: Side | None = None
         self._leaves = Leaves([])
         self._modules = [adopt(layer.module, LoraForward) for layer in layers]  # pyright: ignore[reportArgumentType]
 
+    @torch.no_grad()
     def open(self, side: Side, fixed: Sequence[Tensor]) -> None:
         """Begin to gather GΩ (``"left"``, `fixed` holds Ω, n×k, of each layer) or GᵀQ (``"right"``, Q, m×k)."""
         self.side = side
-        for layer, module, basis in zip(self.layers, self._modules, fixed, strict=True):
-            like, k = local_shard(layer.A.detach()), basis.shape[1]
+        for group in grouped(self.layers):
+            like = local_shard(group.layers[0].A.detach())
+            wide = torch.promote_types(like.dtype, torch.float32)
             # Contiguous, as it is after a resume: in another layout some processors round the product otherwise.
-            basis = basis.to(like.device, torch.promote_types(like.dtype, torch.float32)).contiguous()
-            shape = (layer.shape[0], k) if side == "left" else (k, layer.shape[1])
-            module.sketch = GradientSketch(side, basis, basis.new_zeros(shape, requires_grad=True))
+            bases = torch.stack([fixed[i] for i in group.members]).to(like.device, wide)
+            (m, n), k = group.layers[0].shape, bases.shape[-1]
+            leaves = bases.new_zeros((len(bases), m, k) if side == "left" else (len(bases), k, n))
+            for i, basis, leaf in zip(group.members, bases, leaves, strict=True):
+                self._modules[i].sketch = GradientSketch(side, basis, leaf.detach().requires_grad_())
         self._leaves = Leaves([sketch.leaf for sketch in self._sketches()])
 
     def gather(self) -> None:

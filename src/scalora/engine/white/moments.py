@@ -56,6 +56,9 @@ class Moments:
 
     def for_members(self, members: Sequence[int]) -> White:
         """Stacked, those of layers of one shape."""
+        group, _ = self._place[members[0]]
+        if list(members) == self.groups[group].members:
+            return self.white[group]
         found = [self.of(i) for i in members]
         return White(*(Whitening(*map(torch.stack, zip(*side, strict=True))) for side in zip(*found, strict=True)))
 
