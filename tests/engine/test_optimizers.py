@@ -150,6 +150,9 @@ def test_refreshing_with_each(name):
         (pytorch_optimizer.ScheduleFreeAdamW, {}, "ScheduleFreeAdamW.*since it evaluates an average"),
         (pytorch_optimizer.Shampoo, {}, "Shampoo.*since its preconditioners mix columns"),
         (pytorch_optimizer.ScalableShampoo, {}, "Shampoo.*since its preconditioners mix columns"),
+        (type("GaLoreAdamW", (torch.optim.AdamW,), {"__module__": "galore_torch.adamw"}), {}, "since it keeps a proj"),
+        (type("APOLLOAdamW", (torch.optim.AdamW,), {"__module__": "apollo_torch.apollo"}), {}, "since it keeps a proj"),
+        (type("Lomo", (torch.optim.SGD,), {"__module__": "lomo_optim.lomo"}), {}, "since it steps during the backward"),
         (pytorch_optimizer.Adan, {}, "Adan: no exact rule is known"),
         (pytorch_optimizer.Lion, {"use_gc": True}, "use_gc=True, which takes the mean over columns"),
         (pytorch_optimizer.Lion, {"weight_decay": 0.1, "weight_decouple": False}, "weight_decay=0.1"),
@@ -166,6 +169,32 @@ def test_optimizers_without_an_exact_rule_are_refused_by_name(cls, options, word
     with pytest.raises(ScaloraError, match=words):
         scalora.attach(model, optimizer)
     assert {name for name, _ in model.named_parameters()} == before  # nothing was changed
+
+
+def test_a_rate_that_the_optimizer_makes_itself_gives_no_constant():
+    model = models.lora("llama")
+    optimizer = transformers.Adafactor(models.trainable(model))  # relative_step: lr=None
+    with pytest.raises(ScaloraError, match=r"lipschitz=2.0 needs one positive learning rate"):
+        scalora.attach(model, optimizer, {"scaling": "scalar", "lipschitz": 2.0})
+    run(model, optimizer, scaling="scalar")
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (torch.optim.Adafactor, "mix rows that are spread over processes"),
+        (
+            type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "torchao.optim.adam"}),
+            "codes in blocks that are spread",
+        ),
+    ],
+)
+def test_what_cannot_be_turned_or_mixed_where_it_is_spread_is_refused(cls, words, monkeypatch):
+    model = models.lora("llama")
+    optimizer = cls(models.trainable(model), lr=1e-3)
+    monkeypatch.setattr("scalora.engine.optimizer_rules.is_sharded", lambda tensor: True)  # as FSDP2's are
+    with pytest.raises(ScaloraError, match=words):
+        scalora.attach(model, optimizer, {"scaling": "scalar", "coordinates": "white"})
 
 
 def test_sums_of_what_half_precision_lost_are_refused():

@@ -26,6 +26,7 @@ class StateRule:
     mixed: Mapping[str, int] = field(default_factory=dict)
     decoupled: bool = False  # weight decay is not added to the gradient
     counts_by_group: bool = False  # steps, so that the state of one parameter cannot start anew
+    few_bits: bool = False  # some entries are codes in blocks
 
 
 _ADAM = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -81,10 +82,13 @@ def _quantised() -> Iterator[tuple[str, StateRule]]:
     ):  # fmt: skip
         for paged in ("", "Paged"):
             for bits in ("", "8bit", "32bit"):
-                yield f"bitsandbytes.{paged}{name}{bits}", StateRule({**powers, **_BNB}, decoupled=decoupled)
+                yield (
+                    f"bitsandbytes.{paged}{name}{bits}",
+                    StateRule({**powers, **_BNB}, decoupled=decoupled, few_bits=True),
+                )
     for bits in ("8bit", "4bit", "Fp8"):
-        yield f"torchao.Adam{bits}", StateRule(_ADAM)
-        yield f"torchao.AdamW{bits}", StateRule(_ADAM, decoupled=True)
+        yield f"torchao.Adam{bits}", StateRule(_ADAM, few_bits=True)
+        yield f"torchao.AdamW{bits}", StateRule(_ADAM, decoupled=True, few_bits=True)
 
 
 _RULES: Mapping[str, StateRule] = (
@@ -93,11 +97,15 @@ _RULES: Mapping[str, StateRule] = (
 _WAY_OUT = f"use one of {', '.join(_TORCH)} from torch.optim, or another that docs/optimizers.md lists"
 
 _AVERAGES = "it evaluates an average of points, and an event keeps the function of one point only"
+_PROJECTED = "it keeps a projection of the gradient, which mixes columns"
 _MATRICES = "its preconditioners mix columns, and begin at a multiple of I, which does not follow the gradient"
 _REASONS = {
     "torch.ASGD": _AVERAGES,
     "torch.LBFGS": "it keeps differences of parameters and of gradients, flattened together",
     "schedulefree": _AVERAGES,
+    "galore_torch": _PROJECTED,
+    "apollo_torch": _PROJECTED,
+    "lomo_optim": "it steps during the backward pass, before an event could be made",
     "pytorch_optimizer.ScheduleFreeSGD": _AVERAGES,
     "pytorch_optimizer.ScheduleFreeAdamW": _AVERAGES,
     "pytorch_optimizer.ScheduleFreeRAdam": _AVERAGES,
@@ -113,12 +121,13 @@ _OPTIONS = {
 }
 
 
-def state_rule(optimizer: Optimizer, *, one_factor: bool = False) -> StateRule:
+def state_rule(optimizer: Optimizer, *, one_factor: bool = False, turned: bool = False) -> StateRule:
     """What this optimizer keeps, and how it follows its gradients.
 
     Args:
         optimizer: of exactly one of the classes that docs/optimizers.md lists: a subclass may mean something else.
         one_factor: whether all columns of a matrix are rescaled by one factor, so that entries that mix them follow.
+        turned: whether means of gradients are multiplied by matrices too, for which they are gathered.
 
     Raises:
         ScaloraError: the class has no exact rule or is unknown; or its weight decay is added to the gradient; or an
@@ -137,6 +146,11 @@ def state_rule(optimizer: Optimizer, *, one_factor: bool = False) -> StateRule:
         _check_group(cls.__name__, group, rule)
     if rule.mixed:
         _check_mixed(optimizer, rule, one_factor)
+    if turned and rule.few_bits and _spread(optimizer):
+        raise ScaloraError(
+            f"{cls.__name__} keeps codes in blocks that are spread over processes, which cannot be turned: use AdamW "
+            "from torch.optim, or DDP"
+        )
     return rule
 
 
@@ -165,7 +179,12 @@ def _check_mixed(optimizer: Optimizer, rule: StateRule, one_factor: bool) -> Non
             f"{name} keeps {', '.join(rule.mixed)}, which mix columns: only one factor for all columns of a matrix has "
             "an exact rule, which is ScaLoraConfig(scaling='scalar'); set it, or use AdamW"
         )
-    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+    if _spread(optimizer):
         raise ScaloraError(
             f"{name} keeps {', '.join(rule.mixed)}, which mix rows that are spread over processes: use DDP, or AdamW"
         )
+
+
+def _spread(optimizer: Optimizer) -> bool:
+    """Whether processes hold different parts of its parameters."""
+    return any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])

@@ -19,14 +19,20 @@ from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import Group
+from ..optimizer_rules import state_rule
 from ..optimizers import gradient_moments
 from .moments import Moments, White, due
 
 
 class WhiteSteps:
-    """What :class:`scalora.engine.event.ScaLora` does before and after every step."""
+    """What :class:`scalora.engine.event.ScaLora` does before and after every step.
+
+    Raises:
+        ScaloraError: the optimizer's means of gradients cannot be turned along.
+    """
 
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, damping: float) -> None:
+        state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, damping)
         self.moments.open()
         self.optimizer = optimizer

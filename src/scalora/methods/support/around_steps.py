@@ -81,7 +81,7 @@ def around_lora(model: PeftModel, head: Head, callback: AroundSteps) -> Adapted:
 def refuse_unknown_state(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Raise ScaloraError where no rule is known for carrying this optimizer's state along."""
     try:
-        state_rule(optimizer)
+        state_rule(optimizer, turned=True)
     except ScaloraError as error:
         raise ScaloraError(
             f"training.optim is {OptimizerNames(args.optim).value!r}, which this method cannot use: {error}"
