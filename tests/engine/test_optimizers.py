@@ -171,6 +171,26 @@ def test_optimizers_without_an_exact_rule_are_refused_by_name(cls, options, word
     assert {name for name, _ in model.named_parameters()} == before  # nothing was changed
 
 
+@pytest.mark.parametrize("name", ["Lookahead", "ScheduleFreeWrapper", "TRAC", "OrthoGrad"])
+def test_what_wraps_an_optimizer_and_steps_otherwise_is_refused(name):
+    model = models.lora("llama")
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3)
+    with pytest.raises(ScaloraError, match=f"{name}: no exact rule is known"):
+        scalora.attach(model, getattr(pytorch_optimizer, name)(inner))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.AdamW])
+def test_one_factor_for_all_columns_where_a_state_mixes_them(cls):
+    """The floor of column norms would raise a column by itself, which is right for AdamW only."""
+    model = models.lora("llama")
+    models.train(model, torch.optim.AdamW(models.trainable(model), lr=1e-2), "llama", 2)
+    handle = scalora.attach(model, cls(models.trainable(model), lr=1e-3), {"scaling": "scalar", "interval": 1})
+    for layer in handle.layers:
+        layer.A.data[:, 0] *= 1e-6
+    models.train(model, handle.optimizer, "llama", 1)
+    assert {len(alpha.unique()) for alpha, _ in handle.factors.values()} == {1 if cls is torch.optim.Adafactor else 2}
+
+
 def test_a_rate_that_the_optimizer_makes_itself_gives_no_constant():
     model = models.lora("llama")
     optimizer = transformers.Adafactor(models.trainable(model))  # relative_step: lr=None

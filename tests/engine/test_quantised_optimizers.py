@@ -130,6 +130,22 @@ def test_blocks_of_one_factor_are_not_rounded_at_all(case):
             assert torch.equal(value, was[key] * factor ** (2 if squared else 1))
 
 
+@pytest.mark.parametrize("case", ["bitsandbytes-AdamW8bit", "bitsandbytes-AdEMAMix8bit"])
+def test_a_last_block_that_is_not_full(case):
+    """torchao keeps such states in float32."""
+    params = [nn.Parameter(torch.randn(300, 17))]
+    optimizer = _maker(case)(params)
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    assert len(params[0].view(-1)) % 256
+    was = {key: value for key, value, _ in _entries(optimizer, params[0])}
+    carry_state(optimizer, params, [torch.full((17,), 2.0)])
+    power = {"state2": 4.0}
+    for key, value, blocks in _entries(optimizer, params[0]):
+        assert blocks is not None
+        assert torch.equal(value, was[key] * power.get(key.partition(".")[0], 2.0))
+
+
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_a_twin_that_saw_transformed_gradients(case):
     """Its states were rounded as often, and the carried ones once more: by less than the format's rounding on average.

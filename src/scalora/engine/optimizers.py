@@ -15,6 +15,7 @@ from ..layers.sharding import local_shard, refuse_flattened_optimizer
 from .optimizer_rules import state_rule
 from .quantised_state import Blocks, quantised
 
+_LOOPS = ("accelerate", "lightning", "pytorch_lightning")
 _NO_MEAN = "exp_inf"  # follows the gradient, but is a maximum
 
 
@@ -99,15 +100,23 @@ def forget(optimizer: Optimizer, param: Tensor) -> None:
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none."""
+    """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none.
+
+    A wrapper that is an optimizer of its own, as Lookahead is, stays: it does more than pass steps on.
+    """
     refuse_flattened_optimizer(optimizer)
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's and similar wrappers
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer) and _passes_on(optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise ScaloraError(
             f"optimizer is a {type(optimizer).__name__}: pass the torch optimizer that trains the adapters"
         )
     return optimizer
+
+
+def _passes_on(wrapper: Any) -> bool:
+    """Whether a wrapper leaves steps as they are: the loops' own, and whatever is no optimizer."""
+    return not isinstance(wrapper, Optimizer) or type(wrapper).__module__.partition(".")[0] in _LOOPS
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
