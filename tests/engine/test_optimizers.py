@@ -142,7 +142,7 @@ def test_refreshing_with_each(name):
     [
         (torch.optim.LBFGS, {}, "LBFGS.*since it keeps differences"),
         (torch.optim.ASGD, {}, "ASGD.*since it evaluates an average"),
-        (torch.optim.Adafactor, {}, "row_var, col_var, variance, which mix columns.*scaling='scalar'.*AdamW"),
+        (torch.optim.Adafactor, {}, "row_var, col_var, variance that mix columns.*scaling='scalar'.*AdamW"),
         (transformers.Adafactor, ADAFACTOR, "exp_avg_sq_row.*scaling='scalar'"),
         (pytorch_optimizer.SOAP, {}, "GG.*scaling='scalar'"),
         (schedulefree.AdamWScheduleFree, {}, "AdamWScheduleFree.*since it evaluates an average.*use one of"),

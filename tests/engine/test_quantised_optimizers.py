@@ -14,7 +14,7 @@ from helpers import models
 from helpers.attached import run
 from helpers.twins import stepped, twins
 from scalora import ScaLoraConfig
-from scalora.engine.optimizers import carry_state
+from scalora.engine.optimizers import carry_state, gradient_moments
 from scalora.engine.quantised_state import quantised
 
 # Class and options; whether it quantises.
@@ -128,6 +128,30 @@ def test_blocks_of_one_factor_are_not_rounded_at_all(case):
             squared = key.partition(".")[0] in ("state2", "exp_avg_sq", "max_exp_avg_sq")
             squared = squared or "RMS" in case or "Adagrad" in case
             assert torch.equal(value, was[key] * factor ** (2 if squared else 1))
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_means_of_gradients_are_turned_with_one_rounding(case):
+    """What white coordinates and methods around the steps do; means of squares are not among them."""
+    params = [nn.Parameter(torch.randn(SIZES[0], 16))]
+    optimizer = _maker(case)(params)
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    was = {key: value for key, value, _ in _entries(optimizer, params[0])}
+    turn = torch.linalg.qr(torch.randn(16, 16)).Q
+    with gradient_moments(optimizer, params, 1) as ((*means,),):
+        for mean in means:
+            mean.copy_(mean @ turn)
+    linear = {"state1", "exp_avg"} if not ("RMS" in case or "Adagrad" in case) else set()
+    for key, value, blocks in _entries(optimizer, params[0]):
+        if key.partition(".")[0] not in linear:
+            assert torch.equal(value, was[key])
+            continue
+        exact = was[key] @ turn
+        size, unit = blocks or (16, 1e-6)
+        largest = exact.view(-1, size).abs().amax(1, keepdim=True)
+        assert float(((value - exact).view(-1, size).abs() / largest).max()) <= unit * 1.01
+    assert len(means) == sum(key.partition(".")[0] in linear for key in was) + ("AdEMAMix" in case and "8" not in case)
 
 
 @pytest.mark.parametrize("case", ["bitsandbytes-AdamW8bit", "bitsandbytes-AdEMAMix8bit"])

@@ -94,7 +94,8 @@ def _quantised() -> Iterator[tuple[str, StateRule]]:
 _RULES: Mapping[str, StateRule] = (
     {f"torch.{name}": rule for name, rule in _TORCH.items()} | _OTHERS | dict(_quantised())
 )
-_WAY_OUT = f"use one of {', '.join(_TORCH)} from torch.optim, or another that docs/optimizers.md lists"
+_BY_COLUMN = ", ".join(name for name, rule in _TORCH.items() if not rule.mixed)
+_WAY_OUT = f"use one of {_BY_COLUMN} from torch.optim, or another that docs/optimizers.md lists"
 
 _AVERAGES = "it evaluates an average of points, and an event keeps the function of one point only"
 _PROJECTED = "it keeps a projection of the gradient, which mixes columns"
@@ -164,8 +165,8 @@ def _check_group(name: str, group: Mapping[str, Any], rule: StateRule) -> None:
     for option, why in _OPTIONS.items():
         if group.get(option):
             raise ScaloraError(f"{name} has {option}={group[option]}, which {why}: leave it out")
-    halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
-    if halves and group.get("kahan_sum", False) is not False:
+    halves = (torch.float16, torch.bfloat16)
+    if group.get("kahan_sum", False) is not False and any(p.dtype in halves for p in group["params"]):
         raise ScaloraError(
             f"{name} has kahan_sum={group['kahan_sum']} on parameters of half precision: what rounding lost of them is "
             "no gradient's; set kahan_sum=False, or keep the adapters in float32"
@@ -176,8 +177,8 @@ def _check_mixed(optimizer: Optimizer, rule: StateRule, one_factor: bool) -> Non
     name = type(optimizer).__name__
     if not one_factor:
         raise ScaloraError(
-            f"{name} keeps {', '.join(rule.mixed)}, which mix columns: only one factor for all columns of a matrix has "
-            "an exact rule, which is ScaLoraConfig(scaling='scalar'); set it, or use AdamW"
+            f"optimizer is {name}, which keeps {', '.join(rule.mixed)} that mix columns: they follow only where all "
+            "columns of a matrix have one factor; set scaling='scalar' in ScaLoraConfig, or use AdamW"
         )
     if _spread(optimizer):
         raise ScaloraError(
