@@ -9,7 +9,8 @@ demo: .venv/.cli
 
 test: .venv/.dev .venv/.quantised  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
-	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py \
+	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py
 
 quick: .venv/.dev  ## without the packaged real models: needs no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not real"

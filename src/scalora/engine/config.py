@@ -126,6 +126,11 @@ class ScaLoraConfig:
         return self.interval is not None or self.refresh is not None
 
     @property
+    def one_factor(self) -> bool:
+        """Whether events, where there are any, multiply all columns of a matrix by one number."""
+        return self.interval is None or self.scaling == "scalar"
+
+    @property
     def columns(self) -> int | None:
         """``capacity``, or 0 where nothing is accumulated."""
         return self.capacity if self.has_events else 0

@@ -19,7 +19,7 @@ def initial_constants(optimizer: Optimizer, layers: list[AdapterLayer], lipschit
     device = layers[0].A.device
     if lipschitz is None:
         return torch.full((len(layers),), torch.nan, dtype=torch.float64, device=device)
-    rates = {id(p): float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups for p in g["params"]}
+    rates = {id(p): float(g.get("initial_lr", g["lr"]) or 0) for g in optimizer.param_groups for p in g["params"]}
     for layer in layers:
         pair = rates[id(layer.A)], rates[id(layer.Bt)]
         if pair[0] != pair[1] or pair[0] <= 0:

@@ -28,7 +28,8 @@ from .constants import initial_constants
 from .groups import Group, Stacked, by_rank, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
 from .history import Collector, Event, History
-from .optimizers import carry_state, innermost, state_powers
+from .optimizer_rules import state_rule
+from .optimizers import carry_state, innermost
 from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
 from .same_run import refuse_other_run, warn_of_missing_state
@@ -54,7 +55,7 @@ class ScaLora:
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig) -> None:
         self.config = config = as_config(config)
         self.optimizer = innermost(optimizer)
-        state_powers(self.optimizer)
+        self.alike = bool(state_rule(self.optimizer, one_factor=config.one_factor).mixed)  # factors must be
         if any(
             isinstance(getattr(hook, "__self__", None), ScaLora)
             for hook in self.optimizer._optimizer_step_pre_hooks.values()
@@ -66,12 +67,11 @@ class ScaLora:
         self.attached = True
         self.superseded = False
         reshard(model)
-        self.guards = Guards(model, self.optimizer, self.layers, config.accumulate)
+        self.guards = Guards(model, self.optimizer, self.layers, config)
         self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
         former = attached_to(model)
-        self.constants = initial_constants(
-            self.optimizer, self.layers, config.lipschitz
-        )  # c/s² per layer; NaN until calibrated
+        # c/s² per layer; NaN until calibrated
+        self.constants = initial_constants(self.optimizer, self.layers, config.lipschitz)
         self.store: Store = (
             AdapterStore(model, self.layers, config.columns)
             if config.accumulate == "adapter"
@@ -283,6 +283,8 @@ class ScaLora:
         alpha, beta, kind = solve_scaling(gram, c=c, method=self.config.scaling, floor=self.config.floor)
         dtype = groups[0].A[0].dtype
         alpha, beta = (representable(torch.where(usable[:, None], f, 1.0), dtype) for f in (alpha, beta))
+        if self.alike:  # a floor may have raised some, and columns of zeros keep theirs
+            alpha, beta = (f.median(-1, keepdim=True).values.expand_as(f) for f in (alpha, beta))
         size, d = product_norm(gram, torch.ones_like(alpha)), 1 - alpha * beta
         moved = torch.where(size > 0, product_norm(gram, d) / size, 0.0)
         record.collect(members, alpha, beta, torch.where(usable, kind, 0), moved)

@@ -8,15 +8,19 @@ from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError
 from ..layers.peft_lora import AdapterLayer
-from .optimizers import state_powers
+from .config import ScaLoraConfig
+from .optimizer_rules import state_rule
 
 
 class Guards:
     """Notices adapters that were deleted, switched off, merged, replaced or cast since ScaLoRA was attached."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, layers: list[AdapterLayer], accumulate: str) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, layers: list[AdapterLayer], config: ScaLoraConfig
+    ) -> None:
         self.optimizer = optimizer
-        self.accumulate = accumulate
+        self.one_factor = config.one_factor
+        self.accumulate = config.accumulate
         places = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
         self.dtypes: dict[int, torch.dtype] = {}  # of each parameter, by its id
         self.layers = [(layer, places.get(id(layer.module))) for layer in layers]
@@ -27,7 +31,7 @@ class Guards:
         Raises:
             ScaloraError: the next step would train something else than was attached; names layer and way out.
         """
-        state_powers(self.optimizer)  # a weight decay may have come since
+        state_rule(self.optimizer, one_factor=self.one_factor)  # a weight decay may have come since
         accumulates = self.accumulate == "adapter" and not starting
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for layer, place in self.layers:

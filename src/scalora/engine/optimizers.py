@@ -1,12 +1,9 @@
-"""How the state of an optimizer moves along when the columns of its parameters are rescaled.
-
-The gradient of Ã = A diag(α) is G B̃ = g_A diag(β): what was gathered from gradients to the power p is multiplied by
-βᵖ (state of A) or αᵖ (state of B); step counters stay. Source: arXiv 2510.23818, Lemmas 2 and 4.
-"""
+"""How an optimizer's state moves along when columns of its parameters are rescaled, by :mod:`.optimizer_rules`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,91 +12,118 @@ from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError
 from ..layers.sharding import local_shard, refuse_flattened_optimizer
+from .optimizer_rules import state_rule
+from .quantised_state import Blocks, quantised
 
-# Class → {state key: power of the gradient it holds}. Exact classes only: a subclass may mean something else.
-_POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
-    torch.optim.SGD: {"momentum_buffer": 1},
-    torch.optim.Adam: {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2},
-    torch.optim.AdamW: {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2},
-    torch.optim.NAdam: {"step": 0, "mu_product": 0, "exp_avg": 1, "exp_avg_sq": 2},
-    torch.optim.RAdam: {"step": 0, "exp_avg": 1, "exp_avg_sq": 2},
-    torch.optim.Adamax: {"step": 0, "exp_avg": 1, "exp_inf": 1},
-    # The momentum of RMSprop and Adadelta's acc_delta gather g/√v and its like: no power of g is left in them.
-    torch.optim.RMSprop: {"step": 0, "square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
-    torch.optim.Adadelta: {"step": 0, "square_avg": 2, "acc_delta": 0},
-    torch.optim.Adagrad: {"step": 0, "sum": 2},
-    torch.optim.Rprop: {"step": 0, "prev": 1, "step_size": 0},
-}
-_WAY_OUT = f"use one of {', '.join(cls.__name__ for cls in _POWERS)} from torch.optim"
-
-
-def state_powers(optimizer: Optimizer) -> Mapping[str, int]:
-    """The power of the gradient in each entry of this optimizer's state.
-
-    Raises:
-        ScaloraError: the class has no exact rule (factored, quantised, matrix-valued or unknown state), or its
-            weight decay is mixed into the moments, where it does not scale with the gradient.
-    """
-    powers = _POWERS.get(type(optimizer))
-    if powers is None:
-        cls = type(optimizer)
-        raise ScaloraError(
-            f"optimizer is {cls.__module__}.{cls.__qualname__}: no exact rule is known for carrying its state along; "
-            f"{_WAY_OUT}"
-        )
-    for group in optimizer.param_groups:
-        decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        if group.get("weight_decay", 0) and not decoupled:
-            raise ScaloraError(
-                f"{type(optimizer).__name__} has weight_decay={group['weight_decay']}, which it adds to the gradient: "
-                "its state then cannot be carried along exactly; use AdamW (decoupled decay) or weight_decay=0"
-            )
-    return powers
+_LOOPS = ("accelerate", "lightning", "pytorch_lightning")
+_NO_MEAN = "exp_inf"  # follows the gradient, but is a maximum
 
 
 def carry_state(optimizer: Optimizer, params: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiply gradients and state of ``params`` in place by ``factors`` to the power each entry asks for.
 
+    What is quantised is read, multiplied and rounded once.
+
     Args:
-        optimizer: one that :func:`state_powers` accepts.
+        optimizer: one that :func:`state_rule` accepts.
         params: parameters whose gradients were rescaled.
-        factors: per parameter, a tensor that broadcasts against this process's part of it (for A diag(α): β).
+        factors: per parameter, a tensor that broadcasts against this process's part of it (for A diag(α): β); all of
+            one value where the optimizer's entries mix columns.
 
     Raises:
         ScaloraError: the state holds an entry without a known power.
     """
-    powers = state_powers(optimizer)
+    rule = state_rule(optimizer, one_factor=True)
     by_power: dict[int, tuple[list[Tensor], list[Tensor]]] = {1: ([], []), 2: ([], [])}
     for param, factor in zip(params, factors, strict=True):
-        entries = {**optimizer.state.get(param, {}), "gradient": param.grad}
-        for key, value in entries.items():
-            power = 1 if key == "gradient" else powers.get(key)
+        state = {"gradient": param.grad, **optimizer.state.get(param, {})}
+        for key, value in state.items():
+            power = 1 if key == "gradient" else rule.powers.get(key, rule.mixed.get(key))
             if power is None:
-                raise ScaloraError(f"{type(optimizer).__name__} keeps an unknown state entry {key!r}: {_WAY_OUT}")
-            if power and value is not None:
-                tensors, multipliers = by_power[power]
-                tensors.append(local_shard(value))
-                multipliers.append(factor.to(value.dtype))
+                raise ScaloraError(
+                    f"{type(optimizer).__name__} keeps an unknown state entry {key!r}: use AdamW from torch.optim"
+                )
+            if not power or value is None:
+                continue
+            multiplier = factor.reshape(-1)[:1] if key in rule.mixed else factor
+            for blocks in quantised(state, key):
+                blocks.scale_(multiplier**power)
+            for tensor in _floats(value):
+                by_power[power][0].append(local_shard(tensor))
+                by_power[power][1].append(multiplier.to(tensor.device, tensor.dtype))
     for power, (tensors, multipliers) in by_power.items():
         for _ in range(power):
             if tensors:
                 torch._foreach_mul_(tensors, multipliers)
 
 
-def linear_state(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
-    """What the optimizer keeps of a parameter that is a linear function of its gradients: means and sums of them."""
-    powers = state_powers(optimizer)
-    entries = optimizer.state.get(param, {}).items()
-    return [value for key, value in entries if powers.get(key) == 1 and key != "exp_inf" and value is not None]
+@contextmanager
+def gradient_moments(optimizer: Optimizer, params: Sequence[Tensor], power: int) -> Iterator[list[list[Tensor]]]:
+    """What the optimizer keeps of each parameter that is a mean or sum of gradients to this power.
+
+    Within, tensors of the parameter's shape that may be written to; what is quantised is rounded once at the end.
+
+    Args:
+        optimizer: one that :func:`state_rule` accepts.
+        params: some of its parameters.
+        power: 1, linear in the gradients, or 2, in their squares.
+    """
+    rule = state_rule(optimizer, one_factor=True)
+    keys = [key for key, of_key in rule.powers.items() if of_key == power and key != _NO_MEAN]
+    found: list[list[Tensor]] = []
+    rounded: list[tuple[Blocks, Tensor]] = []
+    for param in params:
+        state, tensors = optimizer.state.get(param, {}), []
+        for key in keys:
+            if (value := state.get(key)) is None:
+                continue
+            if blocks := quantised(state, key):
+                rounded += [(each, each.read()) for each in blocks]
+                tensors += [values for _, values in rounded[-len(blocks) :]]
+            else:
+                tensors += value.unbind(0) if value.ndim > param.ndim else [value]  # AdEMAMix keeps two in one
+        found.append(tensors)
+    yield found
+    for blocks, values in rounded:
+        blocks.write(values)
+
+
+def forget(optimizer: Optimizer, param: Tensor) -> None:
+    """Let the state of one parameter start anew, step counter included."""
+    state = optimizer.state.pop(param, {})
+    if any(getattr(value, "is_paged", False) for value in state.values()):
+        # bitsandbytes never frees paged memory: what was empty at first becomes empty again.
+        for key, value in state.items():
+            if not key.startswith("qmap"):
+                state[key] = value.zero_() if isinstance(value, Tensor) else 0
+        optimizer.state[param] = state
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none."""
+    """The torch optimizer inside accelerate's and similar wrappers; raises ScaloraError where there is none.
+
+    A wrapper that is an optimizer of its own, as Lookahead is, stays: it does more than pass steps on.
+    """
     refuse_flattened_optimizer(optimizer)
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's and similar wrappers
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer) and _passes_on(optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise ScaloraError(
             f"optimizer is a {type(optimizer).__name__}: pass the torch optimizer that trains the adapters"
         )
     return optimizer
+
+
+def _passes_on(wrapper: Any) -> bool:
+    """Whether a wrapper leaves steps as they are: the loops' own, and whatever is no optimizer."""
+    return not isinstance(wrapper, Optimizer) or type(wrapper).__module__.partition(".")[0] in _LOOPS
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The tensors of an entry, which SOAP keeps in lists; those of few bits are not among them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not hasattr(local_shard(value), "codes"):
+            yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _floats(each)

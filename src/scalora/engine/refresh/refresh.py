@@ -23,6 +23,8 @@ from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, local_shard
 from ..groups import Gathered, Group, gather_group, grouped, on_device
+from ..optimizer_rules import state_rule
+from ..optimizers import forget
 from ..stores import Store, whole_updates
 from ..white.moments import Moments
 from ..whole import whole
@@ -43,7 +45,7 @@ class Refresh:
     """What :class:`scalora.engine.event.ScaLora` does every ``every`` steps, and before and after.
 
     Raises:
-        ScaloraError: a layer has no 2r singular directions.
+        ScaloraError: a layer has no 2r singular directions, or the optimizer cannot start anew for some parameters.
     """
 
     def __init__(
@@ -55,6 +57,12 @@ class Refresh:
         constants: Tensor,
         white: Moments | None,
     ) -> None:
+        if state_rule(optimizer, one_factor=True).counts_by_group:
+            raise ScaloraError(
+                f"refresh={every} lets the optimizer's state of the adapters start anew, but "
+                f"{type(optimizer).__name__} counts its steps for all parameters together: leave refresh out, or use "
+                "AdamW from torch.optim"
+            )
         for layer in layers:
             m, n = layer.shape
             if 2 * layer.rank > min(m, n):
@@ -191,7 +199,7 @@ class Refresh:
         there = [(p.grad, g) for p, g in zip(params, gradients, strict=True) if p.grad is not None]
         copy_into([grad for grad, _ in there], [g for _, g in there])
         for p in params:
-            self.optimizer.state.pop(p, None)
+            forget(self.optimizer, p)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -19,14 +19,20 @@ from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import Group
-from ..optimizers import linear_state
+from ..optimizer_rules import state_rule
+from ..optimizers import gradient_moments
 from .moments import Moments, White, due
 
 
 class WhiteSteps:
-    """What :class:`scalora.engine.event.ScaLora` does before and after every step."""
+    """What :class:`scalora.engine.event.ScaLora` does before and after every step.
+
+    Raises:
+        ScaloraError: the optimizer's means of gradients cannot be turned along.
+    """
 
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, damping: float) -> None:
+        state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, damping)
         self.moments.open()
         self.optimizer = optimizer
@@ -70,15 +76,16 @@ class WhiteSteps:
                 ([layer.A for layer in group.layers], old.outputs, new.outputs, True),
                 ([layer.Bt for layer in group.layers], old.inputs, new.inputs, False),
             ):
-                found = [(i, state) for i, p in enumerate(params) for state in linear_state(self.optimizer, p)]
-                if not found:
-                    continue
-                members, states = zip(*found, strict=True)
-                X = torch.stack([as_matrix(state) for state in gather_full(states)]).to(before.U)
-                if len(members) != len(params) or len(set(members)) != len(params):  # one state of each, as a rule
-                    before, now = before.at(members), now.at(members)
-                X = now.whiten(before.color(X if tall else X.mT))
-                copy_into(states, [*(X.contiguous() if tall else X.mT)])
+                with gradient_moments(self.optimizer, params, 1) as means:
+                    found = [(i, state) for i, of_param in enumerate(means) for state in of_param]
+                    if not found:
+                        continue
+                    members, states = zip(*found, strict=True)
+                    X = torch.stack([as_matrix(state) for state in gather_full(states)]).to(before.U)
+                    if len(members) != len(params) or len(set(members)) != len(params):  # one of each, as a rule
+                        before, now = before.at(members), now.at(members)
+                    X = now.whiten(before.color(X if tall else X.mT))
+                    copy_into(states, [*(X.contiguous() if tall else X.mT)])
 
     def _begin(self) -> None:
         """Where A is still zero, B becomes M⁻¹B: what is drawn at random is drawn in white coordinates. A collective.

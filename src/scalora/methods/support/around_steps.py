@@ -14,7 +14,8 @@ from transformers.training_args import OptimizerNames
 
 from ...common.errors import ScaloraError
 from ...engine.groups import Group, grouped
-from ...engine.optimizers import innermost, linear_state, state_powers
+from ...engine.optimizer_rules import state_rule
+from ...engine.optimizers import gradient_moments, innermost
 from ...layers.peft_lora import AdapterLayer, find_layers
 from ...layers.sharding import copy_into, gather_full
 from ...models.heads import Head
@@ -80,7 +81,7 @@ def around_lora(model: PeftModel, head: Head, callback: AroundSteps) -> Adapted:
 def refuse_unknown_state(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Raise ScaloraError where no rule is known for carrying this optimizer's state along."""
     try:
-        state_powers(optimizer)
+        state_rule(optimizer, turned=True)
     except ScaloraError as error:
         raise ScaloraError(
             f"training.optim is {OptimizerNames(args.optim).value!r}, which this method cannot use: {error}"
@@ -111,15 +112,14 @@ def turn_state(optimizer: Optimizer, group: Group, of_A: Tensor, of_B: Tensor, c
         of_B: T', likewise.
         carried: which moments.
     """
-    squares = [key for key, power in state_powers(optimizer).items() if power == 2 and carried == "both"]
+    powers = {"none": (), "first": (1,), "both": (1, 2)}[carried]
     for params, maps, tall in ((group.A, of_A, True), (group.Bt, of_B, False)):
-        first = [linear_state(optimizer, p) if carried != "none" else [] for p in params]
-        second = [[optimizer.state[p][key] for key in squares if key in optimizer.state.get(p, {})] for p in params]
-        for found, turn in ((first, maps), (second, maps.square())):
-            members = [i for i, states in enumerate(found) for _ in states]
-            if not members:
-                continue
-            states = [each for of_param in found for each in of_param]
-            X = gathered(states)
-            X = (X if tall else X.mT) @ turn[members].to(X)
-            copy_into(states, [*(X if tall else X.mT)])
+        for power in powers:
+            with gradient_moments(optimizer, params, power) as found:
+                members = [i for i, states in enumerate(found) for _ in states]
+                if not members:
+                    continue
+                states = [each for of_param in found for each in of_param]
+                X = gathered(states)
+                X = (X if tall else X.mT) @ maps.pow(power)[members].to(X)
+                copy_into(states, [*(X if tall else X.mT)])
