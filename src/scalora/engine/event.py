@@ -25,7 +25,17 @@ from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .chosen import choose_layers, warn_of_left
 from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
-from .groups import Group, Stacked, by_rank, grouped, has_gradient, on_device, per_parameter, stack_with_gram
+from .groups import (
+    Group,
+    Stacked,
+    by_layer,
+    by_rank,
+    grouped,
+    has_gradient,
+    on_device,
+    per_parameter,
+    stack_with_gram,
+)
 from .guards import Guards
 from .history import Collector, Event, History
 from .optimizers import carry_state, innermost, state_powers
@@ -61,7 +71,7 @@ class ScaLora:
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
-        self.layers, others = choose_layers(model, config.unsupported)
+        self.layers, others = choose_layers(model, config.unsupported, sketched=config.sketched)
         self.left = {layer.name: why for layer, why in others.items()}  # train as plain LoRA
         self.attached = True
         self.superseded = False
@@ -71,7 +81,7 @@ class ScaLora:
         former = attached_to(model)
         self.constants = initial_constants(
             self.optimizer, self.layers, config.lipschitz
-        )  # c/s² per layer; NaN until calibrated
+        )  # c/s² per layer, of experts for each; NaN until calibrated
         self.store: Store = (
             AdapterStore(model, self.layers, config.columns)
             if config.accumulate == "adapter"
@@ -108,8 +118,8 @@ class ScaLora:
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(α, β) of the latest event by layer, each (r,); empty before the first."""
-        return dict(zip((layer.name for layer in self.layers), self.history.factors(), strict=False))
+        """(α, β) of the latest event by layer, each (r,), of experts (E, r); empty before the first."""
+        return by_layer(self.layers, self.history.factors())
 
     def detach(self) -> None:
         """Stop rescaling. The model keeps its function, the store its content."""
@@ -187,7 +197,7 @@ class ScaLora:
         Raises:
             ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
-        refuse_other_run(state, self._run())
+        refuse_other_run(state, self._run(), self.constants)
         self.knows_its_past = True
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
@@ -209,8 +219,8 @@ class ScaLora:
 
     def _base(self) -> str:
         """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
-        written = [layer.base.weight for layer in self.layers] if self.config.accumulate == "base" else []
-        return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
+        written = [layer.weight for layer in self.layers] if self.config.accumulate == "base" else []
+        return base_fingerprint(self.model, written)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.superseded:
