@@ -17,7 +17,7 @@ from ..layers.layout import as_columns, as_rows
 from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import gather_full, shard_of
 
-Pair: TypeAlias = tuple[Tensor, Tensor]
+_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Group(NamedTuple):
@@ -135,7 +135,7 @@ def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[T
             yield p, shard_of(own, p), shard_of(of_gradient, p)
 
 
-def by_layer(layers: Sequence[AdapterLayer], pairs: Sequence[Pair]) -> dict[str, Pair]:
+def by_layer(layers: Sequence[AdapterLayer], pairs: Sequence[_Pair]) -> dict[str, _Pair]:
     """Pairs of tensors, one for each member of all groups, by layer; those of experts stacked. Empty without pairs."""
     left, found = iter(pairs), {}
     for layer in layers if pairs else ():
