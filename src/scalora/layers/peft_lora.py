@@ -82,6 +82,8 @@ class AdapterLayer:
     @property
     def weight(self) -> Tensor:
         """The frozen weight, as the layer has it."""
+        if isinstance(self.base, nn.MultiheadAttention):
+            return self.base.in_proj_weight
         return getattr(self.base, getattr(self.module, "parameter_name", "weight"))
 
     @property
@@ -194,7 +196,7 @@ def is_dense(layer: AdapterLayer) -> bool:
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:
     """Layers whose base weight serves elsewhere in the model too (tied embeddings)."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return [layer for layer in layers if owners[id(layer.weight)] > 1]
 
 

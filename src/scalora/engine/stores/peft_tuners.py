@@ -18,6 +18,7 @@ from ...common.errors import ScaloraError
 from ...layers.accumulated import Accumulated
 from ...layers.joined_config import JoinedConfig, link_config
 from ...layers.layout import as_columns, as_rows, experts, grown, lora_a, lora_b
+from ...layers.peft_lora import AdapterLayer, tied_weights
 from ...layers.stand_in import StandIn
 
 
@@ -42,7 +43,12 @@ class KnowsItsBase(Relinked, BaseTuner):
         refuse_written(self, "unload()")
         return super().unload()
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_shared(self)
+        super().merge_adapter(*args, **kwargs)
+
     def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
+        _refuse_shared(self)
         if adapter_names is not None and not adapter_names:
             refuse_written(self, "merge_and_unload(adapter_names=[])")
         return super().merge_and_unload(*args, adapter_names=adapter_names, **kwargs)
@@ -106,6 +112,17 @@ def refuse_written(model: nn.Module, what: str) -> None:
     """Refuse what would take the base for the original one where accumulate='base' has written to it."""
     for layer in stand_ins(model):
         layer.refuse_written(what)
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Refuse to merge into a weight that serves elsewhere too: PEFT would change that as well, silently."""
+    layers = [AdapterLayer(layer.layer_name, layer, next(iter(layer.r))) for layer in stand_ins(model) if layer.r]
+    if shared := tied_weights(model, layers):
+        raise ScaloraError(
+            f"layer {shared[0].name}: its weight serves elsewhere in the model too (a tied head, layer_replication), "
+            "which merging would change as well: save the adapter, or give the layer a weight of its own first "
+            "(layer.weight = nn.Parameter(layer.weight.clone()))"
+        )
 
 
 @contextmanager
