@@ -161,3 +161,13 @@ def test_calibration_is_of_each_expert():
     layer = handle.layers[-1]
     assert calibrate(gram_products(*(torch.zeros(2, 3, 1),) * 4)).isnan().all()
     assert layer.rank == 2
+
+
+def test_sharded_experts_are_refused_or_left(monkeypatch):
+    """FSDP2's own tensors need processes; here whatever is asked for is one."""
+    model = lora("mixtral")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    monkeypatch.setattr("scalora.layers.exactness.is_sharded", lambda tensor: True)
+    with pytest.raises(ScaloraError, match=r"experts adapts a bare parameter that FSDP2 has sharded: use DDP"):
+        scalora.attach(model, optimizer)
+    assert len(scalora.attach(model, optimizer, ScaLoraConfig(unsupported="leave")).left) == 2
