@@ -25,19 +25,9 @@ from ..layers.sharding import differing, gather_full, local_shard, reshard
 from .chosen import choose_layers, warn_of_left
 from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
-from .groups import (
-    Group,
-    Stacked,
-    by_layer,
-    by_rank,
-    grouped,
-    has_gradient,
-    on_device,
-    per_parameter,
-    stack_with_gram,
-)
+from .groups import Group, Stacked, by_rank, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
-from .history import Collector, Event, History
+from .history import Collector, Event, History, by_layer
 from .optimizers import carry_state, innermost, state_powers
 from .own_passes import OwnPasses
 from .refresh.refresh import Refresh
@@ -283,7 +273,7 @@ class ScaLora:
     def _factors(
         self, groups: list[Group], gram: Gram, finite: Tensor, record: Collector
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """α, β and 1 − α∘β (L, r), float64, of layers of one rank; 1, 1 and 0 where there is no usable gradient."""
+        """α, β and 1 − α∘β (L, r), float64, of members of one rank; 1, 1 and 0 where there is no usable gradient."""
         members = [i for group in groups for i in group.members]
         usable = has_gradient(groups, finite)
         index = on_device(tuple(members), torch.long, self.constants.device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from ..algebra.whitening import Whitening
 from ..layers.layout import as_columns, as_rows
 from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import gather_full, shard_of
-
-_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Group(NamedTuple):
@@ -133,15 +130,6 @@ def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[T
     for params, factors in ((group.A, of_A), (group.Bt, of_Bt)):
         for p, own, of_gradient in zip(params, *factors, strict=True):
             yield p, shard_of(own, p), shard_of(of_gradient, p)
-
-
-def by_layer(layers: Sequence[AdapterLayer], pairs: Sequence[_Pair]) -> dict[str, _Pair]:
-    """Pairs of tensors, one for each member of all groups, by layer; those of experts stacked. Empty without pairs."""
-    left, found = iter(pairs), {}
-    for layer in layers if pairs else ():
-        first, second = zip(*islice(left, layer.experts), strict=True)
-        found[layer.name] = (torch.stack(first), torch.stack(second)) if layer.experts > 1 else (first[0], second[0])
-    return found
 
 
 @lru_cache(maxsize=1024)
