@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: .venv/.cli
 	$(BIN)/scalora train recipes/demo.yaml --overwrite
 
-test: .venv/.dev .venv/.quantised  ## everything, the packaged real models too
+test: .venv/.dev .venv/.quantised .venv/.diffusion  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py \
 	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/diffusion $(BIN)/python -m pytest tests/compatibility/ -k "unet or table_of_families"
 
 quick: .venv/.dev  ## without the packaged real models: needs no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not real"
@@ -50,6 +51,10 @@ bench: .venv/.dev  ## hours on a CPU, with nothing else running
 # Apart from the rest: where these are installed, every import of transformers loads them.
 .venv/.quantised: .venv/.torch constraints.txt
 	$(PIP) --upgrade --no-deps --target .venv/quantised bitsandbytes torchao
+	@touch $@
+
+.venv/.diffusion: .venv/.torch constraints.txt
+	$(PIP) --upgrade --no-deps --target .venv/diffusion diffusers
 	@touch $@
 
 clean:

@@ -1,11 +1,14 @@
 """docs/compatibility.md says what goes with what: each row is a test, and each test has its row."""
 
+import dataclasses
 import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from helpers.families import FAMILIES, table, written
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "compatibility.md"
@@ -38,3 +41,16 @@ def test_each_of_pefts_tests_that_fails_with_scalora_only_is_listed(store):
     for message, tests in own.items():
         for test in tests:
             assert re.search(rf"^\| {store} \|.*`{test.partition('::')[2]}`", page, re.M), message
+
+
+def test_the_table_of_families_is_what_is_adapted():
+    page = DOCUMENT.read_text(encoding="utf-8")
+    assert page == written(page), "PYTHONPATH=src:tests python -m helpers.families writes it"
+
+
+def test_a_row_whose_library_is_not_installed_stays(monkeypatch):
+    away = dataclasses.replace(FAMILIES["unet"], needs="no_such_library")
+    monkeypatch.setattr("helpers.families.FAMILIES", {"unet": away})
+    former = "| `UNet2DConditionModel` | as it was | `test_families.py::test_trained_saved_and_loaded[unet]` |"
+    assert table(former).splitlines()[-1] == former
+    assert "no_such_library is not installed" in table()

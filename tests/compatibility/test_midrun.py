@@ -1,6 +1,7 @@
 """What users do to a model between two steps: it goes on exactly, or the next step says what is wrong."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -276,6 +277,24 @@ def test_a_kernel_that_bypasses_the_layer_is_refused():
     _fuse(model)
     with pytest.raises(ScaloraError, match="a forward pass that was put into it"):
         scalora.attach(model, torch.optim.AdamW(models.trainable(model)))
+
+
+def test_a_kernel_that_reads_the_weight_past_the_layer_is_named():
+    """As Mamba's does; the adapter then gets no gradient: it stays zero, and so does what is moved out of it."""
+    model, optimizer, handle = attached()
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    mlp.down_proj.forward = None  # not called
+    mlp.forward = lambda x: nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+    with pytest.warns(
+        UserWarning, match=r"without a forward pass in 10 steps.*: base_model\S*layers\.0\.mlp\.down_proj; "
+    ):
+        models.train(model, optimizer, "llama", 10)
+    bypassed = next(layer for layer in handle.layers if layer.name.endswith("layers.0.mlp.down_proj"))
+    assert not bypassed.A.any()
+    assert not bypassed.accumulated.P.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.train(model, optimizer, "llama", 11)  # said once
 
 
 def test_a_second_adapter_accumulates_for_itself():

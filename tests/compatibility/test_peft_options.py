@@ -26,16 +26,13 @@ WORKS = {
     "init-gaussian": ("llama", {"init_lora_weights": "gaussian"}),
     "init-orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "init-false": ("llama", {"init_lora_weights": False}),
+    "target_parameters": ("llama", {"target_parameters": ["o_proj.weight"]}),
 }
 REFUSED = {
-    "target_parameters": ("llama", {"target_parameters": ["o_proj.weight"]}, "target_parameters"),
     "use_dora": ("llama", {"use_dora": True}, "DoraLinearVariant"),
     "alora_invocation_tokens": ("llama", {"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
     "init-mica": ("llama", {"init_lora_weights": "mica"}, "MiCA|trains only one"),
     "lora_bias": ("bert", {"lora_bias": True}, "lora_bias=True"),
-}
-LEFT = {
-    "target_parameters": {"target_parameters": ["o_proj.weight"]},
 }
 EXPORT_REFUSED = ["pissa", "olora"]
 
@@ -63,19 +60,6 @@ def test_refused(case):
     with pytest.raises(ScaloraError, match=message):
         scalora.attach(model, torch.optim.AdamW(models.trainable(model)))
     assert "accumulated" not in model.peft_config
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", LEFT)
-def test_left(case, tmp_path):
-    """unsupported="leave": these layers train as PEFT's plain LoRA, the others are rescaled."""
-    model = models.lora("llama", **LEFT[case])
-    handle = run(model, unsupported="leave")
-    assert handle.left
-    assert len(handle.layers) >= 2
-    scalora.save_plain_lora(model, tmp_path / "plain")
-    again = PeftModel.from_pretrained(models.base("llama"), tmp_path / "plain")
-    torch.testing.assert_close(models.logits(again, "llama"), models.logits(model, "llama"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", EXPORT_REFUSED)

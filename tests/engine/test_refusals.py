@@ -44,7 +44,6 @@ def test_state_of_another_scale_is_refused(other):
     [
         ({"use_dora": True}, "DoRA|Dora"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["o_proj.weight"]}, "bare parameter"),
     ],
 )
 def test_layers_that_are_not_plain_lora_are_refused_by_name(options, words):

@@ -35,6 +35,8 @@ def truncate(
         settled: the first so many columns are what an earlier truncation left, orthogonal to one another in P and in
             Q, so that only those after them need a factorisation.
     """
+    if P.ndim == 2:  # what is k×k of several stacks is solved as one
+        return Truncated(*(part[0] for part in truncate(P[None], Q[None], rank, settled=settled)))
     return truncate_all([(P, Q)], [rank], [settled])[0]
 
 

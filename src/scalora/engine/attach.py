@@ -44,7 +44,7 @@ def create_scalora_optimizer(
     if not callable(optimizer_cls):
         raise ScaloraError(f"optimizer_cls is {named(optimizer_cls)}: give a class, e.g. torch.optim.AdamW")
     refuse_settings(kwargs)
-    choose_layers(model, config.unsupported)
+    choose_layers(model, config.unsupported, sketched=config.sketched)
     try:
         optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # pyright: ignore
     except (TypeError, ValueError) as error:
@@ -88,7 +88,7 @@ def prepare(model: nn.Module, config: ScaLoraConfig | Mapping[str, Any] | None =
         ScaloraError: as :func:`attach`.
     """
     config = as_config(config)
-    layers, _ = choose_layers(model, config.unsupported)
+    layers, _ = choose_layers(model, config.unsupported, sketched=config.sketched)
     if config.accumulate == "adapter":
         make_room(model, layers, config.columns)
     else:

@@ -8,22 +8,33 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..common.errors import ScaloraError
+from ..layers.exactness import is_bare
 from ..layers.peft_lora import AdapterLayer, sort_layers
 from .config import Unsupported
 
+_UNSEEN = (
+    "adapts a bare parameter, as experts are, of which refresh and coordinates='white' do not see what it is "
+    "multiplied with: leave both out, or set no target_parameters"
+)
 
-def choose_layers(model: nn.Module, unsupported: Unsupported) -> tuple[list[AdapterLayer], dict[AdapterLayer, str]]:
+
+def choose_layers(
+    model: nn.Module, unsupported: Unsupported, *, sketched: bool = False
+) -> tuple[list[AdapterLayer], dict[AdapterLayer, str]]:
     """The trained layers that are rescaled; those that are left, and why.
 
     Args:
         model: a PEFT LoRA model.
         unsupported: what becomes of layers that cannot be rescaled exactly.
+        sketched: whether sketches of their inputs are needed too.
 
     Raises:
         ScaloraError: there is one and ``unsupported`` is "refuse", or there is no other; and as
             :func:`scalora.layers.peft_lora.sort_layers`.
     """
     layers, left = sort_layers(model)
+    if sketched and (unseen := {layer: _UNSEEN for layer in layers if is_bare(layer.module)}):
+        layers, left = [layer for layer in layers if layer not in unseen], left | unseen
     for layer, why in left.items():
         if not layers:
             and_no_other = f"; unsupported={unsupported!r} has nothing to rescale" if unsupported == "leave" else ""

@@ -121,6 +121,11 @@ class ScaLoraConfig:
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
 
     @property
+    def sketched(self) -> bool:
+        """Whether sketches are made of what each layer reads and of its outputs' gradients."""
+        return self.refresh is not None or self.coordinates == "white"
+
+    @property
     def has_events(self) -> bool:
         """Whether anything is moved out of the adapters."""
         return self.interval is not None or self.refresh is not None

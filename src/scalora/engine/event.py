@@ -21,13 +21,14 @@ from ..algebra.precision import exact_matmul, representable
 from ..algebra.scaling import calibrate, solve_scaling
 from ..common.errors import ScaloraError
 from ..layers.fingerprint import base_fingerprint
-from ..layers.sharding import differing, gather_full, local_shard, reshard
+from ..layers.sharding import local_shard, reshard
 from .chosen import choose_layers, warn_of_left
 from .config import ScaLoraConfig, as_config
 from .constants import initial_constants
+from .divergence import refuse_divergence
 from .groups import Group, Stacked, by_rank, grouped, has_gradient, on_device, per_parameter, stack_with_gram
 from .guards import Guards
-from .history import Collector, Event, History
+from .history import Collector, Event, History, by_layer
 from .optimizer_rules import state_rule
 from .optimizers import carry_state, innermost
 from .own_passes import OwnPasses
@@ -62,7 +63,7 @@ class ScaLora:
         ):
             raise ScaloraError("this optimizer already has a ScaLora attached: call its detach() first")
         self.model = model
-        self.layers, others = choose_layers(model, config.unsupported)
+        self.layers, others = choose_layers(model, config.unsupported, sketched=config.sketched)
         self.left = {layer.name: why for layer, why in others.items()}  # train as plain LoRA
         self.attached = True
         self.superseded = False
@@ -70,7 +71,7 @@ class ScaLora:
         self.guards = Guards(model, self.optimizer, self.layers, config)
         self.guards.check(starting=True)  # refuses what it cannot handle, before anything is changed
         former = attached_to(model)
-        # c/s² per layer; NaN until calibrated
+        # c/s² per layer, of experts for each; NaN until calibrated
         self.constants = initial_constants(self.optimizer, self.layers, config.lipschitz)
         self.store: Store = (
             AdapterStore(model, self.layers, config.columns)
@@ -108,8 +109,8 @@ class ScaLora:
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(α, β) of the latest event by layer, each (r,); empty before the first."""
-        return dict(zip((layer.name for layer in self.layers), self.history.factors(), strict=False))
+        """(α, β) of the latest event by layer, each (r,), of experts (E, r); empty before the first."""
+        return by_layer(self.layers, self.history.factors())
 
     def detach(self) -> None:
         """Stop rescaling. The model keeps its function, the store its content."""
@@ -151,20 +152,8 @@ class ScaLora:
         Raises:
             ScaloraError: a layer differs between processes.
         """
-        differ = set()
-        for layer in self.layers:
-            held = [layer.accumulated.P, layer.accumulated.Qt] if self.config.accumulate == "adapter" else []
-            moved = held or [layer.base_weight]
-            if differing(gather_full([layer.A, layer.Bt, *moved])):
-                differ.add(layer.name)
-        state = torch.cat([self.constants, *(torch.cat(pair) for pair in self.history.factors())])
-        if differing([state]):
-            differ.add("factors")
-        if differ:
-            raise ScaloraError(
-                f"the processes have diverged in {', '.join(sorted(differ))}: start them from the same adapters, and "
-                "let DDP or FSDP2 reduce every gradient before optimizer.step()"
-            )
+        held = self.config.accumulate == "adapter"
+        refuse_divergence(self.layers, held, torch.cat([self.constants, *map(torch.cat, self.history.factors())]))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is neither the model's state nor the optimizer's; tensors, numbers and strings only.
@@ -187,7 +176,7 @@ class ScaLora:
         Raises:
             ScaloraError: it belongs to another configuration, to other layers, ranks or another base model.
         """
-        refuse_other_run(state, self._run())
+        refuse_other_run(state, self._run(), self.constants)
         self.knows_its_past = True
         self.step = int(state["step"])
         self.constants.copy_(state["constants"])
@@ -209,8 +198,8 @@ class ScaLora:
 
     def _base(self) -> str:
         """The fingerprint of what the adapters stand on; of the base store without the weights it writes to."""
-        written = [layer.base.weight for layer in self.layers] if self.config.accumulate == "base" else []
-        return base_fingerprint(self.model, written)  # pyright: ignore[reportArgumentType]
+        written = [layer.weight for layer in self.layers] if self.config.accumulate == "base" else []
+        return base_fingerprint(self.model, written)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.superseded:
@@ -273,7 +262,7 @@ class ScaLora:
     def _factors(
         self, groups: list[Group], gram: Gram, finite: Tensor, record: Collector
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """α, β and 1 − α∘β (L, r), float64, of layers of one rank; 1, 1 and 0 where there is no usable gradient."""
+        """α, β and 1 − α∘β (L, r), float64, of members of one rank; 1, 1 and 0 where there is no usable gradient."""
         members = [i for group in groups for i in group.members]
         usable = has_gradient(groups, finite)
         index = on_device(tuple(members), torch.long, self.constants.device)

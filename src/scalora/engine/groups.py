@@ -12,22 +12,23 @@ from torch import Tensor
 
 from ..algebra.gram import Gram, gram_products
 from ..algebra.whitening import Whitening
-from ..layers.layout import as_matrix
+from ..layers.layout import as_columns, as_rows
 from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import gather_full, shard_of
 
 
 class Group(NamedTuple):
-    """Layers of one shape, dtype and device, their positions among all layers, and their two parameters."""
+    """Layers of one shape, dtype and device, and their two parameters; of L layers of E experts L·E members."""
 
-    members: list[int]
+    members: list[int]  # positions among all layers, each expert counted
+    experts: int  # of each layer
     layers: list[AdapterLayer]
     A: list[Tensor]
     Bt: list[Tensor]
 
 
 class Gathered(NamedTuple):
-    """Adapters and gradients of one group, whole: (L, m, r) and (L, n, r); zeros where there is no gradient."""
+    """Adapters and gradients of one group, whole: (L·E, m, r) and (L·E, n, r); zeros where there is no gradient."""
 
     A: Tensor
     B: Tensor
@@ -36,7 +37,7 @@ class Gathered(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """Adapters of one group before the event, (L, m, r) and (L, n, r), and their Gram products."""
+    """Adapters of one group before the event, (L·E, m, r) and (L·E, n, r), and their Gram products."""
 
     A: Tensor
     B: Tensor
@@ -45,11 +46,13 @@ class Stacked(NamedTuple):
 
 def grouped(layers: list[AdapterLayer]) -> list[Group]:
     """The layers by shape, dtype and device."""
-    groups: dict[Any, Group] = defaultdict(lambda: Group([], [], [], []))
-    for i, layer in enumerate(layers):
-        A, Bt = layer.A, layer.Bt
-        group = groups[A.shape, Bt.shape, A.dtype, A.device]
-        group.members.append(i)
+    groups: dict[Any, Group] = {}
+    first = 0
+    for layer in layers:
+        A, Bt, count = layer.A, layer.Bt, layer.experts
+        group = groups.setdefault((A.shape, Bt.shape, A.dtype, A.device, count), Group([], count, [], [], []))
+        group.members.extend(range(first, first + count))
+        first += count
         group.layers.append(layer)
         group.A.append(A)
         group.Bt.append(Bt)
@@ -60,9 +63,21 @@ def gather_group(group: Group) -> Gathered:
     """Adapters and gradients of one group; what is sharded is gathered (a collective)."""
     params = [*group.A, *group.Bt]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    full, count = [as_matrix(t) for t in gather_full([*params, *gradients])], len(group.A)
-    A, Bt, grad_A, grad_Bt = (torch.stack(full[i : i + count]) for i in range(0, 4 * count, count))
-    return Gathered(A, Bt.mT, grad_A, grad_Bt.mT)
+    full, count, E = gather_full([*params, *gradients]), len(group.A), group.experts
+    A, Bt, grad_A, grad_Bt = (full[i : i + count] for i in range(0, 4 * count, count))
+    A, grad_A = (torch.stack([as_columns(t, E) for t in some]) for some in (A, grad_A))
+    Bt, grad_Bt = (torch.stack([as_rows(t, E) for t in some]) for some in (Bt, grad_Bt))
+    return Gathered(*(each_member(t, E) for t in (A, Bt.mT, grad_A, grad_Bt.mT)))
+
+
+def each_member(stacked: Tensor, experts: int) -> Tensor:
+    """(L, E·m, k), as layers hold the columns of their experts, as (L·E, m, k)."""
+    return stacked if experts == 1 else stacked.unflatten(1, (experts, -1)).flatten(0, 1)
+
+
+def each_layer(stacked: Tensor, experts: int) -> Tensor:
+    """The inverse of :func:`each_member`."""
+    return stacked if experts == 1 else stacked.unflatten(0, (-1, experts)).flatten(1, 2)
 
 
 def stack_with_gram(group: Group, coordinates: tuple[Whitening, Whitening] | None = None) -> Stacked:
@@ -88,26 +103,30 @@ def by_rank(stacks: Sequence[Stacked]) -> list[list[int]]:
 
 
 def has_gradient(groups: Sequence[Group], finite: Tensor) -> Tensor:
-    """``finite`` (0-d) for each layer whose two matrices have a gradient, else False: (L), without waiting.
+    """``finite`` (0-d) for each member whose layer's two matrices have a gradient, else False: without waiting.
 
     A layer that was not used, or is frozen again, stays as it is.
     """
-    pairs = [pair for group in groups for pair in zip(group.A, group.Bt, strict=True)]
-    used = [A.grad is not None and Bt.grad is not None for A, Bt in pairs]
+    used: list[bool] = []
+    for group in groups:
+        pairs = zip(group.A, group.Bt, strict=True)
+        used += [A.grad is not None and Bt.grad is not None for A, Bt in pairs for _ in range(group.experts)]
     return finite & on_device(tuple(used), torch.bool, finite.device)
 
 
 def per_parameter(group: Group, alpha: Tensor, beta: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each parameter with the factors of its entries and those of its gradient's; α and β are (L, r).
+    """Each parameter with the factors of its entries and those of its gradient's; α and β are (L·E, r).
 
     The gradient of A diag(α) is g_A diag(β), and the other way round (Lemmas 2 and 4). Factors are written out in the
     shape of what they multiply: torch multiplies lists in a few launches only where shapes agree.
     """
-    (A, *_), (Bt, *_) = group.A, group.Bt
-    alpha, beta = alpha.to(A.dtype), beta.to(A.dtype)
+    (A, *_), (Bt, *_), E = group.A, group.Bt, group.experts
+    pair = alpha.to(A.dtype), beta.to(A.dtype)
     columns, rows = (1,) + A.shape[1:2] + (1,) * (A.ndim - 2), Bt.shape[:1] + (1,) * (Bt.ndim - 1)
-    of_A = [f.view(-1, *columns).expand(-1, *A.shape).contiguous() for f in (alpha, beta)]
-    of_Bt = [f.view(-1, *rows).expand(-1, *Bt.shape).contiguous() for f in (beta, alpha)]
+    # lora_B holds the first columns of all experts, then the second.
+    by_column = pair if E == 1 else [f.unflatten(0, (-1, E)).mT.flatten(1) for f in pair]
+    of_A = [f.view(-1, *columns).expand(-1, *A.shape).contiguous() for f in by_column]
+    of_Bt = [f.view(-1, *rows).expand(-1, *Bt.shape).contiguous() for f in reversed(pair)]
     for params, factors in ((group.A, of_A), (group.Bt, of_Bt)):
         for p, own, of_gradient in zip(params, *factors, strict=True):
             yield p, shard_of(own, p), shard_of(of_gradient, p)

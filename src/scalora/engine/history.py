@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra.scaling import SolutionKind
+from ..layers.peft_lora import AdapterLayer
 
 _COLUMNS = len(SolutionKind) + 8  # shares per kind, three quantiles of α, three of β, moved, discarded
 
@@ -60,7 +63,7 @@ class History:
         self.last = event
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """(α, β) of the last event per layer, each (r,), in the order of the layers."""
+        """(α, β) of the last event per layer, each (r,), in the order of the layers; of experts for each."""
         if self.last is None:
             return []
         pairs = [pair for part in self.last.parts for pair in zip(part[0], part[1], strict=True)]
@@ -87,3 +90,14 @@ def _event(step: int, row: list[float]) -> Event:
     n = len(SolutionKind)
     shares = {kind.name.lower(): row[kind] for kind in SolutionKind if row[kind] > 0}
     return Event(step, shares, tuple(row[n : n + 3]), tuple(row[n + 3 : n + 6]), row[-2], row[-1])  # pyright: ignore
+
+
+def by_layer(
+    layers: Sequence[AdapterLayer], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of tensors, one for each member of all groups, by layer; those of experts stacked. Empty without pairs."""
+    left, found = iter(pairs), {}
+    for layer in layers if pairs else ():
+        first, second = zip(*islice(left, layer.experts), strict=True)
+        found[layer.name] = (torch.stack(first), torch.stack(second)) if layer.experts > 1 else (first[0], second[0])
+    return found

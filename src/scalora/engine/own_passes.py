@@ -2,10 +2,14 @@
 
 Unsloth's and axolotl's fused LoRA kernels read the matrices of the first active adapter and compute by themselves. They
 would leave out what is moved, so that every event would change the function.
+
+Others (Mamba's, torch's attention) read the base weight past the layer. Its adapter then gets no gradient, so that
+nothing is moved out of it and the function stays; but it does not train, which is said once.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,6 +20,8 @@ from ..layers.peft_lora import AdapterLayer
 from ..layers.sharding import is_sharded
 from ..layers.stand_in import StandIn
 
+PATIENCE = 10  # steps in which a layer may be left out before that is said
+
 
 class OwnPasses:
     """Watches layers from now on until :meth:`stop`; costs a call per matrix and backward pass."""
@@ -24,6 +30,8 @@ class OwnPasses:
         self.graded: set[int] = set()  # layers whose adapter got a gradient since the last look
         self.earlier: set[int] = set()  # layers that were called before it: a loop may look one batch ahead
         self.layers = list(layers)
+        self.silent = set(range(len(self.layers)))  # layers that have had neither pass nor gradient so far
+        self.steps = 0
         self.hooks = []
         for i, layer in enumerate(layers):
             _stand_in(layer).called = False
@@ -46,8 +54,17 @@ class OwnPasses:
             )
         for i in called:
             _stand_in(self.layers[i]).called = False
+        self.silent -= called | self.graded
         self.graded.clear()
         self.earlier = called
+        self.steps += 1
+        if self.steps == PATIENCE and self.silent:
+            names = ", ".join(self.layers[i].name for i in sorted(self.silent))
+            warnings.warn(
+                f"layers without a forward pass in {PATIENCE} steps, whose adapters do not train: {names}; either the "
+                "model does not use them, or a kernel reads their weights past them",
+                stacklevel=2,
+            )
 
     def stop(self) -> None:
         for hook in self.hooks:

@@ -23,7 +23,7 @@ from ..common.errors import ScaloraError, named
 from ..common.files import replace_folder
 from ..layers.exactness import why_inexact
 from ..layers.joined_config import joined_ranks, pattern_name, plain_name, rank_and_alpha, unwritable
-from ..layers.layout import as_matrix, like_lora_a, like_lora_b, matrix_keys
+from ..layers.layout import as_columns, as_rows, each_expert, like_lora_a, like_lora_b, matrix_keys
 from ..layers.peft_lora import AdapterLayer, find_peft_model
 from ..layers.sharding import gather_full, is_writer
 from ..layers.stand_in import StandIn
@@ -33,13 +33,18 @@ Factors: TypeAlias = Callable[[AdapterLayer], tuple[Tensor, Tensor]]  # of a lay
 
 
 def joined_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-    """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated."""
-    A, Bt = map(as_matrix, gather_full([layer.A.detach(), layer.Bt.detach()]))
+    """P (m, k) and Q (n, k), detached, with P Qᵀ = the layer's whole low-rank update, trained and accumulated.
+
+    Of experts (E, m, k) and (E, n, k).
+    """
+    A, Bt = gather_full([layer.A.detach(), layer.Bt.detach()])
+    A, Bt = as_columns(A, layer.experts), as_rows(Bt, layer.experts)
     held = layer.module.held(layer.adapter) if isinstance(layer.module, StandIn) else None
     if held is not None:
         P, Qt = held.columns()
         used = P.any(0) & Qt.any(1)
         A, Bt = torch.cat([A.to(P.dtype), P[:, used]], 1), torch.cat([Bt.to(P.dtype), Qt[used]])
+    A, Bt = each_expert(A, Bt, layer.experts)
     return A * layer.scale, Bt.mT
 
 
@@ -82,19 +87,23 @@ class Truncation:
         self.kept: dict[str, Kept] = {}  # by layer, of the latest use
 
     def __call__(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-        """P (m, rank) and Q (n, rank) of the layer's approximation, by its singular value decomposition in float64."""
+        """P (m, rank) and Q (n, rank) of the layer's approximation, by its singular value decomposition in float64.
+
+        Of experts each is approximated; their energy counts together.
+        """
         P, Q = self.factors(layer)
         rank = self.rank or _rank_for(self.energy or 1.0, singular_values(P.double(), Q.double()))
         best = truncate(P.double(), Q.double(), rank)
-        energy = 1 - float(best.discarded / best.total) if best.total > 0 else 1.0
-        self.kept[layer.name] = Kept(P.shape[1], rank, energy)
+        total = best.total.sum()
+        energy = 1 - float(best.discarded.sum() / total) if total > 0 else 1.0
+        self.kept[layer.name] = Kept(P.shape[-1], rank, energy)
         return best.P.to(P), best.Q.to(Q)
 
 
 def _rank_for(energy: float, sigma: Tensor) -> int:
-    """The smallest rank, at least 1, that keeps this share of Σσ²."""
-    cumulated = sigma.square().cumsum(-1)
-    return min(len(sigma), 1 + int((cumulated < energy * cumulated[-1]).sum()))
+    """The smallest rank, at least 1, that keeps this share of Σσ²; σ is (l), of experts (E, l)."""
+    cumulated = sigma.square().view(-1, sigma.shape[-1]).sum(0).cumsum(-1)
+    return min(len(cumulated), 1 + int((cumulated < energy * cumulated[-1]).sum()))
 
 
 def save_plain_lora(model: nn.Module, path: str | Path, factors: Factors = joined_factors) -> Path:
@@ -172,8 +181,10 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
             continue
         P, Q = _checked(factors(layer), layer)
         key_A, key_B = (f"{layer.name}.{key.replace(f'.{adapter}', '')}" for key in matrix_keys(layer.module, adapter))
-        state[key_A], state[key_B] = like_lora_a(Q.mT, layer.Bt), like_lora_b(P, layer.A)
-        sizes[name] = P.shape[1], P.shape[1]  # scale 1: it went into the factors
+        rows = Q.movedim(-1, 0).flatten(1)  # of experts beside one another
+        state[key_A] = like_lora_a(rows, layer.Bt, layer.experts)
+        state[key_B] = like_lora_b(P.flatten(0, -2), layer.A, layer.experts)
+        sizes[name] = P.shape[-1], P.shape[-1]  # scale 1: it went into the factors
     changes: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True, **joined_ranks(sizes)}
     if config.task_type is None:  # as PEFT itself does, for AutoPeftModel
         base = type(peft_model.get_base_model())
@@ -187,10 +198,12 @@ def _checked(pair: Any, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     m, n = layer.shape
     found = [tuple(each.shape) if isinstance(each, Tensor) else named(each) for each in pair] if _is_pair(pair) else []
     k = found[0][-1] if found and isinstance(found[0], tuple) and found[0] else 0
-    if found != [(m, k), (n, k)]:
+    each = () if layer.experts == 1 else (layer.experts,)
+    if found != [(*each, m, k), (*each, n, k)]:
+        wanted = [f"({', '.join(map(str, (*each, size)))}, k)" for size in (m, n)]
         raise ScaloraError(
-            f"factors gave {' and '.join(map(str, found)) or named(pair)} for layer {layer.name}: give P ({m}, k) and "
-            f"Q ({n}, k) of its update P Qᵀ"
+            f"factors gave {' and '.join(map(str, found)) or named(pair)} for layer {layer.name}: give P {wanted[0]} "
+            f"and Q {wanted[1]} of its update P Qᵀ"
         )
     return pair
 

@@ -21,7 +21,7 @@ STATE_PARTS: dict[str, Any] = {
 _LATER = {"damping": 0.1}  # what it was when states did not say it
 
 
-def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
+def refuse_other_run(state: Any, run: dict[str, Any], constants: Tensor) -> None:
     """Compare a handle's saved state with what ``run`` says of this one: config, layers, scales and base.
 
     Raises:
@@ -48,7 +48,7 @@ def refuse_other_run(state: Any, run: dict[str, Any]) -> None:
             raise ScaloraError(
                 f"layer {name} has rank {run['layers'][name]}, but had {rank}: resume with the same rank"
             )
-    if state["scales"].keys() != run["scales"].keys() or len(state["constants"]) != len(run["layers"]):
+    if state["scales"].keys() != run["scales"].keys() or state["constants"].shape != constants.shape:
         raise ScaloraError("state has scales or constants of other layers: give what handle.state_dict() returned")
     for name, scale in run["scales"].items():
         if state["scales"][name] != scale:

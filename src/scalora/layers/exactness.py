@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from .layout import CONVOLUTIONS, is_linear
@@ -24,11 +25,6 @@ def why_inexact(module: LoraLayer, adapter: str) -> str:
             f"is a {type(module).__name__} ({type(module).__module__.split('.')[-2]}): only plain LoRA can be "
             "rescaled; use LoraConfig"
         )
-    if "Wrapper" in type(module).__name__:  # PEFT's ParamWrapper
-        return (
-            "adapts a bare parameter, as experts and routers are: only linear layers can be rescaled; name those in "
-            "target_modules, e.g. ['q_proj', 'k_proj', 'v_proj', 'o_proj'], and set no target_parameters"
-        )
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
         variant = type(module.lora_variant.get(adapter)).__name__
         return f"uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
@@ -39,6 +35,11 @@ def why_inexact(module: LoraLayer, adapter: str) -> str:
     return ""
 
 
+def is_bare(module: LoraLayer) -> bool:
+    """Whether it adapts a parameter of a module (``target_parameters``), and not what the module computes."""
+    return isinstance(module, ParamWrapper)
+
+
 def _of_its_kind(module: LoraLayer, adapter: str) -> str:
     base: Any = module.get_base_layer()
     out = "leave it out of target_modules"
@@ -47,6 +48,10 @@ def _of_its_kind(module: LoraLayer, adapter: str) -> str:
             return f"is split by tensor parallelism: {out}"
         if base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
             return f"adapts an embedding with max_norm, sparse or scale_grad_by_freq, which no product has: {out}"
+        return ""
+    if is_bare(module):
+        if any(map(is_sharded, own_tensors(module, adapter))):
+            return "adapts a bare parameter that FSDP2 has sharded: use DDP, or set no target_parameters"
         return ""
     if plain_class(module.lora_A[adapter]) in CONVOLUTIONS:
         grouped = f"adapts a convolution in {base.groups} groups, whose weight is no such product: {out}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .exactness import sharing, trained_adapters, why_inexact
-from .layout import CONVOLUTIONS, is_linear, lora_a, lora_b
+from .layout import CONVOLUTIONS, experts, in_weight_layout, is_linear, lora_a, lora_b
 from .sharding import plain_class, refuse_flattened
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
@@ -36,12 +37,12 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """A, (m, r): ``lora_B.weight``; of a convolution (m, r, 1, …)."""
+        """A, (m, r): ``lora_B.weight``; of a convolution (m, r, 1, …), of experts (m, r·E)."""
         return lora_b(self.module, self.adapter)
 
     @property
     def Bt(self) -> nn.Parameter:
-        """Bᵀ, (r, n): ``lora_A.weight``; of a convolution (r, in, …)."""
+        """Bᵀ, (r, n): ``lora_A.weight``; of a convolution (r, in, …), of experts (E·r, n)."""
         return lora_a(self.module, self.adapter)
 
     @property
@@ -60,12 +61,17 @@ class AdapterLayer:
         return float(self.module.scaling[self.adapter])
 
     @property
+    def experts(self) -> int:
+        """How many matrices it adapts, each by columns of its own."""
+        return experts(self.module)
+
+    @property
     def rank(self) -> int:
-        return self.A.shape[1]
+        return self.A.shape[1] // self.experts
 
     @property
     def shape(self) -> tuple[int, int]:
-        """m and n."""
+        """m and n, of each expert."""
         return self.A.shape[0], self.Bt.shape[1:].numel()
 
     @property
@@ -74,9 +80,18 @@ class AdapterLayer:
         return self.module.get_base_layer()
 
     @property
+    def weight(self) -> Tensor:
+        """The frozen weight, as the layer has it."""
+        if isinstance(self.base, nn.MultiheadAttention):
+            return self.base.in_proj_weight
+        return getattr(self.base, getattr(self.module, "parameter_name", "weight"))
+
+    @property
     def base_weight(self) -> Tensor:
-        """A view of the frozen weight as m×n, whichever way the layer stores it."""
-        weight: Tensor = self.base.weight  # pyright: ignore
+        """A view of the frozen weight as m×n, of experts E×m×n, whichever way the layer stores it."""
+        weight = self.weight
+        if isinstance(self.module, ParamWrapper):
+            return weight.flatten(0, -2) if self.experts == 1 else in_weight_layout(self.module, self.adapter, weight)
         if weight.ndim > 2:
             return weight.view(weight.shape[0], -1)
         return weight.T if isinstance(self.base, Conv1D | nn.Embedding) else weight
@@ -99,10 +114,10 @@ def find_layers(model: nn.Module) -> list[AdapterLayer]:
         raise ScaloraError(f"layer {layer.name} {why}")
     for layer in layers:
         if not is_linear(layer.module, layer.adapter):
-            base = type(layer.base).__name__
+            base = "Parameter" if isinstance(layer.module, ParamWrapper) else type(layer.base).__name__
             raise ScaloraError(
                 f"layer {layer.name} adapts {'an' if base[0] in 'AEIOU' else 'a'} {base}, which ScaLoRA alone can "
-                "rescale: leave it out of target_modules"
+                "rescale: leave it out of target_modules (target_parameters)"
             )
     return layers
 
@@ -165,8 +180,10 @@ def _why_none(model: nn.Module, foreign: set[str]) -> str:
 def is_dense(layer: AdapterLayer) -> bool:
     """Whether the base weight is an ordinary floating-point matrix that can be added to."""
     base: Any = layer.base
-    weight, cls = getattr(base, "weight", None), plain_class(base)
-    if cls not in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS) or not isinstance(weight, Tensor):
+    bare = isinstance(layer.module, ParamWrapper)
+    weight, cls = layer.weight if bare else getattr(base, "weight", None), plain_class(base)
+    ordinary = bare or cls in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+    if not ordinary or not isinstance(weight, Tensor):
         return False
     if cls in CONVOLUTIONS:
         patches: Any = layer.module.lora_A[layer.adapter]  # PEFT gives it neither padding mode nor dilation of the base
@@ -179,8 +196,8 @@ def is_dense(layer: AdapterLayer) -> bool:
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:
     """Layers whose base weight serves elsewhere in the model too (tied embeddings)."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return [layer for layer in layers if owners[id(layer.base.weight)] > 1]
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return [layer for layer in layers if owners[id(layer.weight)] > 1]
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

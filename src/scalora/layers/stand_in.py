@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from ..common.errors import ScaloraError
-from .accumulated import Accumulated
 from .adopt import adopt
-from .layout import as_matrix, grown, in_weight_layout, lora_a, lora_b, matrix_keys, thin_pass
-from .sharding import copy_into, gather_full, is_sharded
+from .joined_state import JoinedState
+from .layout import each_expert, experts, in_weight_layout, thin_pass
+from .sharding import is_sharded
 from .watched import Watched, watch
-from .written_base import WrittenBase, loads_whole
 
 
-class StandIn(WrittenBase):
+class StandIn(JoinedState):
     """A LoRA layer of any of PEFT's classes that carries accumulated columns for its adapters."""
 
-    accumulated: nn.ModuleDict  # an Accumulated by the name of its adapter
     called = False  # with gradients to come, since the last optimizer step
     first = False  # of the model's layers
     attached = False  # to an optimizer, which writes to the matrices
@@ -36,18 +34,6 @@ class StandIn(WrittenBase):
     @property
     def other_param_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return (*super().other_param_names, "accumulated")  # so that PEFT deletes it with its adapter
-
-    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B, in PEFT's shapes."""
-        return lora_a(self, adapter), lora_b(self, adapter)
-
-    def held(self, adapter: str) -> Accumulated | None:
-        # Whoever puts the state dict's matrices in place of the parameters has put in all columns already.
-        if adapter not in self.accumulated or self.matrices(adapter)[0].shape[0] != self.r[adapter]:
-            return None
-        held = self.accumulated[adapter]
-        assert isinstance(held, Accumulated)
-        return held if torch.compiler.is_compiling() or held.used else None
 
     def widen(self, adapter: str, room: int) -> None:
         """Make room for so many accumulated columns of an adapter that has some room."""
@@ -72,7 +58,7 @@ class StandIn(WrittenBase):
         if not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and self.is_known:
             return self._in_one_sum(x)
         result = super().peft_forward(x, *args, **kwargs)
-        if self.disable_adapters or self.merged or isinstance(self, MultiheadAttention):
+        if self.disable_adapters or self.merged or isinstance(self, MultiheadAttention | ParamWrapper):
             return result  # nothing is asked for, or it is part of the weight
         for adapter in self.active_adapters if names is None else sorted(set(names)):
             if (held := self.held(adapter)) is None:
@@ -109,89 +95,29 @@ class StandIn(WrittenBase):
         self._until_trained(delta)
         if (held := self.held(adapter)) is None:
             return delta
-        P, Qt = held.columns()
+        P, Qt = each_expert(*held.columns(), experts(self))
         wide = torch.promote_types(P.dtype, torch.float32)
         more = (P.to(wide) @ Qt.to(wide)) * self.scaling[adapter]
         return (delta.to(wide) + in_weight_layout(self, adapter, more)).to(delta.dtype)
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As torch's, but lora_A is (r + k)×n and lora_B m×(r + k): first what is trained, then what is accumulated.
+    def get_delta_factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """As PEFT's of experts, (E, …, r + k) and (E, r + k, …): what their weights are summed with in a pass."""
+        first, last, scale = super().get_delta_factors(adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        if (held := self.held(adapter)) is not None:
+            P, Qt = each_expert(*held.live(), experts(self))
+            more = (P, Qt) if self._did_swap_in_out_features else (Qt.mT, P.mT)
+            first, last = torch.cat([first, more[0].to(first)], 2), torch.cat([last, more[1].to(last)], 1)
+        return first, last, scale
 
-        On a written base a column more follows, which adds nothing (ones in A, zeros in B): without these base weights
-        nobody, PEFT or we, shall take it for the whole.
-        """
-        if self.torn:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.torn or any(map(self.held, self.accumulated)):
             self.refuse_averages()
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for adapter in self.r if self.base_written else ():
-            for dim, key in enumerate(matrix_keys(self, adapter)):
-                value = state[prefix + key].detach()
-                if not is_sharded(value):
-                    mark = value.narrow(dim, 0, 1).new_full((), 1 - dim).expand_as(value.narrow(dim, 0, 1))
-                    state[prefix + key] = torch.cat([value, mark], dim)
-        for adapter in self.accumulated:
-            if (held := self.held(adapter)) is None:
-                continue
-            self.refuse_averages()
-            if is_sharded(held.P):
-                continue  # its columns are entries of their own
-            P, Qt = held.columns()
-            for dim, (key, more) in enumerate(zip(matrix_keys(self, adapter), (Qt, P), strict=True)):
-                state[prefix + key] = grown(state[prefix + key].detach(), more, dim)
-        return state
+        return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
-        for adapter in self.r:
-            self._split(state_dict, adapter, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.watched = None if self.watched is None else {}  # what is loaded into a copy is its own
-        self.torn = self.torn and self.base_written and f"{prefix}base_layer.weight" not in state_dict
-
-    def _split(self, state_dict: dict[str, Any], adapter: str, prefix: str) -> None:
-        """Leave the first r columns to PEFT's two matrices; hold the others, of which there may be none."""
-        key_A, key_B = (prefix + key for key in matrix_keys(self, adapter))
-        A, B = state_dict.get(key_A), state_dict.get(key_B)
-        r, mine = self.r[adapter], self.matrices(adapter)
-        if f"{prefix}accumulated.{adapter}.P" in state_dict:
-            return  # of a sharded model
-        if A is None or B is None or A.ndim != mine[0].ndim or B.ndim != mine[1].ndim:
-            return  # torch says what is wrong with it
-        if A.shape[0] != B.shape[1] or A.shape[0] < r:
-            return
-        if A.shape[1:] != mine[0].shape[1:] or (B.shape[0], *B.shape[2:]) != (mine[1].shape[0], *mine[1].shape[2:]):
-            return
-        part = f"{prefix}base_layer.weight" not in state_dict  # of a model's state
-        if (
-            part
-            and A.shape[0] == r
-            and (self.held(adapter) is not None or self.base_written)
-            and not loads_whole()
-            and not is_sharded(mine[0])  # FSDP2 loads what is trained and what is not one after the other
-        ):
-            raise ScaloraError(
-                f"{key_A} has the {r} trained columns only, but what was moved out of them is in the model: if they "
-                "are a snapshot of it, keep and load the whole model.state_dict(); if they are another adapter, load "
-                "its folder with load_adapter, or delete this one first"
-            )
-        A, B = (gather_full([t])[0] for t in (A, B))
-        if A.shape[0] == r + 1 and bool((A[r] == 1).all()) and not B[:, r].any():  # it comes from a written base
-            if part and not loads_whole() and not is_sharded(mine[0]):
-                raise ScaloraError(
-                    f"{key_A} is the adapter alone of a model whose base weights hold what accumulate='base' has moved "
-                    "there: load that model's whole state_dict(), or its checkpoint"
-                )
-            self.mark_written()
-            A, B = A[:r], B[:, :r]
-        held = dict(self.accumulated.items()).get(adapter)
-        if isinstance(held, Accumulated):
-            held.put(as_matrix(B[:, r:]), as_matrix(A[r:]))
-        elif A[r:].any() and B[:, r:].any():
-            return  # columns that have no place here
-        for key, parameter, value in ((key_A, mine[0], A[:r]), (key_B, mine[1], B[:, :r])):
-            if is_sharded(parameter):  # torch would not copy a whole tensor into it
-                copy_into([parameter], [value])
-                value = parameter
-            state_dict[key] = value if value is parameter else value.clone()
+        self.torn = self.torn and self.base_written and prefix + self.base_key() not in state_dict
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is made anew has accumulated nothing."""
@@ -243,7 +169,7 @@ class StandIn(WrittenBase):
     def _now(self, adapter: str) -> Watched | None:
         held = self.accumulated[adapter]
         matrices: list[Any] = [*self.matrices(adapter), held.P, held.Qt]
-        if matrices[0].shape[0] != self.r[adapter] or any(t.is_meta or is_sharded(t) for t in matrices):
+        if not self.as_made(adapter) or any(t.is_meta or is_sharded(t) for t in matrices):
             return None
         return watch(matrices, values=self.first)  # comparing values waits for the device: one layer does so for all
 

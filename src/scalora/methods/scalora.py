@@ -67,7 +67,7 @@ class ScaLoraI(Method):
         )
 
     def _layers(self, model: nn.Module) -> list[AdapterLayer]:
-        layers, left = choose_layers(model, self.config.unsupported)
+        layers, left = choose_layers(model, self.config.unsupported, sketched=self.config.sketched)
         if left and self.config.accumulate == "base":
             raise ScaloraError(
                 f"layer {next(iter(left)).name} would be left as plain LoRA, but accumulate='base' saves one model "

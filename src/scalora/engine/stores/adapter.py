@@ -17,7 +17,7 @@ from ...algebra.lowrank import truncate_all
 from ...common.errors import ScaloraError
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
-from ..groups import on_device
+from ..groups import each_layer, each_member, on_device
 from .peft_model import carry
 from .store import Move, Store, only_where
 
@@ -61,8 +61,9 @@ class AdapterStore(Store):
             self.recompress()
 
     def _add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
-        held = [layer.accumulated for layer in layers]
-        scaled, transposed = A.to(held[0].P.dtype) * d[:, None, :].to(held[0].P.dtype), B.mT
+        held, experts = [layer.accumulated for layer in layers], layers[0].experts
+        scaled = each_layer(A.to(held[0].P.dtype) * d[:, None, :].to(held[0].P.dtype), experts)
+        transposed = each_layer(B, experts).mT
         copy_into([h.P for h in held], list(scaled), [(0, h.used) for h in held])
         copy_into([h.Qt for h in held], list(transposed), [(h.used, 0) for h in held])
         for h in held:
@@ -80,28 +81,29 @@ class AdapterStore(Store):
         products, settled = zip(*map(self._product, alike), strict=True)
         capacities = [self.capacities[index[0]] for index in alike]
         for index, best in zip(alike, truncate_all(products, capacities, settled), strict=True):
-            held = [self.layers[i].accumulated for i in index]
+            held, experts = [self.layers[i].accumulated for i in index], self.layers[index[0]].experts
             pad = (0, held[0].room - best.P.shape[-1])
-            copy_into([h.P for h in held], list(nn.functional.pad(best.P, pad)))
-            copy_into([h.Qt for h in held], list(nn.functional.pad(best.Q.mT, (0, 0, *pad))))
+            P, Qt = each_layer(best.P, experts), each_layer(best.Q, experts).mT
+            copy_into([h.P for h in held], list(nn.functional.pad(P, pad)))
+            copy_into([h.Qt for h in held], list(nn.functional.pad(Qt, (0, 0, *pad))))
             for h in held:
                 h.used, h.settled = min(self.capacities[index[0]], h.used), True
             there = on_device(tuple(index), torch.long, self.total.device)
-            self.discarded[there] += best.discarded.to(self.discarded)
-            self.total[there] = best.total.to(self.total)
+            self.discarded[there] += _of_layers(best.discarded, experts).to(self.discarded)
+            self.total[there] = _of_layers(best.total, experts).to(self.total)
 
     def _product(self, index: Sequence[int]) -> tuple[tuple[Tensor, Tensor], int]:
-        """P and Q of layers of one shape, stacked, and how many of the first columns are settled."""
-        held = [self.layers[i].accumulated for i in index]
+        """P and Q of layers of one shape, and of their experts, stacked; how many of the first columns are settled."""
+        held, experts = [self.layers[i].accumulated for i in index], self.layers[index[0]].experts
         factors = gather_full([h.P.detach() for h in held] + [h.Qt.detach() for h in held])
         P, Q = torch.stack(factors[: len(index)]), torch.stack(factors[len(index) :]).mT
         # Rounded to half precision columns are no longer orthogonal; in float64 the saving would cost digits.
         settles = all(h.settled for h in held) and P.dtype == torch.float32
-        return (P, Q), self.capacities[index[0]] if settles else 0
+        return (each_member(P, experts), each_member(Q, experts)), self.capacities[index[0]] if settles else 0
 
     def _shape(self, i: int) -> tuple[int, ...]:
         held = self.layers[i].accumulated
-        return (*held.P.shape, *held.Qt.shape, self.capacities[i])
+        return (*held.P.shape, *held.Qt.shape, self.capacities[i], self.layers[i].experts)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters; and the columns of a sharded model, whose own state dict may leave out what is frozen."""
@@ -130,6 +132,11 @@ class AdapterStore(Store):
                     "model's own state of that time first (its adapter, or model.load_state_dict)"
                 )
             held.used, held.settled = used, bool(state["settled"][layer.name])
+
+
+def _of_layers(squares: Tensor, experts: int) -> Tensor:
+    """Squared norms of all experts (L·E) as those of their layers (L)."""
+    return squares if experts == 1 else squares.unflatten(0, (-1, experts)).sum(1)
 
 
 def make_room(model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, slots: int = SLOTS) -> None:

@@ -72,9 +72,13 @@ class BaseStore(Store):
 
     def _add(self, layers: Sequence[AdapterLayer], A: Tensor, d: Tensor, B: Tensor) -> None:
         working = torch.promote_types(A.dtype, torch.float32)
-        for layer, P, Q in zip(layers, A.to(working) * d[:, None, :].to(working), B, strict=True):
-            spread = layer.base_weight.data
-            weight, P, Q = local_shard(spread), layer.scale * P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
+        count, moved = layers[0].experts, A.to(working) * d[:, None, :].to(working)
+        each = (moved, B) if count == 1 else (moved.split(count), B.split(count))
+        for layer, P, Q in zip(layers, *each, strict=True):
+            spread, add = layer.base_weight.data, torch.addmm if count == 1 else torch.baddbmm
+            if is_sharded(spread):
+                P, Q = P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
+            weight, P = local_shard(spread), layer.scale * P
             if self._compensates(layer):
                 lost = local_shard(self.lost[layer.name])
                 if lost.shape != weight.shape:
@@ -82,11 +86,11 @@ class BaseStore(Store):
                         f"layer {layer.name} was sharded after attach(), which accumulate='base' cannot follow where "
                         "the base is bf16 or fp16: shard the model first, then attach"
                     )
-                exact = torch.addmm(lost.float(), P.float(), Q.float().T).add_(weight)
+                exact = add(lost.float(), P.float(), Q.float().mT).add_(weight)
                 weight.copy_(exact)
                 lost.copy_(exact.sub_(weight))
             else:
-                weight.addmm_(P.to(weight.dtype), Q.to(weight.dtype).T)
+                add(weight, P.to(weight.dtype), Q.to(weight.dtype).mT, out=weight)
 
     def state_dict(self) -> dict[str, Any]:
         lost = dict(zip(self.lost, [t.clone() for t in gather_full(list(self.lost.values()))], strict=True))

@@ -20,7 +20,7 @@ from ...common.disk_layout import BASE_FILE, STATE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.joined_config import JoinedConfig, link_config, plain_name
-from ...layers.layout import grown, matrix_keys
+from ...layers.layout import experts, grown, matrix_keys
 from ...layers.lora_config import refuse_former_pair, scale
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import is_sharded
@@ -164,20 +164,20 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
             keys, pair = matrix_keys(layer, adapter), (Qt[: held.used], P[:, : held.used])
             for dim, (key, more) in enumerate(zip(keys, pair, strict=True)):
                 now, key = layer.matrices(adapter)[dim].detach(), f"{name}.{key}"
-                given = whole.get(key)
-                if given is None or given.shape[dim] == now.shape[dim] + held.used:
+                given, all_columns = whole.get(key), now.shape[dim] + held.used * experts(layer)
+                if given is None or given.shape[dim] == all_columns:
                     continue  # nothing of it, or all columns
                 if given.shape[dim] != now.shape[dim]:
                     raise ScaloraError(
-                        f"state_dict: {key} holds {given.shape[dim]} columns, the model {now.shape[dim] + held.used}: "
-                        "it is of another time; leave state_dict out, or pass model.state_dict()"
+                        f"state_dict: {key} holds {given.shape[dim]} columns, the model {all_columns}: it is "
+                        "of another time; leave state_dict out, or pass model.state_dict()"
                     )
                 if not gathered and not torch.equal(given.to(now), now):
                     raise ScaloraError(
                         f"state_dict: {key} holds trained columns of another time, to which the accumulated ones of "
                         "now do not belong: leave state_dict out, or pass model.state_dict()"
                     )
-                whole[key] = grown(given, more, dim)
+                whole[key] = grown(given, more, dim, experts(layer))
     return whole
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from ...common.errors import ScaloraError
 from ...layers.accumulated import Accumulated
 from ...layers.joined_config import JoinedConfig, link_config
-from ...layers.layout import grown, lora_a, lora_b
+from ...layers.layout import as_columns, as_rows, experts, grown, lora_a, lora_b
+from ...layers.peft_lora import AdapterLayer, tied_weights
 from ...layers.stand_in import StandIn
 
 
@@ -42,7 +43,12 @@ class KnowsItsBase(Relinked, BaseTuner):
         refuse_written(self, "unload()")
         return super().unload()
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_shared(self)
+        super().merge_adapter(*args, **kwargs)
+
     def merge_and_unload(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> nn.Module:
+        _refuse_shared(self)
         if adapter_names is not None and not adapter_names:
             refuse_written(self, "merge_and_unload(adapter_names=[])")
         return super().merge_and_unload(*args, adapter_names=adapter_names, **kwargs)
@@ -97,14 +103,26 @@ def wrapped(owner: nn.Module) -> nn.Module:
 
 def room_for(layer: LoraLayer, adapter: str, room: int) -> Accumulated:
     """No accumulated columns yet, and room for so many."""
-    A, B = lora_a(layer, adapter), lora_b(layer, adapter)
-    return Accumulated(B.shape[0], A.shape[1:].numel(), room, A)
+    A, count = lora_a(layer, adapter), experts(layer)
+    rows, columns = as_columns(lora_b(layer, adapter), count).shape[0], as_rows(A, count).shape[1]
+    return Accumulated(rows, columns, room, A)
 
 
 def refuse_written(model: nn.Module, what: str) -> None:
     """Refuse what would take the base for the original one where accumulate='base' has written to it."""
     for layer in stand_ins(model):
         layer.refuse_written(what)
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Refuse to merge into a weight that serves elsewhere too: PEFT would change that as well, silently."""
+    layers = [AdapterLayer(layer.layer_name, layer, next(iter(layer.r))) for layer in stand_ins(model) if layer.r]
+    if shared := tied_weights(model, layers):
+        raise ScaloraError(
+            f"layer {shared[0].name}: its weight serves elsewhere in the model too (a tied head, layer_replication), "
+            "which merging would change as well: save the adapter, or give the layer a weight of its own first "
+            "(layer.weight = nn.Parameter(layer.weight.clone()))"
+        )
 
 
 @contextmanager
@@ -135,7 +153,7 @@ def _put_in_all_columns(tuner: LoraModel, adapter: str) -> Iterator[Callable[[],
     config: Any = tuner.peft_config[adapter]
     written = config.to_dict()
     for layer in stand_ins(tuner):
-        held = layer.held(adapter) if adapter in layer.r else None
+        held = layer.held(adapter) if adapter in layer.r and experts(layer) == 1 else None  # PEFT refuses experts
         if held is None:
             continue
         P, Qt = held.columns()
@@ -143,7 +161,7 @@ def _put_in_all_columns(tuner: LoraModel, adapter: str) -> Iterator[Callable[[],
         places: Any = (layer.lora_embedding_A, layer.lora_embedding_B) if bare else (layer.lora_A, layer.lora_B)
         for dim, (place, more) in enumerate(zip(places, (Qt, P), strict=True)):
             yield (lambda place=place, module=place[adapter]: place.__setitem__(adapter, module))
-            matrix = nn.Parameter(grown(layer.matrices(adapter)[dim].detach(), more, dim), requires_grad=False)
+            matrix = nn.Parameter(grown(layer.matrices(adapter)[dim].detach(), more, dim, 1), requires_grad=False)
             linear = nn.Linear(1, 1, bias=False, device="meta")
             linear.weight = matrix
             place[adapter] = matrix if bare else linear

@@ -14,12 +14,15 @@ from ...layers.peft_lora import AdapterLayer
 
 
 class Move(NamedTuple):
-    """s_l·A_l diag(d_l) B_lᵀ, to be added to layer l's frozen part; layers of one shape, L of them."""
+    """s_l·A_l diag(d_l) B_lᵀ, to be added to layer l's frozen part; layers of one shape, L of them.
+
+    Of layers of E experts those of one layer follow one another.
+    """
 
     layers: Sequence[AdapterLayer]
-    A: Tensor  # (L, m, r)
-    d: Tensor  # (L, r)
-    B: Tensor  # (L, n, r)
+    A: Tensor  # (L·E, m, r)
+    d: Tensor  # (L·E, r)
+    B: Tensor  # (L·E, n, r)
 
 
 def whole_update(layer: AdapterLayer, sign: float = 1.0) -> Move:
