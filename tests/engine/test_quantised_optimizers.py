@@ -213,3 +213,22 @@ def test_no_event_changes_the_function(case, way):
     else:
         run(model, optimizer, steps=12, **WAYS[way])
     assert any(quantised(state, key) for state in optimizer.state.values() for key in state)
+
+
+@pytest.mark.parametrize("case", ["bitsandbytes-AdamW8bit", "torchao-AdamW8bit"])
+def test_relora_prunes_what_is_quantised(case):
+    """A code of 0 is no zero: bitsandbytes decodes it to about −absmax."""
+    from scalora.methods.relora import prune_state
+
+    param = nn.Parameter(torch.randn(16, SIZES[0]))
+    optimizer = _maker(case)([param])
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    before = {key: value for key, value, _ in _entries(optimizer, param)}
+    prune_state(optimizer, param, "random", 0.9, torch.Generator().manual_seed(0))
+    after = {key: value for key, value, _ in _entries(optimizer, param)}
+    assert len(after) == 2
+    for key, value in after.items():
+        small = value.abs() <= 0.02 * before[key].abs().max()
+        assert small.float().mean() > 0.85
+        assert (value.abs() <= before[key].abs().max() * 1.02).all()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..common.errors import ScaloraError
 from ..engine.optimizers import innermost
+from ..engine.quantised_state import quantised
 from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import AdapterLayer, find_layers
@@ -138,15 +139,27 @@ def restart_factors(layer: AdapterLayer, generator: torch.Generator) -> None:
 def prune_state(
     optimizer: Optimizer, param: Tensor, pruning: str, share: float, generator: torch.Generator | None = None
 ) -> None:
-    """Set a share of every moment of ``param`` to zero, at random or the smallest; step counters stay."""
-    for moment in optimizer.state.get(param, {}).values():
-        if isinstance(moment, Tensor) and moment.shape == param.shape:
-            if pruning == "random":
-                keep = torch.rand(moment.shape, generator=generator, device=moment.device) > share
-            else:
-                size = moment.abs()
-                keep = size > size.float().quantile(share)
+    """Set a share of every moment of ``param`` to zero, at random or the smallest; step counters stay.
+
+    Moments in few bits are read and written back with one rounding.
+    """
+    state = optimizer.state.get(param, {})
+    for key, moment in state.items():
+        if not isinstance(moment, Tensor) or moment.shape != param.shape:
+            continue
+        blocks = quantised(state, key)
+        keep = _kept(blocks[0].read() if blocks else moment, pruning, share, generator)
+        if blocks:
+            blocks[0].scale_(keep)
+        else:
             moment.mul_(keep)
+
+
+def _kept(moment: Tensor, pruning: str, share: float, generator: torch.Generator | None) -> Tensor:
+    if pruning == "random":
+        return torch.rand(moment.shape, generator=generator, device=moment.device) > share
+    size = moment.abs()
+    return size > size.float().quantile(share)
 
 
 METHODS = (ReLora,)

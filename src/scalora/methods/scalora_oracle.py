@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..algebra.directions import dense_svd, optimal_adapters
 from ..common.errors import ScaloraError
-from ..engine.optimizers import innermost
+from ..engine.optimizers import forget, innermost
 from ..engine.stores import AdapterStore, whole_update
 from ..engine.stores.adapter import make_room
 from ..layers.peft_lora import find_layers
@@ -111,7 +111,7 @@ class OracleCallback(TrainerCallback):
             layer.lora_B.grad = (layer.scale * pair.grad_A).to(layer.lora_B.dtype)
             layer.lora_A.grad = (layer.scale * pair.grad_B.mT).to(layer.lora_A.dtype)
             for param in (layer.lora_B, layer.lora_A):
-                optimizer.state.pop(param, None)
+                forget(optimizer, param)
         self.store.receive([whole_update(layer, -1.0) for layer in self.layers])
         if self.max_norm:  # Trainer has clipped the gradients of the old adapters
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_norm)
