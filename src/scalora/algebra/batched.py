@@ -87,7 +87,9 @@ def eigh(S: Float[Tensor, "*batch k k"]) -> tuple[Float[Tensor, "*batch k"], Flo
 
 
 def block_jacobi(S: Float[Tensor, "L k k"]) -> tuple[Float[Tensor, "L k"], Float[Tensor, "L k k"]]:
-    """As :func:`eigh`, from matrices no larger than what a GPU's library solves by the batch: others it takes singly.
+    """As :func:`eigh`, from matrices of an order that torch solves by the batch on a GPU: larger ones it takes singly.
+
+    To be dropped once it does not (pytorch/pytorch#174674, open in torch 2.13).
 
     Blocks of half that size meet in pairs, all pairs once a sweep as in a tournament; those that play at one time are
     solved at once, and whole matrices turned by what was found (Golub and Van Loan, Matrix Computations, 8.5.6).
