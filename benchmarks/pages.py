@@ -70,7 +70,7 @@ def overview() -> str:
         assert ours.difference
         score = f"test {_metric(table)} {'↑' if table.higher_is_better else '↓'}"
         scores = [f"{row.quality.value:.3f} ± {row.quality.error:.3f}" for row in (lora, ours)]
-        own = f" (`{ours.contender.method}`)"
+        own = f" (`{str(ours.contender).rpartition('@')[0]}`)"
         rows.append(
             [f"{task}, {ours.difference.n} seeds: {score}", scores[0], scores[1] + own, ours.difference.verdict]
         )
