@@ -1,7 +1,6 @@
 """What users do to a model between two steps: it goes on exactly, or the next step says what is wrong."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -248,53 +247,6 @@ def test_a_weight_decay_that_comes_in_mid_run_is_refused():
     with pytest.raises(ScaloraError, match=r"weight_decay=0\.1"):
         models.train(model, optimizer, "llama", 1)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-
-
-def _fuse(model):
-    """What fused LoRA kernels do (Unsloth's, axolotl's): they read one adapter's matrices past its layer's forward."""
-    layer = model.get_submodule(FIRST)
-
-    def fused(x):
-        name = layer.active_adapters[0]
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return layer.base_layer(x) + layer.scaling[name] * (x @ A.T @ B.T)
-
-    layer.forward = fused
-
-
-def test_a_kernel_that_bypasses_the_layer_is_refused():
-    model, optimizer, _ = attached()
-    _fuse(model)
-    with pytest.raises(ScaloraError, match=f"{FIRST}: its adapter got a gradient without its own forward pass"):
-        models.train(model, optimizer, "llama", 1)
-    model, optimizer, _ = attached()
-    models.train(model, optimizer, "llama", 3)
-    _fuse(model)  # in mid-run
-    models.logits(model, "llama")
-    with pytest.raises(ScaloraError, match="without its own forward pass"):
-        models.train(model, optimizer, "llama", 2)
-    model = models.lora("llama")
-    _fuse(model)
-    with pytest.raises(ScaloraError, match="a forward pass that was put into it"):
-        scalora.attach(model, torch.optim.AdamW(models.trainable(model)))
-
-
-def test_a_kernel_that_reads_the_weight_past_the_layer_is_named():
-    """As Mamba's does; the adapter then gets no gradient: it stays zero, and so does what is moved out of it."""
-    model, optimizer, handle = attached()
-    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
-    mlp.down_proj.forward = None  # not called
-    mlp.forward = lambda x: nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
-    with pytest.warns(
-        UserWarning, match=r"without a forward pass in 10 steps.*: base_model\S*layers\.0\.mlp\.down_proj; "
-    ):
-        models.train(model, optimizer, "llama", 10)
-    bypassed = next(layer for layer in handle.layers if layer.name.endswith("layers.0.mlp.down_proj"))
-    assert not bypassed.A.any()
-    assert not bypassed.accumulated.P.any()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        models.train(model, optimizer, "llama", 11)  # said once
 
 
 def test_a_second_adapter_accumulates_for_itself():
