@@ -27,6 +27,7 @@ from scalora.runs.training import train
 
 from .. import record
 
+_WHITENING = "scalora.algebra.whitening"
 _MOMENTS, _STEPS = "scalora.engine.white.moments", "scalora.engine.white.steps.WhiteSteps"
 
 
@@ -35,7 +36,7 @@ def _one_side(kept: Literal["outputs", "inputs"]) -> Callable[..., list[Whitenin
 
     def found(*arguments: Any) -> list[Whitening]:
         sides = itertools.cycle(("outputs", "inputs"))
-        return [white if next(sides) == kept else no_whitening(white.U, 1.0) for white in nystrom(*arguments)]
+        return [white if next(sides) == kept else no_whitening(white.U) for white in nystrom(*arguments)]
 
     return found
 
@@ -55,14 +56,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "looks every 20 steps": {f"{_MOMENTS}.EVERY": 20},
     "16 directions": {f"{_MOMENTS}.DIRECTIONS": 16},
     "64 directions": {f"{_MOMENTS}.DIRECTIONS": 64},
-    "damping 0.03": {"damping": 0.03},
-    "damping 0.3": {"damping": 0.3},
-    "damping 1": {"damping": 1},
-    "damping 3": {"damping": 3},
+    "damping 0.001": {f"{_WHITENING}.DAMPING": 0.001},
+    "damping 0.1": {f"{_WHITENING}.DAMPING": 0.1},
+    "damping 1": {f"{_WHITENING}.DAMPING": 1.0},
+    "exponent 1/8": {f"{_WHITENING}.EXPONENT": 0.125},
+    "exponent 1/2, damping 0.1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 0.1},
+    "exponent 1/2, damping 1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 1.0},
     "rescaled every 10 steps": {"interval": 10},
     "refreshed every 25 steps": {"refresh": 25},
 }
-_OPTIONS = ("interval", "refresh", "damping")
+_OPTIONS = ("interval", "refresh")
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def white_ablations(patch, module):
 def test_variants_of_white_lora_are_what_they_say():
     module = importlib.import_module("benchmarks.studies.white_ablations")
     X, trace = torch.randn(6, 2, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64)
-    start = no_whitening(torch.linalg.qr(torch.randn(1, 6, 2, dtype=torch.float64)).Q, 0.1)
+    start = no_whitening(torch.linalg.qr(torch.randn(1, 6, 2, dtype=torch.float64)).Q)
     for name, whitened in (("only inputs are whitened", [False, True]), ("only output gradients are", [True, False])):
         with module.changed(name) as options:
             found = moments.nystrom(2 * [moments.Seen(start, X[None], trace[None])], 0.0)

@@ -7,7 +7,7 @@ import scalora
 from helpers import models
 from helpers.attached import accumulated
 from scalora import ScaLoraConfig, ScaloraError
-from scalora.engine.config import DAMPING
+from scalora.algebra.whitening import DAMPING, EXPONENT
 from scalora.engine.refresh.refresh import WARMUP
 from scalora.engine.refresh.sketch import Sketch
 
@@ -252,7 +252,7 @@ def test_after_an_overflow_the_adapters_stay(step, coordinates):
         optimizer.step()
         optimizer.zero_grad()
     assert handle.refresh.steps == [4]
-    longest = 4e-3 * (1 if coordinates == "plain" else DAMPING**-0.5)  # one optimizer step and no more
+    longest = 4e-3 * (1 if coordinates == "plain" else DAMPING ** (-2 * EXPONENT))  # one optimizer step and no more
     assert (handle.layers[0].A - before).abs().max() < longest
     assert models.logits(model, "llama").isfinite().all()
 

@@ -2,12 +2,16 @@
 
 The gradient of one token is g xᵀ. Over all tokens both x and g lie mostly along a few directions that all share, such
 as the mean of the inputs. Steps along these move every output alike; what tells one token from another lies elsewhere.
-With C the mean of |g|²·xxᵀ, D that of |x|²·ggᵀ (of G_tᵀG_t and G_tG_tᵀ, summed over tokens t), M = (C/λ + δI)^½ and
-N = (D/μ + δI)^½, where λ and μ are the means of their diagonals, W̃ = N W M has the gradient N⁻¹ G M⁻¹, in which they
-count as much as any other. For W = A Bᵀ that means Ã = N A and B̃ = M B, with the gradients N⁻¹g_A and M⁻¹g_B.
+With C the mean of |g|²·xxᵀ, D that of |x|²·ggᵀ (of G_tᵀG_t and G_tG_tᵀ, summed over tokens t), M = (C/λ + δI)^¼ and
+N = (D/μ + δI)^¼, where λ and μ are the means of their diagonals, W̃ = N W M has the gradient N⁻¹ G M⁻¹, in which they
+count less. For W = A Bᵀ that means Ã = N A and B̃ = M B, with the gradients N⁻¹g_A and M⁻¹g_B.
 
-Source: the two Kronecker factors of the empirical Fisher matrix (K-FAC, 1503.05671; Shampoo, 1802.09568), taken apart
-between the two matrices of LoRA. Derived.
+A plain step in W̃ moves W along D^−½ G C^−½. That is what Adam would do if it knew more than the diagonal: divide by the
+root of the gradients' second moments, of which D and C are the two Kronecker factors. With the exponent ½ it would
+divide by these moments themselves, as natural gradients do; δ then decides what is learnt, and no one δ does for all.
+
+Source: the factors of K-FAC (1503.05671) with the exponents of Shampoo (1802.09568), taken apart between the two
+matrices of LoRA. Derived.
 
 Neither C nor D is formed. The leading eigenvectors come from C Φ (n×k; Nyström), Φ being those of last time, so that
 they get better from one look to the next; what is left of the trace is spread over all other directions.
@@ -25,6 +29,9 @@ from ..common.shapes import Float
 from .batched import orthonormal, together
 from .directions import Directions, optimal_adapters, sketched_svd
 
+EXPONENT = 0.25  # of the moments in M and N
+DAMPING = 0.01  # δ: with the exponent ¼ a tenth of it is as good; it only keeps M⁻¹ finite
+
 
 class Whitening(NamedTuple):
     """C/λ ≈ U diag(e) Uᵀ + tail·(I − UUᵀ), C (n×n) the second moments of some vectors, λ the mean of its diagonal."""
@@ -32,25 +39,24 @@ class Whitening(NamedTuple):
     U: Float[Tensor, "*batch n k"]
     e: Float[Tensor, "*batch k"]
     tail: Float[Tensor, "*batch"]
-    damping: Float[Tensor, "*batch"]  # δ
 
     def at(self, i: int | Sequence[int]) -> Whitening:
         """One, or some, of several."""
         index = i if isinstance(i, int) else list(i)
         return Whitening(*(part[index] for part in self))
 
-    def root(self, power: float) -> Root:
-        """M to twice a power, for all that is multiplied by it."""
-        others = (self.tail + self.damping)[..., None, None].pow(power)
-        return Root(self.U, (self.e + self.damping[..., None])[..., None, :].pow(power) - others, others)
+    def root(self, power: int) -> Root:
+        """M to a power, for all that is multiplied by it."""
+        others = (self.tail + DAMPING)[..., None, None].pow(power * EXPONENT)
+        return Root(self.U, (self.e + DAMPING)[..., None, :].pow(power * EXPONENT) - others, others)
 
     def whiten(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M⁻¹X: a gradient into the white coordinates, or a step out of them."""
-        return self.root(-0.5).times(X)
+        return self.root(-1).times(X)
 
     def color(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M X: a parameter into the white coordinates."""
-        return self.root(0.5).times(X)
+        return self.root(1).times(X)
 
 
 class Root(NamedTuple):
@@ -74,10 +80,10 @@ class Seen(NamedTuple):
     trace: Float[Tensor, "*batch"]  # of C, up to the same
 
 
-def no_whitening(basis: Float[Tensor, "*batch n k"], damping: float) -> Whitening:
+def no_whitening(basis: Float[Tensor, "*batch n k"]) -> Whitening:
     """Vectors that are alike in all directions; the basis (orthonormal columns) is what is looked along next."""
     *batch, _, k = basis.shape
-    return Whitening(basis, basis.new_ones(*batch, k), basis.new_ones(batch), basis.new_full(batch, damping))
+    return Whitening(basis, basis.new_ones(*batch, k), basis.new_ones(batch))
 
 
 def nystrom(sides: Sequence[Seen], keep: float) -> list[Whitening]:
@@ -119,7 +125,6 @@ def _where(good: Tensor, U: Tensor, e: Tensor, former: Whitening) -> Whitening:
         torch.where(good[..., None, None], U.to(former.U), former.U),
         torch.where(good[..., None], e.to(former.e), former.e),
         torch.where(good, tail.to(former.tail), former.tail),
-        former.damping,
     )
 
 

@@ -14,7 +14,6 @@ from ..common.errors import ScaloraError, named
 Accumulate = Literal["adapter", "base"]
 Coordinates = Literal["plain", "white"]
 Unsupported = Literal["refuse", "leave"]
-DAMPING = 1.0  # δ: never far behind LoRA where it was measured; random facts are learnt better with 0.1
 
 
 def _help(default: Any, text: str) -> Any:
@@ -47,13 +46,8 @@ class ScaLoraConfig:
     )
     coordinates: Coordinates = _help(
         "plain",
-        "What the optimizer makes its steps in: 'plain' (the entries of the matrices) or 'white' (in which the layer's "
-        "inputs and the gradients of its outputs are alike in all directions, from sketches).",
-    )
-    damping: float = _help(
-        DAMPING,
-        "δ of white coordinates: directions in which inputs, or gradients, vary less than this share of the mean are "
-        "not stretched further. The smaller, the larger are steps along them.",
+        "What the optimizer makes its steps in: 'plain' (the entries of the matrices) or 'white' (in which what all of "
+        "the layer's inputs, and all gradients of its outputs, have in common counts less; from sketches).",
     )
     scaling: ScalingMethod = _help(
         "paper",
@@ -89,12 +83,6 @@ class ScaLoraConfig:
         if self.refresh is not None:
             _require_int("refresh", self.refresh, 2)
         _require_choice("coordinates", self.coordinates, get_args(Coordinates))
-        if not (_is_number(self.damping) and self.damping > 0):
-            raise ScaloraError(f"damping is {self.damping!r}: it must be a positive number")
-        if self.coordinates == "plain" and self.damping != DAMPING:
-            raise ScaloraError(
-                f"damping is {self.damping}, but coordinates is 'plain', where it does nothing: set coordinates='white'"
-            )
         if not self.has_events:
             if self.coordinates == "plain":
                 raise ScaloraError(

@@ -84,7 +84,7 @@ class ScaLora:
         self.history = History()
         self.white = None
         if config.coordinates == "white":
-            self.white = WhiteSteps(self.layers, self.optimizer, config.damping)
+            self.white = WhiteSteps(self.layers, self.optimizer)
         self.refresh = None
         if config.refresh is not None:
             white = self.white.moments if self.white else None

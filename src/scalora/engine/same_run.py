@@ -18,8 +18,6 @@ STATE_PARTS: dict[str, Any] = {
     "store": dict, "refresh": dict | None,
 }  # fmt: skip
 
-_LATER = {"damping": 0.1}  # what it was when states did not say it
-
 
 def refuse_other_run(state: Any, run: dict[str, Any], constants: Tensor) -> None:
     """Compare a handle's saved state with what ``run`` says of this one: config, layers, scales and base.
@@ -35,9 +33,9 @@ def refuse_other_run(state: Any, run: dict[str, Any], constants: Tensor) -> None
         if not isinstance(state[name], kind):
             raise ScaloraError(f"state has {name}={named(state[name])}: give what handle.state_dict() returned")
     for name, value in run["config"].items():
-        if name == "unsupported" or (name == "damping" and run["config"]["coordinates"] == "plain"):
-            continue  # the layers tell; it does nothing there
-        if (saved := state["config"].get(name, _LATER.get(name))) != value:
+        if name == "unsupported":
+            continue  # the layers tell
+        if (saved := state["config"].get(name)) != value:
             raise ScaloraError(
                 f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
             )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...algebra.directions import range_basis
-from ...algebra.whitening import Root, Seen, Whitening, no_whitening, nystrom
+from ...algebra.whitening import EXPONENT, Root, Seen, Whitening, no_whitening, nystrom
+from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.lora_forward import LoraForward
 from ...layers.moment_sketch import MomentSketch
@@ -20,7 +21,6 @@ from ..leaves import Leaves
 DIRECTIONS = 32  # eigenvectors that are followed, at most
 FIRST = 3  # passes that are looked at one after the other at first
 EVERY = 10  # and then so many steps apart
-_LEARNT = ("U", "e", "tail")  # of a Whitening
 KEEP = 0.75  # of what was known, at most, when one more pass is looked at
 
 
@@ -38,10 +38,10 @@ class White(NamedTuple):
 class Moments:
     """White coordinates by group of layers; each look begins from the eigenvectors that those before have found."""
 
-    def __init__(self, layers: Sequence[AdapterLayer], damping: float) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
         self.layers = list(layers)
         self.groups = grouped(self.layers)
-        self.white = [_start(layers, group.members, damping) for group in self.groups]
+        self.white = [_start(layers, group.members) for group in self.groups]
         self.looks = 0
         self.looking = False
         self._roots: list[tuple[White, tuple[Root, Root]] | None] = [None] * len(self.groups)
@@ -66,7 +66,7 @@ class Moments:
         """N⁻¹ and M⁻¹ of a group, ready for products until the next look."""
         white = self.white[group]
         if (known := self._roots[group]) is None or known[0] is not white:
-            known = white, (white.outputs.root(-0.5), white.inputs.root(-0.5))
+            known = white, (white.outputs.root(-1), white.inputs.root(-1))
             self._roots[group] = known
         return known[1]
 
@@ -121,18 +121,32 @@ class Moments:
         return {
             "looks": self.looks,
             "looking": self.looking,
+            "exponent": EXPONENT,
             "white": {
-                name: {side: {k: getattr(part, k).clone() for k in _LEARNT} for side, part in white._asdict().items()}
+                name: {
+                    side: {k: getattr(part, k).clone() for k in Whitening._fields}
+                    for side, part in white._asdict().items()
+                }
                 for name, white in named
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ScaloraError: the state is of other coordinates.
+        """
+        if (exponent := state.get("exponent", 0.5)) != EXPONENT:
+            raise ScaloraError(
+                f"the saved run's white coordinates have the exponent {exponent}, this version's {EXPONENT}: finish "
+                "that run with the version of scalora that began it, or begin anew"
+            )
         for g, group in enumerate(self.groups):
             saved = [state["white"][layer.name] for layer in group.layers]
             self.white[g] = White(
                 *(
-                    part._replace(**{k: torch.stack([each[side][k].to(part.U) for each in saved]) for k in _LEARNT})
+                    Whitening(*(torch.stack([each[side][k].to(part.U) for each in saved]) for k in part._fields))
                     for side, part in self.white[g]._asdict().items()
                 )
             )
@@ -147,7 +161,7 @@ def due(step: int) -> bool:
     return step + 1 < FIRST or (step > 0 and step % EVERY == 0)
 
 
-def _start(layers: Sequence[AdapterLayer], members: Sequence[int], damping: float) -> White:
+def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
     """No whitening, and random bases: the same on every process and in a resumed run."""
     sides = []
     for side in (0, 1):
@@ -158,5 +172,5 @@ def _start(layers: Sequence[AdapterLayer], members: Sequence[int], damping: floa
             bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator, device="cpu")))
         like: Tensor = layers[members[0]].A
         wide = torch.promote_types(like.dtype, torch.float32)
-        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous(), damping))
+        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous()))
     return White(*sides)

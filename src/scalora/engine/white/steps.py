@@ -31,9 +31,9 @@ class WhiteSteps:
         ScaloraError: the optimizer's means of gradients cannot be turned along.
     """
 
-    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, damping: float) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
-        self.moments = Moments(layers, damping)
+        self.moments = Moments(layers)
         self.moments.open()
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
