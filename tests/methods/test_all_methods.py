@@ -14,7 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
-    "lora+", "lora-fa", "lora-muon", "riemannian",
+    "white-lora", "white-scalora", "lora+", "lora-fa", "lora-muon", "riemannian",
     "loft", "lora-pro", "lora-rite",
     "reflora", "reflora-s", "balora", "stable-lora", "polar",
     "apollo-mini", "fira", "flora", "loftq",

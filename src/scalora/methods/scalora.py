@@ -120,8 +120,16 @@ class WhiteLora(ScaLoraI):
     """Nothing is rescaled, refreshed or accumulated: LoRA, with other steps."""
 
     name = "white-lora"
-    summary = "LoRA with steps in white coordinates: inputs and output gradients alike in all directions"
+    summary = "LoRA with steps in white coordinates: what all inputs or output gradients share counts less"
     Options = _options(interval=None, coordinates="white")
+
+
+class WhiteScaLora(ScaLoraI):
+    """Both: other steps, and columns rescaled by what is optimal for these."""
+
+    name = "white-scalora"
+    summary = "ScaLoRA-I in white coordinates: columns rescaled every 10 steps, in the metric of the steps"
+    Options = _options(coordinates="white")
 
 
 @torch.no_grad()
@@ -143,4 +151,13 @@ def _save_merged(model: PeftModel, head: Head, path: Path) -> list[str]:
     return loading_lines(head, path)
 
 
-METHODS = (ScaLoraMethod, ScaLoraI, ScaLoraNonnegative, ScaLoraScalar, ScaLoraNormalize, ScaLoraRefresh, WhiteLora)
+METHODS = (
+    ScaLoraMethod,
+    ScaLoraI,
+    ScaLoraNonnegative,
+    ScaLoraScalar,
+    ScaLoraNormalize,
+    ScaLoraRefresh,
+    WhiteLora,
+    WhiteScaLora,
+)
