@@ -50,6 +50,7 @@ METHODS = (
     "scalora",
     "scalora-i",
     "white-lora",
+    "white-scalora",
     "scalora:base",
     "scalora-i:base",
     "scalora-refresh",
