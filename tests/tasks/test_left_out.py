@@ -10,6 +10,7 @@ from scalora.tasks.data.rows import DataSpec, load_splits
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 GOOD = {
     "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
+    "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
 }  # fmt: skip
 KINDS = {
     "chat": ({}, {"messages": CHAT[:1]}),
@@ -17,6 +18,7 @@ KINDS = {
     "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
     "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
     "text": ({"text": "a"}, {"a": 3.0e400}),
+    "token_classification": ({}, {"tags": ["O"]}),
     "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),
 }
 LONG = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from .origin import origin, random_modules
 
-Head = Literal["causal-lm", "sequence-classification"]
+Head = Literal["causal-lm", "sequence-classification", "token-classification"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class HeadFacts:
     labelled: bool
     """Whether it has num_labels outputs, and so may start at random."""
     modules: tuple[str, ...] = ()
-    """Parts of the names of the modules that PEFT trains as a whole by itself."""
+    """Parts of the names of the modules that are trained as a whole."""
     outputs: tuple[str, ...] = ()
     """Last parts of the names of the layers whose rows are the outputs."""
+    spared: bool = False
+    """Whether PEFT, by its name for the head alone, trains those modules and leaves them out of "all-linear"."""
 
 
 HEADS: dict[Head, HeadFacts] = {
@@ -41,7 +43,11 @@ HEADS: dict[Head, HeadFacts] = {
     "sequence-classification": HeadFacts(
         "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "SEQ_CLS",
         ("ForSequenceClassification", "Classifier"), True, ("classifier", "score"),
-        ("classifier", "score", "out_proj", "logits_proj", "linear_out"),
+        ("classifier", "score", "out_proj", "logits_proj", "linear_out"), True,
+    ),
+    "token-classification": HeadFacts(
+        "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "TOKEN_CLS",
+        ("ForTokenClassification",), True, ("classifier", "score"), ("classifier", "score"),
     ),
 }  # fmt: skip
 
