@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers import chats, tokenized
+from helpers import chats, images, tokenized
 from scalora.common.errors import ScaloraError
 from scalora.tasks import all_tasks, build_task, task_class
 from scalora.tasks.data.rows import DataSpec, load_splits
@@ -10,12 +10,13 @@ from scalora.tasks.data.rows import DataSpec, load_splits
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 GOOD = {
     "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
-    "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
+    "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
 }  # fmt: skip
 KINDS = {
     "chat": ({}, {"messages": CHAT[:1]}),
     "classification": ({"text": "a", "label": "label"}, {"label": None}),
     "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
+    "image_classification": ({}, {"image": "none.png"}),
     "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
     "text": ({"text": "a"}, {"a": 3.0e400}),
     "token_classification": ({}, {"tags": ["O"]}),
@@ -28,6 +29,11 @@ LONG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _an_image(tmp_path):
+    images.picture(0).save(tmp_path / "there.png")
+
+
 def rows(kind, *special):
     """Nine good rows that differ, and the special ones after the fourth."""
     answer = {"b": "red"} if kind == "multiple_choice" else {}
@@ -37,7 +43,7 @@ def rows(kind, *special):
 
 def task(folder, kind, content, data=None, **fields):
     path = tokenized.write_jsonl(folder / "rows.jsonl", content)
-    data = {"train": path, "test": path, "columns": {"id": "id"}, **(data or {})}
+    data = {"train": path, "test": path, "folder": str(folder), "columns": {"id": "id"}, **(data or {})}
     return build_task(task_class(kind).Spec(data=data, **KINDS[kind][0], **fields))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .origin import origin, random_modules
 
-Head = Literal["causal-lm", "sequence-classification", "token-classification"]
+Head = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class HeadFacts:
     """How transformers and PEFT call one head, and what its modules are called in their models."""
 
     auto: str
-    """transformers' Auto class; PEFT's is AutoPeft… of the same."""
+    """transformers' Auto class; PEFT's is AutoPeft… of the same, where it knows the head."""
     mapping: str
     """transformers' table of the configurations that have such a model."""
-    task_type: str
-    """PEFT's name, in adapter_config.json too."""
+    task_type: str | None
+    """PEFT's name, in adapter_config.json too; None where it has none."""
     architectures: tuple[str, ...]
     """How the names of such classes end, in a model's config.json."""
     labelled: bool
@@ -48,6 +48,10 @@ HEADS: dict[Head, HeadFacts] = {
     "token-classification": HeadFacts(
         "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "TOKEN_CLS",
         ("ForTokenClassification",), True, ("classifier", "score"), ("classifier", "score"),
+    ),
+    "image-classification": HeadFacts(
+        "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", None,
+        ("ForImageClassification",), True, ("classifier",), ("classifier",),
     ),
 }  # fmt: skip
 
@@ -112,7 +116,7 @@ def loading_lines(head: Head, path: Path) -> list[str]:
 
 def peft_loading_lines(head: Head, path: Path, model: nn.Module) -> list[str]:
     """Lines of Python that load a PEFT adapter of ``model``, and its base model as it was, with plain PEFT."""
-    auto = f"AutoPeft{HEADS[head].auto.removeprefix('Auto')}"
+    auto = f"AutoPeft{HEADS[head].auto.removeprefix('Auto')}" if HEADS[head].task_type else "AutoPeftModel"
     labels = {"num_labels": model.config.num_labels} if HEADS[head].labelled else {}  # pyright: ignore
     given = "".join(f", {name}={value!r}" for name, value in {**labels, **origin(model).options}.items())
     return [f"from peft import {auto}", f"model = {auto}.from_pretrained({str(path)!r}{given})", "model.eval()"]

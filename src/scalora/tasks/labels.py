@@ -40,9 +40,16 @@ class Labels:
         """The place of a value among the labels; None if it is none of them."""
         return self._places.get(label_key(value))
 
-    def place(self, value: Any, where: str) -> int:
-        """The place of a value among the labels; raises ScaloraError, with where the value is, if it is none."""
-        if (place := self.find(value)) is None:
+    def place(self, value: Any, where: str, *, by_number: bool = False) -> int:
+        """The place of a value among the labels; `by_number`, it may be its number in a list that was given.
+
+        Raises:
+            ScaloraError: it is none of them; the message says where the value is.
+        """
+        place = self.find(value)
+        if place is None and by_number and self.given and label_text(value).isdecimal():
+            place = int(label_text(value)) if int(label_text(value)) < len(self.names) else None
+        if place is None:
             origin = "of the training rows, from which the classes are taken"
             raise ScaloraError(
                 f"{self.field}: {shown(value)} in {where} is not one of the labels {shown(self.names, 300)} "

@@ -177,11 +177,7 @@ class TokenClassificationTask(Task):
 
     def _targets(self, row: PlacedRow) -> list[int]:
         """The places of a row's tags among the labels."""
-        return [self._place(tag, row.place) for tag in self._tags(row)]
-
-    def _place(self, tag: str, where: str) -> int:
-        by_number = self.spec.labels is not None and self.known.find(tag) is None and tag.isdecimal()
-        return int(tag) if by_number and int(tag) < len(self.labels) else self.known.place(tag, where)
+        return [self.known.place(tag, row.place, by_number=True) for tag in self._tags(row)]
 
 
 def _listed(text: str) -> Any:

@@ -20,13 +20,17 @@ _BATCH = 8
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """Logits on a few inputs that are the same every time: random tokens, or vectors for a dense network.
+    """Logits on a few inputs that are the same every time: random tokens, pixels, or vectors for a dense network.
 
     Computed in float32 whatever the weights are in, so that two models with the same function agree closely.
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if config.model_type == "scalora-dense":
+    if _main_input(model) == "pixel_values":
+        size = getattr(config, "image_size", None) or 64
+        shape = size if isinstance(size, list | tuple) else (size, size)
+        inputs = {"pixel_values": torch.rand(4, getattr(config, "num_channels", 3), *shape, generator=generator)}
+    elif config.model_type == "scalora-dense":
         inputs = {"inputs_embeds": torch.rand(8, config.widths[0], generator=generator)}
     else:
         most = getattr(config, "max_position_embeddings", None) or 16  # XLNet's -1 means any
@@ -39,6 +43,11 @@ def probe(model: Any) -> Tensor:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with _in_float32(model):
         return model(**inputs).logits
+
+
+def _main_input(model: Any) -> str:
+    """What a model, wrapped or not, reads first of all."""
+    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "main_input_name", "")
 
 
 @contextmanager
