@@ -162,7 +162,7 @@ def test_other_images_are_not_resumed_on(recipe, tmp_path):
     kept = changed.read_bytes()
     images.picture(77).save(changed)
     try:
-        with pytest.raises(ScaloraError, match="the data of (train|validation|test) are others"):
+        with pytest.raises(ScaloraError, match=r"the data of (train|validation|test) are others"):
             train(run, resume=True)
     finally:
         changed.write_bytes(kept)

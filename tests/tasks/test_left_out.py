@@ -18,6 +18,7 @@ KINDS = {
     "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
     "image_classification": ({}, {"image": "none.png"}),
     "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
+    "seq2seq": ({"input": "a", "target": "b"}, {"b": ""}),
     "text": ({"text": "a"}, {"a": 3.0e400}),
     "token_classification": ({}, {"tags": ["O"]}),
     "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),

@@ -11,7 +11,7 @@ from torch import nn
 
 from .origin import origin, random_modules
 
-Head = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"]
+Head = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification", "seq2seq-lm"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HeadFacts:
     task_type: str | None
     """PEFT's name, in adapter_config.json too; None where it has none."""
     architectures: tuple[str, ...]
-    """How the names of such classes end, in a model's config.json."""
+    """How the names of such classes end, in a model's config.json, where transformers' table does not have them."""
     labelled: bool
     """Whether it has num_labels outputs, and so may start at random."""
     modules: tuple[str, ...] = ()
@@ -53,6 +53,9 @@ HEADS: dict[Head, HeadFacts] = {
         "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", None,
         ("ForImageClassification",), True, ("classifier",), ("classifier",),
     ),
+    "seq2seq-lm": HeadFacts(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "SEQ_2_SEQ_LM", (), False
+    ),
 }  # fmt: skip
 
 
@@ -69,6 +72,8 @@ def fits(config: Any, head: Head) -> bool:
 
     if type(config) not in getattr(transformers, HEADS[head].mapping):
         return False
+    if head == "seq2seq-lm" and not config.is_encoder_decoder:  # some of sound and text are in that table too
+        return False
     # transformers would wrap a BERT as a causal model that attends both ways: a number, but a meaningless one.
     two_way = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return not (two_way and head == "causal-lm")
@@ -82,7 +87,13 @@ def head_of_task_type(task_type: str | None) -> Head | None:
 
 def head_of_architecture(name: str) -> Head:
     """The head of a class of models, by its name; a causal language model where that says nothing."""
-    fitting: list[Head] = [head for head, facts in HEADS.items() if name.endswith(facts.architectures)]
+    from transformers.models.auto import modeling_auto
+
+    def knows(facts: HeadFacts) -> bool:
+        return name in getattr(modeling_auto, f"{facts.mapping}_NAMES").values()
+
+    ending: list[Head] = [head for head, facts in HEADS.items() if name.endswith(facts.architectures)]
+    fitting: list[Head] = [*ending, *(head for head, facts in HEADS.items() if knows(facts))]
     return fitting[0] if fitting else "causal-lm"
 
 

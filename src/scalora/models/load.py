@@ -107,8 +107,8 @@ def load_model(
             needed |= {"ignore_mismatched_sizes": True} if report["mismatched_keys"] else {}
         elif report["missing_keys"]:
             raise ScaloraError(
-                f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
-                "needs; give a checkpoint that was saved with its language-modelling head"
+                f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a language model needs; "
+                " give a checkpoint that was saved with its language-modelling head"
             )
     except ScaloraError:
         raise

@@ -16,7 +16,7 @@ from ..common.files import expand_user
 from ..methods import method_class
 from ..methods.support.nf4_base import refuse_tied, round_to_nf4
 from ..methods.support.targets import find_targets
-from ..models.heads import Head, find_heads
+from ..models.heads import HEADS, Head, find_heads
 from ..models.load import load_model
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
@@ -73,7 +73,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         recipe.model, head=task.head, num_labels=task.num_labels, class_names=task.class_names,
         dtype=recipe.dtype, config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
-    if arguments.label_smoothing_factor and task.head == "causal-lm":
+    if arguments.label_smoothing_factor and not HEADS[task.head].labelled:
         raise ScaloraError(
             f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
             "on the plain likelihood of their answers; leave it out"
@@ -89,8 +89,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
-    writes = getattr(task.spec, "max_new_tokens", None) if getattr(task.spec, "answer", None) else None
-    check_positions(model, datasets, getattr(task.spec, "max_length", None), writes)
+    check_positions(model, datasets, getattr(task.spec, "max_length", None), task.max_written)
     rounded = _rounded(recipe, model, task.head)
     return Loaded(
         task,

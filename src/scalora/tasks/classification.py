@@ -49,8 +49,8 @@ class ClassificationTask(Task):
         if spec.regression and spec.labels is not None:
             raise ScaloraError(f"task.labels is {spec.labels}, but regression has no labels; leave it out")
         super().__init__(spec)
-        self.text = _template("task.text", spec.text)
-        self.text_pair = None if spec.text_pair is None else _template("task.text_pair", spec.text_pair)
+        self.text = column_or_template("task.text", spec.text)
+        self.text_pair = None if spec.text_pair is None else column_or_template("task.text_pair", spec.text_pair)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -163,7 +163,8 @@ class ClassificationTask(Task):
         return found
 
 
-def _template(field: str, text: str) -> Template:
+def column_or_template(field: str, text: str) -> Template:
+    """A text with a brace is a template, any other the name of a column."""
     return Template(field, text, is_column="{" not in text)
 
 

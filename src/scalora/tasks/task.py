@@ -121,6 +121,11 @@ class Task(ABC):
         """Names of a classification head's outputs, none for regression; None where the task has no names for them."""
         return None
 
+    @property
+    def max_written(self) -> int | None:
+        """The most tokens that scoring makes the model write by itself; None where it does not."""
+        return None
+
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""
@@ -163,13 +168,16 @@ class Task(ABC):
             self.splits = self.splits._replace(**{split: [row for row, _ in found]})
         return [each for _, each in found]
 
-    def fitting(self, split: Split, needed: Sequence[int], max_length: int) -> list[int]:
+    def fitting(
+        self, split: Split, needed: Sequence[int], max_length: int, field: str = "task.max_length"
+    ) -> list[int]:
         """The numbers of a split's rows that fit; the others are none of its rows from now on, which is said once.
 
         Args:
             split: whose rows are meant.
             needed: the tokens that each row must have.
             max_length: the tokens that it may have.
+            field: the recipe's name of that number.
 
         Raises:
             ScaloraError: no row fits, or more than `max_long_rows` do not.
@@ -179,11 +187,11 @@ class Task(ABC):
         if not (long := len(rows) - len(fits)):
             return fits
         first = next(number for number, tokens in enumerate(needed) if tokens > max_length)
-        what = f"{long} of {len(rows)} {split} rows need more tokens than task.max_length, {max_length}"
+        what = f"{long} of {len(rows)} {split} rows need more tokens than {field}, {max_length}"
         example = f"the first, {rows[first].place}, needs {needed[first]}"
         if not fits or (allowed is not None and long > allowed):
             limit = "" if allowed is None else f"task.data.max_long_rows is {allowed}, but "
-            raise ScaloraError(f"{limit}{what} ({example}): raise task.max_length, or shorten the rows")
+            raise ScaloraError(f"{limit}{what} ({example}): raise {field}, or shorten the rows")
         self.tell(f"{what}, and are left out: {example}")
         self.splits = self.splits._replace(**{split: [rows[number] for number in fits]})
         return fits

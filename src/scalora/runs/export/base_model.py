@@ -98,7 +98,7 @@ class Base:
 
         A chat template that the recipe gave goes along: the model has learnt no other.
         """
-        if self.head == "causal-lm":  # a classifier needs the padding token to find a row's last one
+        if not HEADS[self.head].labelled:  # a classifier needs the padding token to find a row's last one
             model.config.pad_token_id = AutoConfig.from_pretrained(self.path).pad_token_id
         model.save_pretrained(str(folder))
         if self.head == "image-classification":

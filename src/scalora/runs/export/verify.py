@@ -26,7 +26,7 @@ def probe(model: Any) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if _main_input(model) == "pixel_values":
+    if getattr(_plain(model), "main_input_name", "") == "pixel_values":
         size = getattr(config, "image_size", None) or 64
         shape = size if isinstance(size, list | tuple) else (size, size)
         inputs = {"pixel_values": torch.rand(4, getattr(config, "num_channels", 3), *shape, generator=generator)}
@@ -41,13 +41,15 @@ def probe(model: Any) -> Tensor:
             ids[ids == ending] = (ending + 1) % config.get_text_config().vocab_size
             ids[:, -1] = ending
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if config.is_encoder_decoder and _plain(model).can_generate():
+            inputs["labels"] = ids  # what its decoder reads
     with _in_float32(model):
         return model(**inputs).logits
 
 
-def _main_input(model: Any) -> str:
-    """What a model, wrapped or not, reads first of all."""
-    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "main_input_name", "")
+def _plain(model: Any) -> Any:
+    """transformers' model in one that PEFT may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
