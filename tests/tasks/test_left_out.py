@@ -10,7 +10,7 @@ from scalora.tasks.data.rows import DataSpec, load_splits
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 GOOD = {
     "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
-    "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
+    "other": "ran", "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
 }  # fmt: skip
 KINDS = {
     "chat": ({}, {"messages": CHAT[:1]}),
@@ -18,6 +18,7 @@ KINDS = {
     "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
     "image_classification": ({}, {"image": "none.png"}),
     "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
+    "preference": ({"prompt": "a", "chosen": "b", "rejected": "other"}, {"other": "sat on"}),
     "seq2seq": ({"input": "a", "target": "b"}, {"b": ""}),
     "text": ({"text": "a"}, {"a": 3.0e400}),
     "token_classification": ({}, {"tags": ["O"]}),

@@ -83,6 +83,6 @@ def test_a_new_kind_is_one_file(tmp_path):
 
 def test_kinds_are_those_of_the_recipes():
     assert list(all_tasks()) == [
-        "chat", "classification", "completion", "image_classification", "multiple_choice", "recall", "seq2seq",
-        "text", "token_classification", "vectors",
+        "chat", "classification", "completion", "image_classification", "multiple_choice", "preference", "recall",
+        "seq2seq", "text", "token_classification", "vectors",
     ]  # fmt: skip

@@ -41,6 +41,7 @@ class Loaded:
     collator: Collator
     base_weights: str = "float"
     rounded: tuple[str, ...] = ()  # modules whose weights are yet to be rounded to NF4
+    score_batch_size: int = 32
 
     @property
     def dataset(self) -> TokenDataset:
@@ -101,6 +102,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         task.collator(tokenizer, model),
         recipe.base_weights,
         rounded,
+        recipe.score_batch_size,
     )
 
 
@@ -121,6 +123,8 @@ def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     """With the model's base weights as the recipe wants them, on the run's device, seen to be what its task needs.
 
+    What the task compares with the base model is measured here, before anything is adapted.
+
     Args:
         loaded: what is to be trained.
         autocast: dtype to compute in, if not the model's.
@@ -131,9 +135,14 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     if loaded.rounded:
         round_to_nf4(loaded.model, loaded.rounded)
     loaded.model.to(loaded.arguments.device)
-    if loaded.task.head != "causal-lm":
-        return loaded
-    return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
+    if loaded.task.head == "causal-lm":
+        lean = isinstance(loaded.collator, Collator)
+        collator = loaded.collator if lean else Collator(loaded.tokenizer.pad_token_id)
+        found = check_causal(loaded.model, collator, loaded.dataset, autocast)
+        loaded = replace(loaded, collator=found) if lean else loaded
+    loaded.task.refer(loaded.model, loaded.tokenizer, loaded.datasets, loaded.score_batch_size, autocast)
+    loaded.task.equip(loaded.model)
+    return loaded
 
 
 def check(recipe: Recipe) -> Loaded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +88,8 @@ class Task(ABC):
     head: ClassVar[Head]
     tokens: ClassVar[bool] = True
     """Whether what the model reads is made by its own tokenizer (or image processor), and so needs one."""
+    compares: ClassVar[bool] = False
+    """Whether it compares with the untouched base model, and so needs `refer`."""
     data: DataSpec
 
     def __init__(self, spec: Any) -> None:
@@ -205,6 +207,19 @@ class Task(ABC):
         """What makes a padded batch of the examples of `train_dataset`; lean where `model` knows `logits_to_keep`."""
         lean = model is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
         return Collator(tokenizer.pad_token_id, lean)
+
+    def refer(
+        self,
+        model: Any,
+        tokenizer: Any,
+        datasets: Mapping[Split, TokenDataset],
+        batch_size: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Measure the untouched base model on the examples of these splits, where the task compares with it."""
+
+    def equip(self, model: Any) -> None:
+        """Let the model compute the task's own loss on the task's batches, in place; most tasks take the model's."""
 
     @abstractmethod
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:

@@ -85,6 +85,9 @@ class HeldOutLoss:
         split: Split = "validation" if task.splits.validation else "test"
         tokenizer = base.padded_tokenizer
         dataset = task.train_dataset(tokenizer, split)
+        if task.compares:
+            task.refer(base.load(), tokenizer, {split: dataset}, _BATCH, None)
+        self.task = task
         chosen = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // count))][:count]
         collate = task.collator(tokenizer)
         self.batches = [collate(chosen[i : i + _BATCH]) for i in range(0, len(chosen), _BATCH)]
@@ -94,6 +97,7 @@ class HeldOutLoss:
     def measure(self, model: Any) -> float | None:
         if not self.batches:
             return None
+        self.task.equip(model)
         sizes = [len(batch["labels"]) for batch in self.batches]
         losses = [float(model(**batch).loss) for batch in self.batches]
         return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
