@@ -50,10 +50,15 @@ def test_metadata_names_the_images(folder):
     pandas.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
     built = task(folder)
     assert built.labels == ["BLUE", "GREEN", "RED"]
-    assert "metadata.csv" in built.rows("test")[0].place or "photos" in built.rows("test")[0].place
+    assert built.rows("test")[3].place == f"{folder}, line 5, row 4"
+    rows[2]["file_name"] = "red/none.png"
+    pandas.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
+    with pytest.raises(ScaloraError, match=r"the image 'red/none\.png' of .*photos, line 4, row 3 cannot be read"):
+        _ = task(folder).splits
+    assert len(task(folder, {"max_bad_rows": 1}).rows("test")) == 8
     (folder / "metadata.csv").unlink()
     (folder / "metadata.jsonl").write_text(json.dumps({"file": "x"}) + "\n")
-    with pytest.raises(ScaloraError, match=r"metadata\.jsonl, line 1, row 1: the column file_name holds None"):
+    with pytest.raises(ScaloraError, match=r"metadata\.jsonl: there is no column file_name"):
         _ = task(folder).splits
 
 

@@ -187,7 +187,7 @@ def test_messages_are_written_by_the_chat_template(tmp_path, form):
     ("change", "message"),
     [
         ({"rejected": " dog yes"}, "chosen and rejected say the same in .*line 2, row 2"),
-        ({"chosen": "  "}, "task.chosen: the text is empty in .*row 2"),
+        ({"chosen": "  "}, "task.chosen: the text is '  ' in .*row 2"),
         ({"chosen": 5}, "task.chosen: 5 is not a text or a list of messages in"),
         ({"prompt": None}, "task.prompt: there is no column 'prompt' in .*row 2"),
         ({"chosen": ASKED, "rejected": ASKED + BAD}, "task.chosen: no answer is the assistant's alone in"),

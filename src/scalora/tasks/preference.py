@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..common.errors import ScaloraError
 from .conversations import Conversation, Message, from_json, read_messages
 from .data.rows import PlacedRow
-from .data.values import flaw
+from .data.values import flaw, is_missing, shown
 from .encoding import encode
 from .examples import Collator, TokenDataset
 from .pairs import PairCollator, PairDataset, answer_logprobs, learn_from_pairs, pair_side
@@ -160,7 +160,8 @@ class PreferenceTask(Task):
         texts: list[str] = [each for each in (given, *found) if isinstance(each, str) and not _is_list(each)]
         if len(texts) == 3:
             for field, value in zip(("prompt", "chosen", "rejected"), texts, strict=True):
-                if reason := flaw(value) or ("" if value.strip() or field == "prompt" else "is empty"):
+                missing = field != "prompt" and self.data.missing == "refuse" and is_missing(value)
+                if reason := flaw(value) or (f"is {shown(value)}" if missing else ""):
                     raise ScaloraError(f"task.{field}: the text {reason} in {row.place}; mend or drop the row")
             answers: list[Any] = [(given, each) for each in found]
         else:

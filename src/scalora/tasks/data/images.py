@@ -77,11 +77,11 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _described(metadata: Path, table: SourceTable) -> SourceTable:
-    for number, row in enumerate(table.rows, 1):
-        place = table.place(str(metadata), number)
-        if not isinstance(name := row.get("file_name"), str) or not name.strip():
-            raise ScaloraError(f"{place}: the column file_name holds {shown(name)}, and no name of an image; mend it")
-        row["image"] = ImageFile(metadata.parent / name, name)
+    if not any("file_name" in row for row in table.rows):
+        raise ScaloraError(f"{metadata}: there is no column file_name, which names the images; add it")
+    for row in table.rows:
+        name = row.get("file_name")
+        row["image"] = ImageFile(metadata.parent / name, name) if isinstance(name, str) and name.strip() else name
     return table
 
 
