@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers import chats, tokenized
+from helpers import chats, images, tokenized
 from scalora.common.errors import ScaloraError
 from scalora.tasks import all_tasks, build_task, task_class
 from scalora.tasks.data.rows import DataSpec, load_splits
@@ -10,13 +10,18 @@ from scalora.tasks.data.rows import DataSpec, load_splits
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 GOOD = {
     "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
+    "other": "ran", "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
 }  # fmt: skip
 KINDS = {
     "chat": ({}, {"messages": CHAT[:1]}),
     "classification": ({"text": "a", "label": "label"}, {"label": None}),
     "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
+    "image_classification": ({}, {"image": "none.png"}),
     "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
+    "preference": ({"prompt": "a", "chosen": "b", "rejected": "other"}, {"other": "sat on"}),
+    "seq2seq": ({"input": "a", "target": "b"}, {"b": ""}),
     "text": ({"text": "a"}, {"a": 3.0e400}),
+    "token_classification": ({}, {"tags": ["O"]}),
     "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),
 }
 LONG = {
@@ -24,6 +29,11 @@ LONG = {
     "completion": {"b": "sat on " * 30},
     "multiple_choice": {"choices": ["red", "blue " * 60]},
 }
+
+
+@pytest.fixture(autouse=True)
+def _an_image(tmp_path):
+    images.picture(0).save(tmp_path / "there.png")
 
 
 def rows(kind, *special):
@@ -35,7 +45,7 @@ def rows(kind, *special):
 
 def task(folder, kind, content, data=None, **fields):
     path = tokenized.write_jsonl(folder / "rows.jsonl", content)
-    data = {"train": path, "test": path, "columns": {"id": "id"}, **(data or {})}
+    data = {"train": path, "test": path, "folder": str(folder), "columns": {"id": "id"}, **(data or {})}
     return build_task(task_class(kind).Spec(data=data, **KINDS[kind][0], **fields))
 
 

@@ -82,4 +82,7 @@ def test_a_new_kind_is_one_file(tmp_path):
 
 
 def test_kinds_are_those_of_the_recipes():
-    assert list(all_tasks()) == ["chat", "classification", "completion", "multiple_choice", "recall", "text", "vectors"]
+    assert list(all_tasks()) == [
+        "chat", "classification", "completion", "image_classification", "multiple_choice", "preference", "recall",
+        "seq2seq", "text", "token_classification", "vectors",
+    ]  # fmt: skip

@@ -62,9 +62,10 @@ def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec, head: Hea
         ScaloraError: no module matches, or PEFT refuses the configuration; the message says why.
     """
     heads = [name for name, _ in find_heads(model, head)]
-    # By the task type PEFT adds its own list: the names of most heads.
+    # By the task type PEFT adds its own list, the names of most heads: mostly too late to leave them out of all-linear.
     own = getattr(config, "modules_to_save", None)
-    if more := [name for name in heads if name not in (*HEADS[head].modules, *(own or ()))]:
+    known = HEADS[head].modules if HEADS[head].spared else ()
+    if more := [name for name in heads if name not in (*known, *(own or ()))]:
         config.modules_to_save = [*(own or ()), *more]  # pyright: ignore[reportAttributeAccessIssue]
     try:
         peft_model = get_peft_model(model, config)

@@ -38,9 +38,10 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
-    A dense network has no tokenizer (None). Any other's pads on the right and always has a pad token. A classification
-    head that the source lacks starts at random, as does its pooler; a language-modelling head that it lacks is an
-    error. What started so, and what the base must be loaded with, is the model's :func:`~.origin.origin`.
+    A dense network has no tokenizer (None), a model of images its image processor in place of one. Any other's pads on
+    the right and always has a pad token. A classification head that the source lacks starts at random, as does its
+    pooler; a language-modelling head that it lacks is an error. What started so, and what the base must be loaded with,
+    is the model's :func:`~.origin.origin`.
 
     Args:
         source: a packaged alias (`packaged.ASSETS`), a folder with config.json, a .gguf file, or a hub id.
@@ -85,7 +86,11 @@ def load_model(
                 )
             setattr(configuration, name, value)
         # A network that reads vectors has no tokenizer.
-        tokenizer = None if configuration.model_type == "scalora-dense" else _tokenizer(source, path, need_tokenizer)
+        tokenizer = None
+        if head == "image-classification":
+            tokenizer = image_processor(path) if need_tokenizer else None
+        elif configuration.model_type != "scalora-dense":
+            tokenizer = _tokenizer(source, path, need_tokenizer)
         needed, random = {}, frozenset()
         if num_labels is not None:
             needed = set_outputs(configuration, original, num_labels, class_names)
@@ -102,8 +107,8 @@ def load_model(
             needed |= {"ignore_mismatched_sizes": True} if report["mismatched_keys"] else {}
         elif report["missing_keys"]:
             raise ScaloraError(
-                f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a causal language model "
-                "needs; give a checkpoint that was saved with its language-modelling head"
+                f"model: {source!r} has no {sorted(report['missing_keys'])[0]}, which a language model needs; "
+                " give a checkpoint that was saved with its language-modelling head"
             )
     except ScaloraError:
         raise
@@ -111,7 +116,16 @@ def load_model(
         raise _cannot_load(source, error) from error
     overrides = changes_function(config, original)
     set_origin(model, Origin(random, {**needed, **overrides}, overrides))
-    return model, tokenizer and _with_padding(source, model, tokenizer)
+    if tokenizer is None or head == "image-classification":
+        return model, tokenizer
+    return model, _with_padding(source, model, tokenizer)
+
+
+def image_processor(path: str) -> Any:
+    """What makes an image model's inputs; always by Pillow, so that they do not depend on what else is installed."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(path, backend="pil")
 
 
 def backbone_fingerprint(model: nn.Module) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,16 +19,20 @@ class Inputs:
     """Digests of what is read; they depend neither on the machine nor on where files lie."""
 
     data: Mapping[str, str]
-    """Of each split: how many rows, and a digest of the columns that are used, in their order."""
+    """Of each split: how many rows, and a digest of the columns that are used (and the images), in their order."""
     tokenizer: str | None
-    """Of its vocabulary and of the tokens that it makes of the rows; None where the model reads vectors."""
+    """Of its vocabulary and of the tokens that it makes of the rows, or of an image processor's settings; None where
+    the model reads vectors."""
     base_model: str
     """The fingerprint of its weights (a sample of each) as they were loaded, and what they are rounded to."""
 
     @classmethod
     def of(cls, loaded: Loaded) -> Inputs:
         """Those of a recipe that was just loaded, before its model is adapted."""
-        data = {split: digest_rows(loaded.task.rows(split)) for split in loaded.datasets}
+        data = {
+            split: digest_rows(loaded.task.rows(split)) + dataset.content()
+            for split, dataset in loaded.datasets.items()
+        }
         return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.base_weights))
 
     def encode(self) -> dict[str, Any]:
@@ -65,9 +68,10 @@ class Inputs:
 def _digest_tokens(loaded: Loaded) -> str | None:
     if loaded.tokenizer is None:
         return None
-    hasher = hashlib.sha256(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
+    reader = loaded.tokenizer
+    about = sorted(reader.get_vocab().items()) if hasattr(reader, "get_vocab") else reader.to_dict()
+    hasher = hashlib.sha256(json.dumps(about, default=str).encode())
     for dataset in loaded.datasets.values():
-        for example in dataset.examples:
-            # After its length, so that no two lists of examples look alike.
-            hasher.update(array("q", [len(example["input_ids"]), *example["input_ids"]]).tobytes())
+        for part in dataset.token_bytes():
+            hasher.update(part)
     return hasher.hexdigest()[:16]

@@ -16,7 +16,7 @@ from ..common.files import expand_user
 from ..methods import method_class
 from ..methods.support.nf4_base import refuse_tied, round_to_nf4
 from ..methods.support.targets import find_targets
-from ..models.heads import Head, find_heads
+from ..models.heads import HEADS, Head, find_heads
 from ..models.load import load_model
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
@@ -41,6 +41,7 @@ class Loaded:
     collator: Collator
     base_weights: str = "float"
     rounded: tuple[str, ...] = ()  # modules whose weights are yet to be rounded to NF4
+    score_batch_size: int = 32
 
     @property
     def dataset(self) -> TokenDataset:
@@ -73,7 +74,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         recipe.model, head=task.head, num_labels=task.num_labels, class_names=task.class_names,
         dtype=recipe.dtype, config=recipe.config, attn_implementation=recipe.attn_implementation,
     )  # fmt: skip
-    if arguments.label_smoothing_factor and task.head == "causal-lm":
+    if arguments.label_smoothing_factor and not HEADS[task.head].labelled:
         raise ScaloraError(
             f"training.label_smoothing_factor is {arguments.label_smoothing_factor}: language-model tasks are trained "
             "on the plain likelihood of their answers; leave it out"
@@ -89,8 +90,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
-    writes = getattr(task.spec, "max_new_tokens", None) if getattr(task.spec, "answer", None) else None
-    check_positions(model, datasets, getattr(task.spec, "max_length", None), writes)
+    check_positions(model, datasets, getattr(task.spec, "max_length", None), task.max_written)
     rounded = _rounded(recipe, model, task.head)
     return Loaded(
         task,
@@ -102,6 +102,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         task.collator(tokenizer, model),
         recipe.base_weights,
         rounded,
+        recipe.score_batch_size,
     )
 
 
@@ -122,6 +123,8 @@ def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     """With the model's base weights as the recipe wants them, on the run's device, seen to be what its task needs.
 
+    What the task compares with the base model is measured here, before anything is adapted.
+
     Args:
         loaded: what is to be trained.
         autocast: dtype to compute in, if not the model's.
@@ -132,9 +135,14 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     if loaded.rounded:
         round_to_nf4(loaded.model, loaded.rounded)
     loaded.model.to(loaded.arguments.device)
-    if loaded.task.head != "causal-lm":
-        return loaded
-    return replace(loaded, collator=check_causal(loaded.model, loaded.collator, loaded.dataset, autocast))
+    if loaded.task.head == "causal-lm":
+        lean = isinstance(loaded.collator, Collator)
+        collator = loaded.collator if lean else Collator(loaded.tokenizer.pad_token_id)
+        found = check_causal(loaded.model, collator, loaded.dataset, autocast)
+        loaded = replace(loaded, collator=found) if lean else loaded
+    loaded.task.refer(loaded.model, loaded.tokenizer, loaded.datasets, loaded.score_batch_size, autocast)
+    loaded.task.equip(loaded.model)
+    return loaded
 
 
 def check(recipe: Recipe) -> Loaded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,8 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
-from .data.values import flaw, is_missing, label_key, label_text, lookalike, number, shown
+from .data.values import number, shown
+from .labels import Labels, check_label, label_scores, needed
 from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
 from .template import Template
 
@@ -49,8 +49,8 @@ class ClassificationTask(Task):
         if spec.regression and spec.labels is not None:
             raise ScaloraError(f"task.labels is {spec.labels}, but regression has no labels; leave it out")
         super().__init__(spec)
-        self.text = _template("task.text", spec.text)
-        self.text_pair = None if spec.text_pair is None else _template("task.text_pair", spec.text_pair)
+        self.text = column_or_template("task.text", spec.text)
+        self.text_pair = None if spec.text_pair is None else column_or_template("task.text_pair", spec.text_pair)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -66,44 +66,28 @@ class ClassificationTask(Task):
         return [] if self.spec.regression else self.labels
 
     @cached_property
+    def known(self) -> Labels:
+        """The labels, given or found."""
+        return Labels(
+            self.spec.labels,
+            lambda: (row[self.spec.label] for row in self.rows("train")),
+            "task.label",
+            "; set regression: true",
+        )
+
+    @property
     def labels(self) -> list[str]:
         """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""
-        if self.spec.labels is not None:
-            labels = [label_text(label) for label in self.spec.labels]
-        else:
-            found = {label_text(row[self.spec.label]) for row in self.rows("train")}
-            # Of True and true, which are the same, one is shown.
-            labels = sorted({label_key(label): label for label in sorted(found, reverse=True)}.values())
-            for i, label in enumerate(labels):
-                if near := lookalike(label, labels[:i]):
-                    raise ScaloraError(
-                        f"task.label: {label!r} would be a class of its own in the training rows{near}; mend the rows, "
-                        "or list all labels in task.labels"
-                    )
-            if all(number(label) is not None for label in labels):
-                labels.sort(key=float)
-                if not all(float(label).is_integer() for label in labels):
-                    raise ScaloraError(
-                        f"task.label: {labels[0]!r} and others are numbers, not labels; set regression: true"
-                    )
-        if len(set(map(label_key, labels))) < max(2, len(labels)):
-            raise ScaloraError(f"task.labels: classification needs two or more different labels, found {labels}")
-        return labels
+        return self.known.names
 
     def check(self, row: PlacedRow) -> None:
         for template in (self.text, self.text_pair):
             if template is not None:
                 template.check(row, keep_missing=self.data.missing == "keep")
-        value = row[self.spec.label]
-        if reason := flaw(value):
-            raise ScaloraError(f"task.label: column {self.spec.label!r} {reason} in {row.place}; mend or drop the row")
-        if self.spec.regression or self.spec.labels is not None:
+        fixed = self.spec.regression or self.spec.labels is not None
+        check_label(row, self.spec.label, refuse_missing=not fixed and self.data.missing == "refuse")
+        if fixed:
             self._target(row)
-        elif self.data.missing == "refuse" and is_missing(value):
-            raise ScaloraError(
-                f"task.label: the label is {shown(value)} in {row.place}; fill or drop the row, or name all labels in "
-                "task.labels if it is one"
-            )
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         encoded, truncated = self._encode(tokenizer, split)
@@ -111,10 +95,7 @@ class ClassificationTask(Task):
         return TokenDataset([{**e, "labels": t} for e, t in zip(encoded, targets, strict=True)], truncated)
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
-        """The task's metric, with accuracy and nll (mean nats per row); for regression pearson, spearman and mse.
-
-        `f1` is that of the second label where there are two, else the mean over labels (macro).
-        """
+        """The metrics of :func:`~scalora.tasks.labels.label_scores`; for regression pearson, spearman and mse."""
         encoded, truncated = self._encode(tokenizer, split)
         targets = self._targets(split)
         collate = self.collator(tokenizer)
@@ -128,32 +109,14 @@ class ClassificationTask(Task):
                 done += len(batch)
                 if progress:
                     progress(done, len(encoded))
-        score = self._score_numbers if self.spec.regression else self._score_labels
-        return score(self._texts(split), targets, logits.double(), truncated)
-
-    def _score_labels(self, texts: list[str], targets: list[int], logits: torch.Tensor, truncated: int) -> Score:
-        expected = torch.tensor(targets)
-        logprobs = logits.log_softmax(-1)
-        best = logprobs.argmax(-1)
-        metrics = {
-            "accuracy": (best == expected).double().mean().item(),
-            "nll": -logprobs.gather(-1, expected[:, None]).mean().item(),
-        }
-        if self.metric != "accuracy":
-            scores = _import("sklearn.metrics", self.metric)
-            if self.metric == "matthews":
-                metrics["matthews"] = float(scores.matthews_corrcoef(targets, best.numpy()))
-            else:
-                average = "binary" if len(self.labels) == 2 else "macro"
-                metrics["f1"] = float(scores.f1_score(targets, best.numpy(), average=average, zero_division=0))
-        predictions = [
-            Prediction(text, self.labels[target], self.labels[found], row[found].exp().item())
-            for text, target, found, row in zip(texts, targets, best.tolist(), logprobs, strict=True)
-        ]
+        texts = self._texts(split)
+        if self.spec.regression:
+            return self._score_numbers(texts, targets, logits.double(), truncated)
+        metrics, predictions = label_scores(texts, self.labels, targets, logits.double(), self.metric)
         return Score(metrics, self.metric, predictions, truncated)
 
     def _score_numbers(self, texts: list[str], targets: list[float], logits: torch.Tensor, truncated: int) -> Score:
-        stats = _import("scipy.stats", self.metric)
+        stats = needed("scipy.stats", self.metric)
         found = logits[:, 0].numpy()
         pearson, spearman = float(stats.pearsonr(targets, found)[0]), float(stats.spearmanr(targets, found)[0])
         metrics = {
@@ -185,37 +148,24 @@ class ClassificationTask(Task):
         encoded = [dict(zip(keys, values, strict=True)) for values in zip(*(cut[key] for key in keys), strict=True)]
         return encoded, sum(len(ids) > self.spec.max_length for ids in full)
 
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {label_key(label): i for i, label in enumerate(self.labels)}
-
     def _targets(self, split: Split) -> list[Any]:
         return [self._target(row) for row in self.rows(split)]
 
     def _target(self, row: PlacedRow) -> float | int:
         """What the head is to say of a row: a number, or the label's place."""
         value = row[self.spec.label]
-        target = number(value) if self.spec.regression else self._index.get(label_key(value))
-        if target is None:
-            known, way_out = "a finite number", "mend or drop the row"
-            if not self.spec.regression:
-                given = self.spec.labels is not None
-                origin = "that task.labels lists" if given else "of the training rows, from which the classes are taken"
-                known = f"one of the labels {shown(self.labels, 300)} {origin}{lookalike(value, self.labels)}"
-                way_out += ", or " + ("list it too" if given else "list all labels in task.labels")
-            raise ScaloraError(f"task.label: {shown(value)} in {row.place} is not {known}; {way_out}")
-        return target
+        if not self.spec.regression:
+            return self.known.place(value, row.place)
+        if (found := number(value)) is None:
+            raise ScaloraError(
+                f"task.label: {shown(value)} in {row.place} is not a finite number; mend or drop the row"
+            )
+        return found
 
 
-def _template(field: str, text: str) -> Template:
+def column_or_template(field: str, text: str) -> Template:
+    """A text with a brace is a template, any other the name of a column."""
     return Template(field, text, is_column="{" not in text)
-
-
-def _import(module: str, metric: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ScaloraError(f"task.metric {metric!r} needs {module}: pip install 'scalora[arena]'") from error
 
 
 TASKS = (ClassificationTask,)

@@ -54,6 +54,10 @@ class CompletionTask(Task):
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.prompt.columns, *self.completion.columns)))
 
+    @property
+    def max_written(self) -> int | None:
+        return None if self.answer is None else self.spec.max_new_tokens
+
     def check(self, row: PlacedRow) -> None:
         for template in (self.prompt, self.completion):
             template.check(row, keep_missing=self.data.missing == "keep")

@@ -46,7 +46,7 @@ def read_messages(value: Any, field: str, place: str, role: str | None = None) -
     """
     if role is not None and isinstance(value, str) and not flaw(value):
         return [{"role": role, "content": value}]
-    listed = _from_json(value) if isinstance(value, str) else value
+    listed = from_json(value) if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         wanted = "a list of messages" if role is None else "a text or a list of messages"
         raise ScaloraError(f"{field}: {shown(value)} is not {wanted} in {place}; mend or drop the row")
@@ -55,7 +55,7 @@ def read_messages(value: Any, field: str, place: str, role: str | None = None) -
 
 def read_tools(value: Any, field: str, place: str) -> list[Any] | None:
     """The tools that a row offers, JSON schemas in a list or as JSON; None where it offers none."""
-    listed = (_from_json(value) if isinstance(value, str) else value) or None
+    listed = (from_json(value) if isinstance(value, str) else value) or None
     if listed is not None and not (isinstance(listed, list) and all(isinstance(each, dict) for each in listed)):
         raise ScaloraError(f"{field}: {shown(value)} is not a list of tools in {place}; mend or drop the row")
     return listed or None
@@ -90,7 +90,7 @@ def _shared(turn: dict[str, Any], where: str, place: str) -> Message:
         )
     if speaker != "function_call":
         return {"role": _SPEAKERS[speaker], "content": text}
-    call = _from_json(text) if isinstance(text, str) else text
+    call = from_json(text) if isinstance(text, str) else text
     calls = call if isinstance(call, list) else [call]
     if not calls or not all(isinstance(each, dict) and "name" in each for each in calls):
         raise ScaloraError(f"{where} is no named function call, but {shown(text)} in {place}; mend or drop the row")
@@ -110,7 +110,7 @@ def _joined(parts: list[Any], where: str, place: str) -> str:
     return "".join(texts)
 
 
-def _from_json(text: str) -> Any:
+def from_json(text: str) -> Any:
     """The value that a text is as JSON, or else the text."""
     try:
         return json.loads(text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,23 +33,18 @@ def generate(
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
-    pad, ends = tokenizer.pad_token_id, _ends(model, tokenizer)
+    pad, ends = tokenizer.pad_token_id, endings(model, tokenizer)
     with evaluating(model, autocast) as device:
 
         def write(rows: Sequence[Sequence[int]], pad: int, new_tokens: int, **options: Any) -> Any:
             ids, mask = pad_left(rows, pad, device)
             # Penalties of a model's own generation config would count the padding, and so depend on the batch.
-            try:
+            with refusing_generation("task.answer", "leave it out"):
                 return model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
                     repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends, **options,
                 )  # fmt: skip
-            except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
-                raise ScaloraError(
-                    f"task.answer: this model cannot write by itself ({' '.join(str(error).split())[:200]}); leave it "
-                    "out, or choose another model"
-                ) from error
 
         def first_logits(rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
             return write(rows, pad, 1, return_dict_in_generate=True, output_logits=True).logits[0]
@@ -66,7 +62,21 @@ def generate(
     return texts
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+@contextmanager
+def refusing_generation(field: str, way_out: str) -> Iterator[None]:
+    """Raises ScaloraError, naming the field that asks for it, where a model turns out to be unable to generate."""
+    try:
+        yield
+    except ScaloraError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        raise ScaloraError(
+            f"{field}: this model cannot write by itself ({' '.join(str(error).split())[:200]}); {way_out}, or choose "
+            "another model"
+        ) from error
+
+
+def endings(model: Any, tokenizer: Any) -> list[int]:
     """The tokens after which nothing is written: the one that completions are trained to end with, and the model's."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, model_validator
-from torch.utils.data import Dataset
 
 from ..common.errors import ScaloraError
 from ..common.numeric import numbers_only
 from ..models.heads import Head
 from .data.rows import DataSpec, PlacedRow, Splits, load_splits, note_bad
 from .data.values import flaw
+from .examples import Collator, TokenDataset
 
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
@@ -69,54 +69,6 @@ class Score:
         return self.primary != "nll"
 
 
-class TokenDataset(Dataset):
-    """Tokenised examples without padding: dicts of `input_ids`, `labels` (and `token_type_ids` where a model has them).
-
-    `truncated` counts the examples that were cut to max_length. `longest` is the most tokens that the model reads at a
-    time in learning or scoring these rows, and `longest_prompt` the most that it goes on writing after.
-    """
-
-    def __init__(self, examples: list[dict[str, Any]], truncated: int) -> None:
-        self.examples = examples
-        self.truncated = truncated
-        self.longest = max((len(example.get("input_ids", ())) for example in examples), default=0)
-        self.longest_prompt = 0
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[index]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right into a batch of `[batch, length]` tensors, with an `attention_mask`.
-
-    Labels that are lists are padded with -100, which the loss ignores; numbers become a `[batch]` tensor.
-    """
-
-    pad_token_id: int
-    lean: bool = False
-    """Ask a causal model for logits only at the positions before labels: with one label per prompt that saves most."""
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        fill = {"input_ids": self.pad_token_id, "token_type_ids": 0, "labels": -100}
-        length = max(len(example["input_ids"]) for example in examples)
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        batch = {"attention_mask": (torch.arange(length) < lengths[:, None]).long()}
-        for key in examples[0]:
-            values = [example[key] for example in examples]
-            if isinstance(values[0], list):
-                values = [value + [fill[key]] * (length - len(value)) for value in values]
-            batch[key] = torch.tensor(values)
-        if self.lean:
-            following = batch["labels"][:, 1:]
-            batch["logits_to_keep"] = (following != -100).any(0).nonzero()[:, 0]
-            batch["shift_labels"] = following[:, batch["logits_to_keep"]]
-        return batch
-
-
 class BaseTaskSpec(BaseModel, frozen=True, extra="forbid"):
     """The `task` section of a recipe, as far as all kinds share it."""
 
@@ -135,7 +87,9 @@ class Task(ABC):
     """Its section of a recipe, whose `kind` is a literal with a default."""
     head: ClassVar[Head]
     tokens: ClassVar[bool] = True
-    """Whether the model reads tokens, and so needs a tokenizer."""
+    """Whether what the model reads is made by its own tokenizer (or image processor), and so needs one."""
+    compares: ClassVar[bool] = False
+    """Whether it compares with the untouched base model, and so needs `refer`."""
     data: DataSpec
 
     def __init__(self, spec: Any) -> None:
@@ -167,6 +121,11 @@ class Task(ABC):
     @property
     def class_names(self) -> list[str] | None:
         """Names of a classification head's outputs, none for regression; None where the task has no names for them."""
+        return None
+
+    @property
+    def max_written(self) -> int | None:
+        """The most tokens that scoring makes the model write by itself; None where it does not."""
         return None
 
     @cached_property
@@ -211,13 +170,16 @@ class Task(ABC):
             self.splits = self.splits._replace(**{split: [row for row, _ in found]})
         return [each for _, each in found]
 
-    def fitting(self, split: Split, needed: Sequence[int], max_length: int) -> list[int]:
+    def fitting(
+        self, split: Split, needed: Sequence[int], max_length: int, field: str = "task.max_length"
+    ) -> list[int]:
         """The numbers of a split's rows that fit; the others are none of its rows from now on, which is said once.
 
         Args:
             split: whose rows are meant.
             needed: the tokens that each row must have.
             max_length: the tokens that it may have.
+            field: the recipe's name of that number.
 
         Raises:
             ScaloraError: no row fits, or more than `max_long_rows` do not.
@@ -227,11 +189,11 @@ class Task(ABC):
         if not (long := len(rows) - len(fits)):
             return fits
         first = next(number for number, tokens in enumerate(needed) if tokens > max_length)
-        what = f"{long} of {len(rows)} {split} rows need more tokens than task.max_length, {max_length}"
+        what = f"{long} of {len(rows)} {split} rows need more tokens than {field}, {max_length}"
         example = f"the first, {rows[first].place}, needs {needed[first]}"
         if not fits or (allowed is not None and long > allowed):
             limit = "" if allowed is None else f"task.data.max_long_rows is {allowed}, but "
-            raise ScaloraError(f"{limit}{what} ({example}): raise task.max_length, or shorten the rows")
+            raise ScaloraError(f"{limit}{what} ({example}): raise {field}, or shorten the rows")
         self.tell(f"{what}, and are left out: {example}")
         self.splits = self.splits._replace(**{split: [rows[number] for number in fits]})
         return fits
@@ -245,6 +207,19 @@ class Task(ABC):
         """What makes a padded batch of the examples of `train_dataset`; lean where `model` knows `logits_to_keep`."""
         lean = model is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
         return Collator(tokenizer.pad_token_id, lean)
+
+    def refer(
+        self,
+        model: Any,
+        tokenizer: Any,
+        datasets: Mapping[Split, TokenDataset],
+        batch_size: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Measure the untouched base model on the examples of these splits, where the task compares with it."""
+
+    def equip(self, model: Any) -> None:
+        """Let the model compute the task's own loss on the task's batches, in place; most tasks take the model's."""
 
     @abstractmethod
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:

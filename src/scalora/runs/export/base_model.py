@@ -13,7 +13,7 @@ from ...methods import method_class
 from ...methods.support.nf4_base import nf4_note, read_nf4_base, round_to_nf4
 from ...methods.support.targets import find_targets
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
-from ...models.load import fingerprint_as, load_model
+from ...models.load import fingerprint_as, image_processor, load_model
 from ...models.origin import origin
 from ...tasks import build_task, task_class
 from ..recipe import parse_recipe
@@ -98,10 +98,12 @@ class Base:
 
         A chat template that the recipe gave goes along: the model has learnt no other.
         """
-        if self.head == "causal-lm":  # a classifier needs the padding token to find a row's last one
+        if not HEADS[self.head].labelled:  # a classifier needs the padding token to find a row's last one
             model.config.pad_token_id = AutoConfig.from_pretrained(self.path).pad_token_id
         model.save_pretrained(str(folder))
-        if self.padded_tokenizer is not None:
+        if self.head == "image-classification":
+            image_processor(self.path).save_pretrained(str(folder))
+        elif self.padded_tokenizer is not None:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
             given = ((self.artefact.made_by or {}).get("task") or {}).get("chat_template")
             tokenizer.chat_template = given or tokenizer.chat_template
@@ -128,7 +130,7 @@ def head_of(artefact: Artefact) -> Head:
         return head_of_architecture(str(made_for))
     head = head_of_task_type(artefact.config.get("task_type"))
     if head is None:
-        known = " and ".join(facts.task_type for facts in HEADS.values())
+        known = " and ".join(facts.task_type for facts in HEADS.values() if facts.task_type)
         raise ScaloraError(
             f"{artefact.folder} has task_type {artefact.config['task_type']}: only {known} are known here; load it "
             "with PEFT and call scalora.save_plain_lora"

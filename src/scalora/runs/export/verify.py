@@ -20,13 +20,17 @@ _BATCH = 8
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """Logits on a few inputs that are the same every time: random tokens, or vectors for a dense network.
+    """Logits on a few inputs that are the same every time: random tokens, pixels, or vectors for a dense network.
 
     Computed in float32 whatever the weights are in, so that two models with the same function agree closely.
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if config.model_type == "scalora-dense":
+    if getattr(_plain(model), "main_input_name", "") == "pixel_values":
+        size = getattr(config, "image_size", None) or 64
+        shape = size if isinstance(size, list | tuple) else (size, size)
+        inputs = {"pixel_values": torch.rand(4, getattr(config, "num_channels", 3), *shape, generator=generator)}
+    elif config.model_type == "scalora-dense":
         inputs = {"inputs_embeds": torch.rand(8, config.widths[0], generator=generator)}
     else:
         most = getattr(config, "max_position_embeddings", None) or 16  # XLNet's -1 means any
@@ -37,8 +41,15 @@ def probe(model: Any) -> Tensor:
             ids[ids == ending] = (ending + 1) % config.get_text_config().vocab_size
             ids[:, -1] = ending
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if config.is_encoder_decoder and _plain(model).can_generate():
+            inputs["labels"] = ids  # what its decoder reads
     with _in_float32(model):
         return model(**inputs).logits
+
+
+def _plain(model: Any) -> Any:
+    """transformers' model in one that PEFT may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
@@ -74,6 +85,9 @@ class HeldOutLoss:
         split: Split = "validation" if task.splits.validation else "test"
         tokenizer = base.padded_tokenizer
         dataset = task.train_dataset(tokenizer, split)
+        if task.compares:
+            task.refer(base.load(), tokenizer, {split: dataset}, _BATCH, None)
+        self.task = task
         chosen = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // count))][:count]
         collate = task.collator(tokenizer)
         self.batches = [collate(chosen[i : i + _BATCH]) for i in range(0, len(chosen), _BATCH)]
@@ -83,6 +97,7 @@ class HeldOutLoss:
     def measure(self, model: Any) -> float | None:
         if not self.batches:
             return None
+        self.task.equip(model)
         sizes = [len(batch["labels"]) for batch in self.batches]
         losses = [float(model(**batch).loss) for batch in self.batches]
         return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)

@@ -10,6 +10,7 @@ from ...common.errors import ScaloraError
 from ...common.files import expand_user
 from .documents import STDLIB, read_folder, read_matching, stdlib_documents
 from .forms import Row
+from .images import read_image_folder
 from .json_rows import read_jsonl
 from .source import SourceTable
 from .tables import ENDINGS, read_table
@@ -31,7 +32,7 @@ def read_source(
 
     Args:
         name: the field under `task.data` that names it.
-        source: a packaged alias, a file or pattern of files, or a hub id.
+        source: a packaged alias, a file or pattern of files, a folder of images, or a hub id.
         folder: what relative paths start from.
         theirs: the columns that are asked for by other names than ours; positions, where a table has no header.
         split: of a set on the hub.
@@ -61,6 +62,8 @@ def read_source(
                 f"{expand_user(folder).resolve()})"
             )
         return read_table(path, theirs if all(each.isdecimal() for each in theirs) else (), bad)
+    if path.is_dir():
+        return read_image_folder(path, f"task.data.{name}", lambda file: read_table(file, bad=bad))
     if path.exists() or source.startswith(("/", ".", "~")) or path.suffix.lower() in _PACKED:
         unpacked = "; unpack it" if path.suffix.lower() in _PACKED else ""
         raise ScaloraError(
@@ -77,11 +80,15 @@ def _packaged() -> str:
 
 
 def _read_hub(name: str, source: str, split: str) -> list[Row]:
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
 
     repository, _, config = source.partition(":")
     try:
-        return load_dataset(repository, config or None, split=split).to_list()
+        found = load_dataset(repository, config or None, split=split)
+        for column, kind in (found.features or {}).items():
+            if isinstance(kind, Image):  # as bytes, which can be told from others
+                found = found.cast_column(column, Image(decode=False))
+        return found.to_list()
     except Exception as error:  # the hub, its client and dataset scripts fail in too many ways to list
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScaloraError(

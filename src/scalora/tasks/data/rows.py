@@ -27,8 +27,8 @@ class DataSpec(BaseModel):
     """Where rows come from and how many are used.
 
     A source is a packaged alias, a .json/.jsonl/.csv/.tsv/.parquet/.txt file, a pattern of files that are a document
-    each (`notes/**/*.md`), or a hub id (`owner/name`, or `owner/name:config`). Without a source of their own,
-    validation and test rows are split off from train.
+    each (`notes/**/*.md`), a folder of images, or a hub id (`owner/name`, or `owner/name:config`). Without a source of
+    their own, validation and test rows are split off from train.
     """
 
     model_config = ConfigDict(extra="forbid")

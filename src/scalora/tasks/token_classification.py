@@ -1,0 +1,194 @@
+"""Tags for words: named entities, parts of speech."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..common.errors import ScaloraError
+from .data.rows import PlacedRow
+from .data.values import flaw, label_text, shown
+from .entities import OUTSIDE, entity_scores, has_prefixes
+from .labels import Labels
+from .task import BaseTaskSpec, Collator, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
+
+
+class TokenClassificationSpec(BaseTaskSpec, frozen=True):
+    """Which of the tags in the column `tags` belongs to each of the words in the column `tokens`.
+
+    Cells are lists, lists in JSON, or texts with white space between the words.
+    """
+
+    kind: Literal["token_classification"] = "token_classification"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    """IOB (B-PER, I-PER, O), or plain types; or numbers that are places in `labels`."""
+    labels: list[str | bool | int] | None = None
+    """All tags, in the order of the head's outputs; None takes those of train, sorted."""
+    metric: Literal["f1", "accuracy"] = "f1"
+    """What counts: the F1 of entities, or the share of words with the right tag."""
+    max_length: int = Field(default=512, ge=2)
+
+
+class TokenClassificationTask(Task):
+    """Cross-entropy on each word's tag, at the first token of the word."""
+
+    Spec = TokenClassificationSpec
+    head = "token-classification"
+    spec: TokenClassificationSpec
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.spec.tokens, self.spec.tags)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.labels
+
+    @cached_property
+    def known(self) -> Labels:
+        """The tags, given or found."""
+        labels = Labels(
+            self.spec.labels, lambda: (tag for row in self.rows("train") for tag in self._tags(row)), "task.tags"
+        )
+        has_prefixes(labels.names)
+        return labels
+
+    @property
+    def labels(self) -> list[str]:
+        """The tags as texts, in the order of the head's outputs; numbers are sorted as numbers."""
+        return self.known.names
+
+    def collator(self, tokenizer: Any, model: Any = None) -> Collator:
+        return Collator(tokenizer.pad_token_id)
+
+    def check(self, row: PlacedRow) -> None:
+        words = self._cells(row, self.spec.tokens, "task.tokens")
+        tags = self._cells(row, self.spec.tags, "task.tags")
+        if len(words) != len(tags):
+            raise ScaloraError(
+                f"task.tags: {len(words)} words with {len(tags)} tags in {row.place}; mend or drop the row"
+            )
+        if self.spec.labels is not None:
+            self._targets(row)
+
+    def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
+        return TokenDataset([example for example, _ in self._encode(tokenizer, split)], 0)
+
+    def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
+        """`f1`, `precision` and `recall` of entities, `accuracy` of words, and `nll`: mean nats per word.
+
+        A word of which the tokenizer makes no token is taken to be tagged O, and does not count in `nll`.
+        """
+        encoded = self._encode(tokenizer, split)
+        prefixed = has_prefixes(self.labels)
+        collate, found, nats, done = self.collator(tokenizer), [[] for _ in encoded], [], 0
+        lengths = [len(example["input_ids"]) for example, _ in encoded]
+        with evaluating(model, autocast) as device:
+            for batch in batches(lengths, [1] * len(lengths), batch_size):
+                inputs = collate([encoded[i][0] for i in batch])
+                labels = inputs.pop("labels")
+                logits = model(**{k: v.to(device) for k, v in inputs.items()}).logits.double().cpu()
+                logprobs = logits.log_softmax(-1)
+                kept = labels != -100
+                nats.append(-logprobs[kept].gather(-1, labels[kept][:, None]).squeeze(-1))
+                for i, best in zip(batch, logprobs.argmax(-1).tolist(), strict=True):
+                    found[i] = [OUTSIDE if at is None else self.labels[best[at]] for at in encoded[i][1]]
+                done += len(batch)
+                if progress:
+                    progress(done, len(encoded))
+        rows = self.rows(split)
+        expected = [[self.labels[target] for target in self._targets(row)] for row in rows]
+        pairs = [pair for tags, said in zip(expected, found, strict=True) for pair in zip(tags, said, strict=True)]
+        metrics = {
+            **entity_scores(expected, found, prefixed=prefixed),
+            "accuracy": sum(wanted == said for wanted, said in pairs) / len(pairs),
+            "nll": torch.cat(nats).mean().item(),
+        }
+        predictions = [
+            Prediction(" ".join(self._words(row)), " ".join(tags), " ".join(said), None)
+            for row, tags, said in zip(rows, expected, found, strict=True)
+        ]
+        return Score(metrics, self.spec.metric, predictions)
+
+    def _encode(self, tokenizer: Any, split: Split) -> list[tuple[dict[str, Any], list[int | None]]]:
+        """Of each row that fits: its example, and the place of each word's first token, None where it has none."""
+        if not tokenizer.is_fast:
+            raise ScaloraError(
+                f"task.kind is {self.kind()!r}, but {type(tokenizer).__name__} does not say where its tokens stand in "
+                "a text: choose a model with a fast tokenizer (tokenizer.json)"
+            )
+        read = self.read_rows(split, lambda row: self._example(tokenizer, row))
+        fits = self.fitting(split, [len(example["input_ids"]) for example, _ in read], self.spec.max_length)
+        return [read[number] for number in fits]
+
+    def _example(self, tokenizer: Any, row: PlacedRow) -> tuple[dict[str, Any], list[int | None]]:
+        words, targets = self._words(row), self._targets(row)
+        # As one text and not word by word: byte-level tokenizers then read the spaces that they were trained with.
+        read = tokenizer(" ".join(words), return_offsets_mapping=True)
+        firsts: list[int | None] = []
+        spans, token, begin = read["offset_mapping"], 0, 0
+        for word in words:
+            end = begin + len(word)
+            # A word's first token may be the space before it; the span of a token that was added is empty.
+            while token < len(spans) and (spans[token][0] < begin - 1 or spans[token][0] == spans[token][1]):
+                token += 1
+            own = token < len(spans) and spans[token][0] < end
+            firsts.append(token if own else None)
+            token, begin = token + own, end + 1
+        if not any(first is not None for first in firsts):
+            raise ScaloraError(f"task.tokens: the words have no tokens in {row.place}; mend or drop the row")
+        labels = [-100] * len(spans)
+        for first, target in zip(firsts, targets, strict=True):
+            if first is not None:
+                labels[first] = target
+        keys = [key for key in ("input_ids", "token_type_ids") if key in read]
+        return {**{key: list(read[key]) for key in keys}, "labels": labels}, firsts
+
+    def _words(self, row: PlacedRow) -> list[str]:
+        return [str(word) for word in self._cells(row, self.spec.tokens, "task.tokens")]
+
+    def _tags(self, row: PlacedRow) -> list[str]:
+        return [label_text(tag) for tag in self._cells(row, self.spec.tags, "task.tags")]
+
+    def _cells(self, row: PlacedRow, column: str, field: str) -> list[Any]:
+        """What a column lists for a row; raises ScaloraError, with its place, where that is no list of texts."""
+        value = row[column]
+        if isinstance(value, str):
+            value = _listed(value)
+        if not isinstance(value, list) or not value:
+            what = "empty" if value == [] else f"{shown(value)}, and no list"
+            raise ScaloraError(f"{field}: column {column!r} is {what} in {row.place}; mend or drop the row")
+        for place, each in enumerate(value, 1):
+            if reason := flaw(each) or ("" if str(each).strip() else "is empty"):
+                raise ScaloraError(
+                    f"{field}: column {column!r}, number {place} of {len(value)}, {reason} in {row.place}; mend or "
+                    "drop the row"
+                )
+        return value
+
+    def _targets(self, row: PlacedRow) -> list[int]:
+        """The places of a row's tags among the labels."""
+        return [self.known.place(tag, row.place, by_number=True) for tag in self._tags(row)]
+
+
+def _listed(text: str) -> Any:
+    """A cell of text as the list that it is in JSON, or else its words."""
+    if text.lstrip().startswith("["):
+        try:
+            if isinstance(found := json.loads(text), list):
+                return found
+        except (ValueError, RecursionError):
+            pass
+    return text.split()
+
+
+TASKS = (TokenClassificationTask,)
