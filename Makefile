@@ -10,7 +10,7 @@ demo: .venv/.cli
 test: .venv/.dev .venv/.quantised .venv/.diffusion  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py \
-	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py
+	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py tests/runs/test_quantization.py
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/diffusion $(BIN)/python -m pytest tests/compatibility/ -k "unet or table_of_families"
 
 quick: .venv/.dev  ## without the packaged real models: needs no network

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..common import packaged
 from ..common.errors import ScaloraError
@@ -18,6 +20,7 @@ from ..common.files import damage, digest, expand_user, is_sealed, seal
 from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
 from .origin import OUTPUTS, Origin, changes_function, find_random, origin, set_origin, set_outputs
+from .packed import cannot_pack, is_packed, outside_backbone, packing, settle
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -35,6 +38,8 @@ def load_model(
     config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     need_tokenizer: bool = True,
+    quantization: str = "none",
+    compute: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
@@ -52,6 +57,8 @@ def load_model(
         config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
         need_tokenizer: False where the model is only computed with: a source without a tokenizer then gives None.
+        quantization: how its weights are kept; `nf4-rounded` is left to whoever knows which are targeted.
+        compute: what products with packed weights are made in.
 
     Raises:
         ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
@@ -89,6 +96,9 @@ def load_model(
         needed, random = {}, frozenset()
         if num_labels is not None:
             needed = set_outputs(configuration, original, num_labels, class_names)
+        if is_packed(quantization):
+            kept = outside_backbone(auto_class(head), configuration)
+            options |= {"quantization_config": packing(quantization, compute, kept), "device_map": {"": "cpu"}}
         model, report = auto_class(head).from_pretrained(
             path,
             config=configuration,
@@ -108,27 +118,56 @@ def load_model(
     except ScaloraError:
         raise
     except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
+        if is_packed(quantization):
+            raise cannot_pack(quantization, source, error) from error
         raise _cannot_load(source, error) from error
     overrides = changes_function(config, original)
-    set_origin(model, Origin(random, {**needed, **overrides}, overrides))
+    known = Origin(random, {**needed, **overrides}, overrides)
+    if is_packed(quantization):
+        settle(model, quantization)
+        known = replace(known, quantization=quantization)
+    set_origin(model, known)
     return model, tokenizer and _with_padding(source, model, tokenizer)
 
 
-def backbone_fingerprint(model: nn.Module) -> str:
+def plain_model(packed: Any, head: Head) -> Any:
+    """The model that a packed one was loaded as, once more and not packed, on the CPU.
+
+    Raises:
+        ScaloraError: its source is gone.
+    """
+    configuration = copy.deepcopy(packed.config)
+    del configuration.quantization_config
+    try:
+        return auto_class(head).from_pretrained(
+            packed.name_or_path, config=configuration, dtype=packed.dtype, ignore_mismatched_sizes=HEADS[head].labelled
+        )
+    except Exception as error:  # as above
+        raise _cannot_load(packed.name_or_path, error) from error
+
+
+def backbone_fingerprint(model: nn.Module, *, linear: bool = True) -> str:
     """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
 
-    A classification head may have started at random and does not count, nor does a pooler that has.
+    A classification head may have started at random and does not count, nor does a pooler that has. Without `linear`
+    the weights of linear layers do not count either.
     """
     backbone, random = getattr(model, "base_model", model), origin(model).random
     skipped = {id(parameter) for name, parameter in model.named_parameters() if name in random}
+    if not linear:
+        skipped |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
     kept = ((name, parameter) for name, parameter in backbone.named_parameters() if id(parameter) not in skipped)
     return fingerprint(kept, type(getattr(model, "config", None)).__name__)
 
 
-def fingerprint_as(model: nn.Module, base_weights: str) -> str:
-    """The fingerprint of a base model that is loaded and yet to be rounded, with what it is rounded to."""
-    found = backbone_fingerprint(model)
-    return found if base_weights == "float" else f"{found}-{base_weights}"
+def fingerprint_as(model: nn.Module, quantization: str) -> str:
+    """The fingerprint of a base model that is loaded and yet to be rounded, with what it is rounded to.
+
+    Packed, and as it was before, it has one and the same: of all but its linear weights, whose values packing changes.
+    """
+    if is_packed(quantization):
+        return f"{backbone_fingerprint(model, linear=False)}-packed-{quantization}"
+    return backbone_fingerprint(model) + {"none": "", "nf4-rounded": "-nf4"}[quantization]
 
 
 def _resolve(source: str) -> str:

@@ -30,7 +30,7 @@ class Inputs:
     def of(cls, loaded: Loaded) -> Inputs:
         """Those of a recipe that was just loaded, before its model is adapted."""
         data = {split: digest_rows(loaded.task.rows(split)) for split in loaded.datasets}
-        return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.base_weights))
+        return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.quantization))
 
     def encode(self) -> dict[str, Any]:
         return asdict(self)
