@@ -12,7 +12,7 @@ from scalora.arena.queue import TrialQueue
 from scalora.arena.settle import settle_precision
 from scalora.runs import precision
 from scalora.runs.precision import PrecisionChoice
-from scalora.runs.recipe import load_recipe, parse_recipe, of_today
+from scalora.runs.recipe import load_recipe, of_today, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
