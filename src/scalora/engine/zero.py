@@ -64,7 +64,7 @@ class _Part(NamedTuple):
 
     start: int
     there: int
-    count: int
+    size: int
 
 
 class ZeroSteps:
@@ -137,14 +137,14 @@ class ZeroSteps:
         split = whole.split([p.numel() for p in self.params])
         for p, values in zip(self.params, split, strict=True):
             if part := _part(p):
-                values[part.start : part.start + part.count] = flat[part.there : part.there + part.count]
+                values[part.start : part.start + part.size] = flat[part.there : part.there + part.size]
         dist.all_reduce(whole, group=self.zero.real_dp_process_group[self.group])
         return [values.view_as(p) for p, values in zip(self.params, split, strict=True)]
 
     def _scatter(self, flat: Tensor, values: list[Tensor]) -> None:
         for p, value in zip(self.params, values, strict=True):
             if part := _part(p):
-                flat[part.there : part.there + part.count] = value.flatten()[part.start : part.start + part.count]
+                flat[part.there : part.there + part.size] = value.flatten()[part.start : part.start + part.size]
 
 
 def _part(p: Any) -> _Part | None:

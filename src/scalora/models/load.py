@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..common import packaged
 from ..common.errors import ScaloraError
 from ..common.files import damage, digest, expand_user, is_sealed, seal
-from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
-from .origin import OUTPUTS, Origin, changes_function, find_random, origin, set_origin, set_outputs
+from .origin import OUTPUTS, Origin, changes_function, find_random, set_origin, set_outputs
 from .packed import cannot_pack, is_packed, outside_backbone, packing, settle
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -144,30 +141,6 @@ def plain_model(packed: Any, head: Head) -> Any:
         )
     except Exception as error:  # as above
         raise _cannot_load(packed.name_or_path, error) from error
-
-
-def backbone_fingerprint(model: nn.Module, *, linear: bool = True) -> str:
-    """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
-
-    A classification head may have started at random and does not count, nor does a pooler that has. Without `linear`
-    the weights of linear layers do not count either.
-    """
-    backbone, random = getattr(model, "base_model", model), origin(model).random
-    skipped = {id(parameter) for name, parameter in model.named_parameters() if name in random}
-    if not linear:
-        skipped |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
-    kept = ((name, parameter) for name, parameter in backbone.named_parameters() if id(parameter) not in skipped)
-    return fingerprint(kept, type(getattr(model, "config", None)).__name__)
-
-
-def fingerprint_as(model: nn.Module, quantization: str) -> str:
-    """The fingerprint of a base model that is loaded and yet to be rounded, with what it is rounded to.
-
-    Packed, and as it was before, it has one and the same: of all but its linear weights, whose values packing changes.
-    """
-    if is_packed(quantization):
-        return f"{backbone_fingerprint(model, linear=False)}-packed-{quantization}"
-    return backbone_fingerprint(model) + {"none": "", "nf4-rounded": "-nf4"}[quantization]
 
 
 def _resolve(source: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..common.errors import ScaloraError
-from ..models.load import fingerprint_as
+from ..models.base_print import fingerprint_as
 from ..tasks.data.rows import digest_rows
 from .loading import Loaded
 

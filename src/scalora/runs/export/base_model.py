@@ -13,8 +13,9 @@ from ...common.errors import ScaloraError
 from ...methods import method_class
 from ...methods.support.nf4_base import base_note, read_nf4_base, round_to_nf4
 from ...methods.support.targets import find_targets
+from ...models.base_print import fingerprint_as
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
-from ...models.load import fingerprint_as, load_model
+from ...models.load import load_model
 from ...models.origin import origin, set_origin
 from ...models.packed import is_packed, unpack
 from ...tasks import build_task, task_class
