@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: .venv/.cli
 	$(BIN)/scalora train recipes/demo.yaml --overwrite
 
-test: .venv/.dev .venv/.quantised .venv/.diffusion  ## everything, the packaged real models too
+test: .venv/.dev .venv/.quantised .venv/.diffusion .venv/.deepspeed  ## everything, the packaged real models too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/compatibility/test_quantised.py \
-	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py
+	  tests/engine/test_quantised_optimizers.py tests/compatibility/test_trainer_optimizers.py tests/runs/test_quantization.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest tests/engine/test_zero.py
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/diffusion $(BIN)/python -m pytest tests/compatibility/ -k "unet or table_of_families"
 
 quick: .venv/.dev  ## without the packaged real models: needs no network
@@ -55,6 +56,12 @@ bench: .venv/.dev  ## hours on a CPU, with nothing else running
 
 .venv/.diffusion: .venv/.torch constraints.txt
 	$(PIP) --upgrade --no-deps --target .venv/diffusion diffusers
+	@touch $@
+
+# Its compiled operations are left out: none is needed on a CPU.
+.venv/.deepspeed: .venv/.torch constraints.txt
+	DS_BUILD_OPS=0 $(PIP) --upgrade --no-deps --no-build-isolation --target .venv/deepspeed \
+	  deepspeed einops hjson msgpack ninja psutil py-cpuinfo
 	@touch $@
 
 clean:

@@ -12,7 +12,7 @@ from scalora.arena.queue import TrialQueue
 from scalora.arena.settle import settle_precision
 from scalora.runs import precision
 from scalora.runs.precision import PrecisionChoice
-from scalora.runs.recipe import load_recipe, parse_recipe, with_precision
+from scalora.runs.recipe import load_recipe, of_today, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -71,6 +71,6 @@ def test_what_is_committed_can_be_continued_on_any_machine(folder, here, native)
     # Where the data lie may have changed since; everything else is the packaged recipe's.
     recipe = load_recipe(RECIPES / f"{folder}.yaml", ["task.data.validation_size=10"])
     settled, _ = settle_precision(Comparison(recipe, (Contender("lora", 2),), (1e-3,), (0,), (0,)), RESULTS / folder)
-    mine, theirs = (shared_parts(each) for each in (settled.recipe, parse_recipe(with_precision(stored))))
+    mine, theirs = (shared_parts(each) for each in (settled.recipe, parse_recipe(of_today(stored))))
     assert mine["precision"] == theirs["precision"] == ("float32" if folder == "digits" else "bfloat16")
     assert mine["training"] == theirs["training"]

@@ -54,7 +54,17 @@ def test_a_quantised_base(case, tmp_path):
     optimizer = torch.optim.AdamW(models.trainable(model), lr=3e-3)
     with pytest.raises(ScaloraError, match=r"quantised or not an ordinary matrix.*choose accumulate='adapter'"):
         scalora.attach(model, optimizer, ScaLoraConfig(accumulate="base"))
-    run(model, optimizer, tolerance=tolerance)
+    handle = run(model, optimizer, tolerance=tolerance)
+    handle.load_state_dict(handle.state_dict())
+    many = torch.randint(0, models.VOCABULARY, (16, 24))  # beside an ordinary weight the sum would be cheaper
+    with torch.no_grad():
+        one_by_one = torch.cat([model(input_ids=ids[None]).logits for ids in many])
+        torch.testing.assert_close(model(input_ids=many).logits, one_by_one, rtol=0, atol=tolerance)
+    if "dynamic" not in case:  # under autocast gradients end at its layers, with plain PEFT too
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=many, labels=many).loss.backward()
+        assert all(p.grad.isfinite().all() for p in models.trainable(model))
     path = scalora.save_plain_lora(model, tmp_path / "plain")
     again = PeftModel.from_pretrained(load(), path)
     torch.testing.assert_close(models.logits(again, "llama"), models.logits(model, "llama"), rtol=0, atol=tolerance)

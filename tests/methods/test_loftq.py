@@ -19,7 +19,7 @@ from scalora.runs.inputs import Inputs
 from scalora.runs.loading import load_inputs
 from scalora.runs.recipe import load_recipe
 
-LOFTQ = ["method=loftq", "method.options={steps: 3}", "base_weights=nf4"]
+LOFTQ = ["method=loftq", "method.options={steps: 3}", "quantization=nf4-rounded"]
 
 
 @given(m=st.integers(4, 40), n=st.integers(4, 40), rank=st.integers(1, 4), steps=st.integers(1, 5))
@@ -67,10 +67,10 @@ def test_alternating_comes_closer(tmp_path):
 
 def test_it_wants_a_quantised_base_and_the_same_as_others(tmp_path):
     recipe = exports.lay(tmp_path)
-    with pytest.raises(ScaloraError, match="set base_weights: nf4"):
+    with pytest.raises(ScaloraError, match="set quantization: nf4, or"):
         load_inputs(load_recipe(recipe, ["method=loftq"]))
     prints = {
-        Inputs.of(load_inputs(load_recipe(recipe, [f"method={name}", "base_weights=nf4"]))).base_model
+        Inputs.of(load_inputs(load_recipe(recipe, [f"method={name}", "quantization=nf4-rounded"]))).base_model
         for name in ("lora", "loftq")
     }
     assert len(prints) == 1

@@ -71,7 +71,7 @@ def test_it_is_made_once_and_the_same_every_time(cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(all_methods()))
 def test_every_method_trains_and_saves_it(cache, tmp_path, name):
     method = {"name": name, "rank": 2, "target_modules": ["layers.0", "layers.1"]}
-    base = {"base_weights": "nf4"} if name == "loftq" else {}
+    base = {"quantization": "nf4-rounded"} if name == "loftq" else {}
     result = train(_recipe(tmp_path, method=method, **base), baseline=True)
     assert result.after.metrics["nll"] < result.before.metrics["nll"]
     assert result.after.primary == "nll"

@@ -6,7 +6,8 @@ import torch
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
 from scalora.common.files import digest, seal
-from scalora.models.load import backbone_fingerprint, load_model
+from scalora.models.base_print import backbone_fingerprint
+from scalora.models.load import load_model
 
 
 @pytest.fixture

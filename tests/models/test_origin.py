@@ -22,8 +22,9 @@ from transformers import (
 from helpers import tokenized
 from scalora.common.errors import ScaloraError
 from scalora.methods import MethodSpec, build_method
+from scalora.models.base_print import backbone_fingerprint
 from scalora.models.heads import find_heads
-from scalora.models.load import backbone_fingerprint, load_model
+from scalora.models.load import load_model
 from scalora.models.origin import origin
 
 SIZES = {

@@ -9,7 +9,7 @@ import scalora
 from helpers import exports, workspace
 from scalora import ScaloraError
 from scalora.algebra.nf4 import nf4_rounded
-from scalora.common.disk_layout import NF4_BASE
+from scalora.common.disk_layout import QUANTISED_BASE
 from scalora.common.quiet import quiet
 from scalora.runs import training
 from scalora.runs.export.export import export
@@ -25,7 +25,7 @@ RUNS = {
     "mora": ["method=mora"],
     "full": ["method=full"],
 }
-NF4 = "base_weights=nf4"
+NF4 = "quantization=nf4-rounded"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_run_and_its_adapter_load_as_they_were_trained(name, ground, tmp_path,
     merged = export(run.folder, to="merged", output=tmp_path / "merged").folder
     torch.testing.assert_close(_logits(scalora.load(merged)), trained, rtol=0, atol=1e-4)
     if name != "full":
-        (moved / NF4_BASE).unlink()
+        (moved / QUANTISED_BASE).unlink()
         assert (_logits(scalora.load(moved)) - trained).abs().max() > 1e-3, "the note is what makes the difference"
         with pytest.raises(ScaloraError, match=r"nf4.*--to merged"):
             export(run.folder, to="delta", output=tmp_path / "delta")
@@ -88,8 +88,8 @@ def test_a_resumed_run_stands_on_the_same_weights(ground, tmp_path):
     parts = load_recipe(ground, [*short, f"output={tmp_path / 'two'}"])
     with workspace.stopped_at(4), pytest.raises(Interrupted):
         train(parts, baseline=False)
-    with pytest.raises(ScaloraError, match="base_weights is 'float', but 'nf4'"):
-        train(parts.model_copy(update={"base_weights": "float"}), resume=True)
+    with pytest.raises(ScaloraError, match="quantization is 'none', but 'nf4-rounded'"):
+        train(parts.model_copy(update={"quantization": "none"}), resume=True)
     resumed = train(parts, resume=True, baseline=False)
     assert torch.equal(exports.logits(resumed.loading), exports.logits(straight.loading))
     assert resumed.metrics["after"] == straight.metrics["after"]
@@ -97,8 +97,8 @@ def test_a_resumed_run_stands_on_the_same_weights(ground, tmp_path):
 
 def test_a_damaged_note_is_one_message(ground, tmp_path):
     run = exports.run(ground, "damaged", NF4, "method=lora")
-    (run.folder / "adapter" / NF4_BASE).write_bytes(b"nothing")
-    with pytest.raises(ScaloraError, match=f"{NF4_BASE} cannot be used"):
+    (run.folder / "adapter" / QUANTISED_BASE).write_bytes(b"nothing")
+    with pytest.raises(ScaloraError, match=f"{QUANTISED_BASE} cannot be used"):
         scalora.load(run.folder)
 
 

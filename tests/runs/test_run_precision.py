@@ -14,7 +14,7 @@ from scalora import ScaloraError
 from scalora.runs import precision
 from scalora.runs.folder import saved_precision
 from scalora.runs.precision import Device, PrecisionChoice, choose, decide, find_device
-from scalora.runs.recipe import load_recipe, with_precision
+from scalora.runs.recipe import load_recipe, of_today
 from scalora.runs.training import Watcher, train
 
 BF16, OTHER = PrecisionChoice("bfloat16", "as a test says"), PrecisionChoice("float32", "as a test says")
@@ -97,10 +97,10 @@ def test_contradictions_are_refused(tmp_path, overrides, words):
 
 
 def test_stored_recipes_without_the_field_computed_in_what_their_flags_say():
-    assert with_precision({"training": {"bf16": True}})["precision"] == "bfloat16"
-    assert with_precision({"training": {"fp16": True, "bf16": False}})["precision"] == "float16"
-    assert with_precision({"training": {}})["precision"] == "float32"
-    assert with_precision({"precision": "float16", "training": {}})["precision"] == "float16"
+    assert of_today({"training": {"bf16": True}})["precision"] == "bfloat16"
+    assert of_today({"training": {"fp16": True, "bf16": False}})["precision"] == "float16"
+    assert of_today({"training": {}})["precision"] == "float32"
+    assert of_today({"precision": "float16", "training": {}})["precision"] == "float16"
 
 
 class _Said(Watcher):

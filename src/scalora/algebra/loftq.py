@@ -28,8 +28,13 @@ def loftq_start(W: Float[Tensor, "m n"], rank: int, steps: int) -> LoftQStart:
     rest = whole
     for _ in range(steps):
         quantised = to_nf4(rest)
-        svd = dense_svd(whole - from_nf4(quantised, W).float())
-        root = svd.sigma[:rank].sqrt()
-        P, R = svd.U[:, :rank] * root, svd.V[:, :rank] * root
+        P, R = best_factors(whole - from_nf4(quantised, W).float(), rank)
         rest = whole - P @ R.mT
     return LoftQStart(quantised, P, R)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def best_factors(lost: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
+    """P and R of the best approximation P Rᵀ of ``lost``, float32; each takes √Σ."""
+    svd = dense_svd(lost)
+    root = svd.sigma[:rank].sqrt()
+    return svd.U[:, :rank] * root, svd.V[:, :rank] * root

@@ -164,7 +164,7 @@ def _short(number: float | None) -> float | None:
 
 
 _SHARED = (
-    "model", "dtype", "base_weights", "precision", "config", "attn_implementation", "task", "training",
+    "model", "dtype", "quantization", "precision", "config", "attn_implementation", "task", "training",
     "head_learning_rate",
 )  # fmt: skip
 

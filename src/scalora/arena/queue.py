@@ -18,7 +18,7 @@ from ..common.disk_layout import RESULTS, UNSENT
 from ..common.errors import ScaloraError
 from ..common.files import write_json
 from ..runs.inputs import Inputs
-from ..runs.recipe import Recipe, parse_recipe, with_precision
+from ..runs.recipe import Recipe, of_today, parse_recipe
 from .contender import parse_contender
 from .liveness import Watch, count_workers, sign
 from .patience import Patient, patient
@@ -65,7 +65,7 @@ class TrialQueue(Patient):
         recipe = comparison.recipe.model_dump(mode="json")
         note(self.study, "recipe", recipe)
         # A queue of an earlier version lacks what recipes could not say then: it meant what is the default now.
-        stored = recipe | with_precision(noted(self.study, "recipe"))
+        stored = recipe | of_today(noted(self.study, "recipe"))
         stored = {key: stored[key] for key in recipe}
         _check_same(comparison.recipe, parse_recipe(stored, self.place), self.place, self.option)
         if kept:

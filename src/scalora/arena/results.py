@@ -12,7 +12,7 @@ from typing import Any
 from ..common.disk_layout import RESULTS
 from ..common.errors import ScaloraError
 from ..common.files import write_json
-from ..runs.recipe import parse_recipe, with_precision
+from ..runs.recipe import of_today, parse_recipe
 from .admission import Admission, admission
 from .contender import Contender, parse_contender
 from .plan import CURVE_RANKS, Chosen, Comparison, Trial
@@ -114,7 +114,7 @@ def decode_comparison(content: Mapping[str, Any], file: Path) -> ComparisonRecor
         said = content if "format" in content else {**content, **_unsaid(content)}
         fixed = said["fixed"]
         comparison = Comparison(
-            parse_recipe(with_precision(said["recipe"]), str(file)),
+            parse_recipe(of_today(said["recipe"]), str(file)),
             tuple(map(_contender, said["contenders"])),
             tuple(said["rates"]),
             tuple(said["seeds"]),

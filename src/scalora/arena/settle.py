@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.disk_layout import RESULTS
 from ..runs.precision import PrecisionChoice, decide
-from ..runs.recipe import parse_recipe, with_precision
+from ..runs.recipe import of_today, parse_recipe
 from .plan import Comparison
 from .results import read_results
 from .storage import Storage, has_study, noted, open_study
@@ -24,7 +24,7 @@ def settle_precision(
     """
     recipe, recorded = comparison.recipe, None
     if recipe.precision == "auto" and (content := _recorded_recipe(folder, storage)) is not None:
-        stored = parse_recipe(with_precision(content), str(folder)).precision
+        stored = parse_recipe(of_today(content), str(folder)).precision
         recorded = None if stored == "auto" else stored
     choice = decide(recipe.precision, recipe.training, recorded)
     return replace(comparison, recipe=recipe.model_copy(update={"precision": choice.precision})), choice

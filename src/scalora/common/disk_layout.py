@@ -8,8 +8,8 @@ FORMER_PAIR = "accumulated"  # where scalora once put the other half of an adapt
 STATE_FILE, BASE_FILE = "scalora.safetensors", "scalora_base.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
-# Beside an adapter on an NF4 base: which weights are, and those that are more than the base model's, rounded.
-NF4_BASE = "nf4_base.safetensors"
+# Beside an adapter on a quantised base: how it is, and weights that are more than the base model's in few bits.
+QUANTISED_BASE, FORMER_NF4_BASE = "quantised_base.safetensors", "nf4_base.safetensors"
 
 # A run; and the last file of a folder that is complete.
 RECIPE, INPUTS, METRICS = "recipe.yaml", "inputs.json", "metrics.json"

@@ -15,6 +15,7 @@ from .config import ScaLoraConfig, as_config, refuse_settings
 from .event import ScaLora
 from .stores.adapter import make_room
 from .stores.peft_model import carry
+from .zero import attach_zero, zero_optimizer
 
 
 def create_scalora_optimizer(
@@ -60,7 +61,7 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | Mappi
 
     Args:
         model: a PEFT LoRA model, possibly compiled or wrapped for distribution.
-        optimizer: a torch optimizer over its adapters, or accelerate's wrapper of one.
+        optimizer: a torch optimizer over its adapters, accelerate's wrapper of one, or DeepSpeed's of ZeRO-1 or 2.
         config: defaults to ``ScaLoraConfig()``; a dict of its fields is taken too.
 
     Raises:
@@ -70,8 +71,11 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | Mappi
         >>> scalora.attach(model, optimizer)
         >>> for batch in loader: ...  # the usual loop
     """
-    handle = ScaLora(model, optimizer, as_config(config))
-    write_and_read_beside(model)
+    if (zero := zero_optimizer(optimizer)) is not None:
+        handle = attach_zero(model, zero, as_config(config))
+    else:
+        handle = ScaLora(model, optimizer, as_config(config))
+    write_and_read_beside(handle.model)
     return handle
 
 

@@ -153,7 +153,8 @@ def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
         ScaloraError: it names what is missing.
     """
     rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
-    sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("optimizer_0*"))
+    # FSDP's two forms, and DeepSpeed's
+    sharded = any(any(folder.glob(name)) for name in ("pytorch_model_fsdp*", "optimizer_0*", "global_step*/*optim*"))
     needed = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", rng, *(["scaler.pt"] if args.fp16 else [])]
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise ScaloraError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .layout import is_plain
 from .sharding import is_sharded
 
 SAMPLE = 64  # values of each weight that count
@@ -22,7 +23,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], kind: str = "") -> str:
     """
     hasher = hashlib.sha256(kind.encode())
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        if not weight.is_floating_point() or is_sharded(weight):
+        if is_sharded(weight) or not is_plain(weight):
             hasher.update(name.encode())  # their shapes and values depend on the packing
             continue
         flat = weight.detach().flatten()

@@ -46,6 +46,14 @@ def experts(module: LoraLayer) -> int:
     return module.num_experts if isinstance(module, ParamWrapper) else 1
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of floats as torch has it.
+
+    torchao quantises by a tensor class of its own, and says that its dtype is float; bitsandbytes keeps integers.
+    """
+    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
+
+
 def is_linear(module: LoraLayer, adapter: str) -> bool:
     """Whether it adapts a linear layer, and both its matrices are weights of such."""
     if isinstance(module, ParamWrapper):

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .exactness import sharing, trained_adapters, why_inexact
-from .layout import CONVOLUTIONS, experts, in_weight_layout, is_linear, lora_a, lora_b
+from .layout import CONVOLUTIONS, experts, in_weight_layout, is_linear, is_plain, lora_a, lora_b
 from .sharding import plain_class, refuse_flattened
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile's, and checkpointing's, part of a name
@@ -190,8 +190,7 @@ def is_dense(layer: AdapterLayer) -> bool:
         alike = (base.padding_mode, base.dilation) == (patches.padding_mode, patches.dilation)
         if not (alike and weight.is_contiguous()):
             return False
-    # torchao quantises by a tensor class of its own in an nn.Linear, and says that its dtype is float.
-    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
+    return is_plain(weight)
 
 
 def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLayer]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from .layout import is_plain
 from .sharding import is_sharded
 
 
@@ -71,7 +72,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
         return None
     W = base.weight
     assert isinstance(W, Tensor)
-    if W.requires_grad or W.dtype.itemsize < 4 or is_sharded(W):
+    if W.requires_grad or W.dtype.itemsize < 4 or is_sharded(W) or not is_plain(W):
         return None
     if not (W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
         return None
@@ -93,8 +94,9 @@ class _ThinSum(torch.autograd.Function):
         everyone = range(len(scales))
         scale, shares = _common(scales)
         x_like = x.to(result.device, wide)
-        h = x_like.flatten(0, -2) @ _stacked_A(matrices, everyone, x_like).mT
-        out = _added(result.flatten(0, -2), h, _stacked_B(matrices, shares, everyone, x_like).mT, scale)
+        with torch.autocast(x.device.type, enabled=False):  # a quantised layer's output may be wider than autocast's
+            h = x_like.flatten(0, -2) @ _stacked_A(matrices, everyone, x_like).mT
+            out = _added(result.flatten(0, -2), h, _stacked_B(matrices, shares, everyone, x_like).mT, scale)
         trained = ctx.needs_input_grad[4:]
         kept = [own for i, own in _columns(h, matrices, everyone).items() if trained[2 * i + 1]]
         if wide == result.dtype and h.shape[1] > sum(own.shape[1] for own in kept):

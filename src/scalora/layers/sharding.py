@@ -24,6 +24,7 @@ else:  # a torch built without torch.distributed has nothing sharded
     FSDPModule = FullyShardedDataParallel = DTensor = Replicate = Shard = ()
 
 _DEEPSPEED = "keeps its own flat copies of parameters and optimizer state, so that columns cannot be rescaled"
+_WAY_OUT = "use DDP or FSDP2, or attach to the module and optimizer of an engine with ZeRO-1 or 2"
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -124,7 +125,7 @@ def refuse_flattened(model: nn.Module) -> None:
             hasattr(p, "ds_id") for p in module.parameters(recurse=False)
         ):
             raise ScaloraError(
-                f"model {name or type(model).__name__} is managed by DeepSpeed, which {_DEEPSPEED}: use DDP or FSDP2"
+                f"model {name or type(model).__name__} is managed by DeepSpeed, which {_DEEPSPEED}: {_WAY_OUT}"
             )
 
 
@@ -133,7 +134,7 @@ def refuse_flattened_optimizer(optimizer: Any) -> None:
     while optimizer is not None:
         cls = type(optimizer)
         if cls.__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in cls.__name__:
-            raise ScaloraError(f"optimizer is DeepSpeed's {cls.__name__}, which {_DEEPSPEED}: use DDP or FSDP2")
+            raise ScaloraError(f"optimizer is DeepSpeed's {cls.__name__}, which {_DEEPSPEED}: {_WAY_OUT}")
         optimizer = getattr(optimizer, "optimizer", None)
 
 

@@ -68,6 +68,7 @@ class AlphaLora(Method):
     name = "alpha-lora"
     summary = "α-LoRA (2510.21345): LoRA plus a factor per frozen row, learned on held-out rows"
     family = Family.LAYERS
+    packed = ()
     Options = AlphaLoraOptions
     Wrapper = AlphaLoraLinear
 

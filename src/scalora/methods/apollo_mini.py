@@ -33,6 +33,7 @@ class ApolloMini(Method):
     name = "apollo-mini"
     summary = "APOLLO-Mini (2412.05270): SGD with Adam's step length per weight, seen through one random direction"
     family = Family.WHOLE
+    packed = ()
     Options = ApolloMiniOptions
     lr_factor = 0.1
     has_alpha = False

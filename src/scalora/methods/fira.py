@@ -30,6 +30,7 @@ class Fira(Method):
     name = "fira"
     summary = "Fira (2410.01623): Adam in GaLore's subspace, the rest of the gradient scaled alike"
     family = Family.WHOLE
+    packed = ()
     Options = FiraOptions
     lr_factor = 0.3
     has_alpha = False

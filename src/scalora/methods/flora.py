@@ -41,6 +41,7 @@ class Flora(Method):
     name = "flora"
     summary = "Flora (2402.03293): Adafactor with its momentum in a random subspace"
     family = Family.WHOLE
+    packed = ()
     Options = FloraOptions
     has_alpha = False
 

@@ -15,6 +15,7 @@ class Full(Method):
     name = "full"
     summary = "full fine-tuning by the recipe's optimizer"
     family = Family.WHOLE
+    packed = ()
     lr_factor = 0.1
     has_alpha = False
 

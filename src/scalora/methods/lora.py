@@ -20,11 +20,11 @@ from ..layers.peft_lora import AdapterLayer, find_layers, sort_layers
 from ..models.heads import HEADS, Head, find_heads, peft_loading_lines
 from ..models.origin import origin
 from .method import Adapted, Family, Method, MethodSpec, Spectrum
-from .support.nf4_base import nf4_lines, write_nf4_base
+from .support.nf4_base import own_lines, write_base_note
 
-NF4_README = (
-    "This adapter was trained on its base model in NF4 (QLoRA). PEFT alone would put it on the float weights, which "
-    "computes something else. scalora loads it on the right ones:"
+README = (
+    "This adapter was trained on its base model with `quantization: {}`. PEFT alone would put it on the float weights, "
+    "which computes something else. scalora loads it on the values that it was trained on:"
 )
 
 
@@ -133,11 +133,12 @@ def said_beside(head: Head, path: Path, model: PeftModel, own: Mapping[str, NF4]
     Then the base must be given values, or names of classes, that an adapter has no place for; or it must be quantised.
     ``own`` are base weights that are more than the source's in NF4.
     """
-    if origin(model).nf4:
-        write_nf4_base(path, model, own)
+    if (quantization := origin(model).quantization) != "none":
+        write_base_note(path, model, own)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:
-            file.write("\n".join(["", NF4_README, "", "```python", *nf4_lines(Path("path/to/this/folder")), "```", ""]))
-        return nf4_lines(path)
+            lines = own_lines(Path("path/to/this/folder"))
+            file.write("\n".join(["", README.format(quantization), "", "```python", *lines, "```", ""]))
+        return own_lines(path)
     if origin(model).options:
         lines = peft_loading_lines(head, Path("path/to/this/folder"), model)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:

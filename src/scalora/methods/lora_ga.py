@@ -37,6 +37,7 @@ class LoraGa(Method):
     name = "lora-ga"
     summary = "LoRA-GA (2407.05000): A and B start along the first full gradient"
     family = Family.START
+    packed = ()
     Options = LoraGaOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

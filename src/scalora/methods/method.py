@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..common.errors import ScaloraError
 from ..common.numeric import numbers_only
 from ..models.heads import Head
+from ..models.packed import LIBRARIES
 
 
 class MethodSpec(BaseModel):
@@ -110,6 +111,7 @@ class Method(ABC):
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's
     has_alpha: ClassVar[bool] = True  # alpha means something to it
     quantises: ClassVar[bool] = False  # it makes the NF4 base itself, of the float weights
+    packed: ClassVar[tuple[str, ...]] = tuple(LIBRARIES)  # ways to keep the base in few bits that it trains on
 
     def __init__(self, spec: MethodSpec) -> None:
         self.spec = spec

@@ -73,6 +73,7 @@ class Mora(Method):
     name = "mora"
     summary = "MoRA (2405.12130): one square matrix in LoRA's number of parameters"
     family = Family.LAYERS
+    packed = ()
     Options = MoraOptions
     Wrapper = MoraLinear
     has_alpha = False

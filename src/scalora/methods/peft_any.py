@@ -40,6 +40,7 @@ class PeftMethod(Method):
     """
 
     family = Family.PEFT
+    packed = ()
     config_class: type[PeftConfig]
 
     def __init__(self, spec: MethodSpec) -> None:

@@ -35,6 +35,7 @@ class Dora(Method):
     name = "dora"
     summary = "DoRA (2402.09353): LoRA of the direction, a trained magnitude per row"
     family = Family.PEFT
+    packed = ("nf4",)
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         return merged_adapted(wrap(model, lora_config(self.spec, head, use_dora=True), self.spec, head), head)
@@ -58,6 +59,7 @@ class Pissa(Method):
     name = "pissa"
     summary = "PiSSA (2404.02948): A and B start at the top singular directions of W"
     family = Family.START
+    packed = ()
     Options = PissaOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
@@ -83,6 +85,7 @@ class Hira(Method):
     name = "hira"
     summary = "HiRA (ICLR 2025): W + W∘(BA), an entrywise product of high rank"
     family = Family.PEFT
+    packed = ("nf4",)
     lr_factor = 10.0
     has_alpha = False
 

@@ -45,6 +45,7 @@ class Oracle(Method):
     name = "scalora-oracle"
     summary = "Theorem 1 of 2510.23818: adapters from the SVD of the full gradient; small models only"
     family = Family.OURS
+    packed = ()
     Options = OracleOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..common import packaged
 from ..common.errors import ScaloraError
 from ..common.files import damage, digest, expand_user, is_sealed, seal
-from ..layers.fingerprint import fingerprint
 from .heads import HEADS, Head, auto_class, fits
-from .origin import OUTPUTS, Origin, changes_function, find_random, origin, set_origin, set_outputs
+from .origin import OUTPUTS, Origin, changes_function, find_random, set_origin, set_outputs
+from .packed import cannot_pack, is_packed, outside_backbone, packing, settle
+from .processors import image_processor, load_tokenizer, with_padding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
-"""What tokenizers are read from: one of these files holds their vocabulary."""
 _MADE = ("digits-mlp", "byte-lm")  # on the spot, by scalora.models.digits and scalora.models.bytes
 
 
@@ -35,6 +34,8 @@ def load_model(
     config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     need_tokenizer: bool = True,
+    quantization: str = "none",
+    compute: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
     """The model `source` with the wanted head, on the CPU, and its tokenizer, ready for training.
 
@@ -53,6 +54,8 @@ def load_model(
         config: values that replace those of the model's configuration.
         attn_implementation: transformers' name of an attention kernel; None leaves the choice to it.
         need_tokenizer: False where the model is only computed with: a source without a tokenizer then gives None.
+        quantization: how its weights are kept; `nf4-rounded` is left to whoever knows which are targeted.
+        compute: what products with packed weights are made in.
 
     Raises:
         ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
@@ -90,10 +93,13 @@ def load_model(
         if head == "image-classification":
             tokenizer = image_processor(path) if need_tokenizer else None
         elif configuration.model_type != "scalora-dense":
-            tokenizer = _tokenizer(source, path, need_tokenizer)
+            tokenizer = load_tokenizer(source, path, need_tokenizer)
         needed, random = {}, frozenset()
         if num_labels is not None:
             needed = set_outputs(configuration, original, num_labels, class_names)
+        if is_packed(quantization):
+            kept = outside_backbone(auto_class(head), configuration)
+            options |= {"quantization_config": packing(quantization, compute, kept), "device_map": {"": "cpu"}}
         model, report = auto_class(head).from_pretrained(
             path,
             config=configuration,
@@ -113,36 +119,34 @@ def load_model(
     except ScaloraError:
         raise
     except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
+        if is_packed(quantization):
+            raise cannot_pack(quantization, source, error) from error
         raise _cannot_load(source, error) from error
     overrides = changes_function(config, original)
-    set_origin(model, Origin(random, {**needed, **overrides}, overrides))
+    known = Origin(random, {**needed, **overrides}, overrides)
+    if is_packed(quantization):
+        settle(model, quantization)
+        known = replace(known, quantization=quantization)
+    set_origin(model, known)
     if tokenizer is None or head == "image-classification":
         return model, tokenizer
-    return model, _with_padding(source, model, tokenizer)
+    return model, with_padding(source, model, tokenizer)
 
 
-def image_processor(path: str) -> Any:
-    """What makes an image model's inputs; always by Pillow, so that they do not depend on what else is installed."""
-    from transformers import AutoImageProcessor
+def plain_model(packed: Any, head: Head) -> Any:
+    """The model that a packed one was loaded as, once more and not packed, on the CPU.
 
-    return AutoImageProcessor.from_pretrained(path, backend="pil")
-
-
-def backbone_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of a base model: its class of config and its backbone (`model.base_model`).
-
-    A classification head may have started at random and does not count, nor does a pooler that has.
+    Raises:
+        ScaloraError: its source is gone.
     """
-    backbone, random = getattr(model, "base_model", model), origin(model).random
-    skipped = {id(parameter) for name, parameter in model.named_parameters() if name in random}
-    kept = ((name, parameter) for name, parameter in backbone.named_parameters() if id(parameter) not in skipped)
-    return fingerprint(kept, type(getattr(model, "config", None)).__name__)
-
-
-def fingerprint_as(model: nn.Module, base_weights: str) -> str:
-    """The fingerprint of a base model that is loaded and yet to be rounded, with what it is rounded to."""
-    found = backbone_fingerprint(model)
-    return found if base_weights == "float" else f"{found}-{base_weights}"
+    configuration = copy.deepcopy(packed.config)
+    del configuration.quantization_config
+    try:
+        return auto_class(head).from_pretrained(
+            packed.name_or_path, config=configuration, dtype=packed.dtype, ignore_mismatched_sizes=HEADS[head].labelled
+        )
+    except Exception as error:  # as above
+        raise _cannot_load(packed.name_or_path, error) from error
 
 
 def _resolve(source: str) -> str:
@@ -217,46 +221,6 @@ def _check_kind(source: str, config: Any, head: Head) -> None:
         possible = " or ".join(other for other in HEADS if fits(config, other))
         way_out = f"choose a task for a {possible} model" if possible else "choose another model"
         raise ScaloraError(f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; {way_out}")
-
-
-def _tokenizer(source: str, path: str, required: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        if not required:
-            return None
-        if Path(path).is_dir() and not any(each for pattern in _VOCABULARIES for each in Path(path).glob(pattern)):
-            raise _no_tokenizer(source) from error
-        raise
-    # Some classes (BERT's) make one of special tokens alone where there are no files.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        if required:
-            raise _no_tokenizer(source)
-        return None
-    return tokenizer
-
-
-def _no_tokenizer(source: str) -> ScaloraError:
-    return ScaloraError(
-        f"model: {source!r} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there; put the files of its "
-        "tokenizer beside its weights (tokenizer.save_pretrained writes them)"
-    )
-
-
-def _with_padding(source: str, model: Any, tokenizer: Any) -> Any:
-    if tokenizer.pad_token_id is None:
-        # Padding is masked out of attention and loss everywhere, so any token will do; eos is the customary one.
-        if tokenizer.eos_token_id is None:
-            raise ScaloraError(
-                f"model: the tokenizer of {source!r} has neither a pad nor an eos token; add a pad token"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    # Decoders with a classification head find a row's last token by comparing with this id.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -27,6 +27,8 @@ class Origin:
     """What transformers' from_pretrained must be given besides the source."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Those of the options without which the base computes another function."""
+    quantization: str = "none"
+    """How the base weights are kept, as a recipe says it."""
     nf4: tuple[str, ...] = ()
     """Names of the modules whose weights are those of the source as NF4 keeps them."""
 

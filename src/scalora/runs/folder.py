@@ -210,14 +210,14 @@ def saved_precision(folder: Path) -> Precision | None:
 
 
 def _saved_recipe(folder: Path) -> dict[str, Any]:
-    from .recipe import parse_recipe, says_precision, with_precision
+    from .recipe import of_today, parse_recipe, says_precision
     from .yaml_words import load_written
 
     file = folder / RECIPE
     try:
         saved = dict(load_written(file.read_text(encoding="utf-8")))
         known = says_precision(saved)
-        recipe = parse_recipe(with_precision(saved)).model_dump(mode="json")
+        recipe = parse_recipe(of_today(saved)).model_dump(mode="json")
     except (yaml.YAMLError, TypeError, ValueError, AttributeError, ScaloraError) as error:
         raise ScaloraError(f"{file} is not the recipe that the run wrote: put it back to resume") from error
     if not known:  # it was settled when the run began, and may be any

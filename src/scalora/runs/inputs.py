@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..common.errors import ScaloraError
-from ..models.load import fingerprint_as
+from ..models.base_print import fingerprint_as
 from ..tasks.data.rows import digest_rows
 from .loading import Loaded
 
@@ -33,7 +33,7 @@ class Inputs:
             split: digest_rows(loaded.task.rows(split)) + dataset.content()
             for split, dataset in loaded.datasets.items()
         }
-        return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.base_weights))
+        return cls(data, _digest_tokens(loaded), fingerprint_as(loaded.model, loaded.quantization))
 
     def encode(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,6 +18,7 @@ from ..methods.support.nf4_base import refuse_tied, round_to_nf4
 from ..methods.support.targets import find_targets
 from ..models.heads import HEADS, Head, find_heads
 from ..models.load import load_model
+from ..models.packed import is_packed, refuse_rows_of_odd_length
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
 from ..tasks.positions import check_positions
@@ -39,7 +40,7 @@ class Loaded:
     heads: list[str]  # names of modules that start at random
     datasets: dict[Split, TokenDataset]  # of every split that there is
     collator: Collator
-    base_weights: str = "float"
+    quantization: str = "none"
     rounded: tuple[str, ...] = ()  # modules whose weights are yet to be rounded to NF4
     score_batch_size: int = 32
 
@@ -69,10 +70,13 @@ def load_inputs(recipe: Recipe) -> Loaded:
             f"training.{asked} is {value!r}, but there is no validation data: name a source "
             "in task.data.validation or set task.data.validation_size"
         )
+    _check_packed(recipe)
+    autocast = AUTOCAST[decide(recipe.precision, recipe.training).precision]
     set_seed(arguments.seed)  # a classification head starts at random
     model, tokenizer = load_model(
         recipe.model, head=task.head, num_labels=task.num_labels, class_names=task.class_names,
         dtype=recipe.dtype, config=recipe.config, attn_implementation=recipe.attn_implementation,
+        quantization=recipe.quantization, compute=autocast or torch.float32,
     )  # fmt: skip
     if arguments.label_smoothing_factor and not HEADS[task.head].labelled:
         raise ScaloraError(
@@ -100,7 +104,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         heads,
         datasets,
         task.collator(tokenizer, model),
-        recipe.base_weights,
+        recipe.quantization,
         rounded,
         recipe.score_batch_size,
     )
@@ -109,15 +113,27 @@ def load_inputs(recipe: Recipe) -> Loaded:
 def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
     """The modules whose weights the recipe wants in NF4, and whose method leaves that to the run."""
     method = method_class(recipe.method.name)
-    if recipe.base_weights == "float":
-        if method.quantises:
+    if recipe.quantization != "nf4-rounded":
+        if method.quantises and recipe.quantization == "none":
             raise ScaloraError(
-                f"method.name is {method.name!r}, which starts adapters for a quantised base: set base_weights: nf4"
+                f"method.name is {method.name!r}, which starts adapters for a base in NF4: set quantization: nf4, or "
+                "nf4-rounded, which keeps its values as floats"
             )
         return ()
     names = tuple(name for name, _ in find_targets(model, recipe.method, head))
     refuse_tied(model, names)
     return () if method.quantises else names
+
+
+def _check_packed(recipe: Recipe) -> None:
+    """Raises ScaloraError where the recipe wants packed weights and its method does not train on such."""
+    method = method_class(recipe.method.name)
+    if is_packed(recipe.quantization) and recipe.quantization not in method.packed:
+        possible = " or ".join((*method.packed, "nf4-rounded"))
+        raise ScaloraError(
+            f"quantization is {recipe.quantization!r}, on which method.name {recipe.method.name!r} cannot train: set "
+            f"quantization: {possible}, or choose another method"
+        )
 
 
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
@@ -135,6 +151,8 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     if loaded.rounded:
         round_to_nf4(loaded.model, loaded.rounded)
     loaded.model.to(loaded.arguments.device)
+    if loaded.arguments.device.type == "cpu":
+        refuse_rows_of_odd_length(loaded.model)
     if loaded.task.head == "causal-lm":
         lean = isinstance(loaded.collator, Collator)
         collator = loaded.collator if lean else Collator(loaded.tokenizer.pad_token_id)

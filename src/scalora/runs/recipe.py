@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..common.errors import ScaloraError
 from ..common.numeric import NO_NUMBER, numbers_only
 from ..methods import MethodSpec
+from ..models.packed import Quantization
 from ..tasks import TaskSpec, all_tasks
 from .precision import Precision
 from .training_section import read_training
 from .yaml_words import load_yaml
 
 _FLAGS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}  # of TrainingArguments
+_FORMERLY, _RENAMED = "base_weights", {"float": "none", "nf4": "nf4-rounded"}  # what quantization was called
 
 
 class Recipe(BaseModel):
@@ -29,8 +31,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, local folder, GGUF file, or the alias of a packaged model.")
     dtype: str = Field(default="float32", description="dtype of the base weights.")
-    base_weights: Literal["float", "nf4"] = Field(
-        default="float", description="nf4: the targeted weights as NF4 keeps them (QLoRA), dequantised, for any method."
+    quantization: Quantization = Field(
+        default="none",
+        description="Of the base: nf4 (bitsandbytes), int8, float8 (torchao); nf4-rounded is NF4's values as floats.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="What products are computed in (autocast); auto is the device's fastest safe one."
@@ -108,10 +111,16 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         raise ScaloraError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
 
 
-def with_precision(content: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe's content, with the precision of its day: float32 unless its training section had a flag."""
+def of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe's content in today's fields, with the precision of its day.
+
+    That is float32 unless its training section had a flag.
+    """
     flags = [precision for flag, precision in _FLAGS.items() if (content.get("training") or {}).get(flag)]
-    return {"precision": flags[0] if flags else "float32"} | content
+    rest = {key: value for key, value in content.items() if key != _FORMERLY}
+    if content.get(_FORMERLY) in _RENAMED:
+        rest["quantization"] = _RENAMED[content[_FORMERLY]]
+    return {"precision": flags[0] if flags else "float32"} | rest
 
 
 def says_precision(content: dict[str, Any]) -> bool:
@@ -150,6 +159,8 @@ def _set(content: dict[str, Any], override: str) -> None:
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
+    if error["type"] == "extra_forbidden" and location == [_FORMERLY]:
+        return f"{_FORMERLY} is called quantization now: write nf4-rounded for nf4, none for float"
     if error["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         near = get_close_matches(location[-1], known, n=1)

@@ -21,6 +21,7 @@ from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
 from ..models.origin import origin, random_modules
+from ..models.packed import entries
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
@@ -135,8 +136,8 @@ def _train(
         watcher.say(f"started at random, trained and saved as a whole: {', '.join(random)}")
     if overrides := origin(loaded.model).overrides:
         watcher.say(f"config: what is saved is for the base with {dict(overrides)}, and for no other")
-    if loaded.base_weights != "float":
-        watcher.say(f"base_weights: an adapter is for the base in {loaded.base_weights}, and for no other")
+    if loaded.quantization != "none":
+        watcher.say(f"quantization: an adapter is for the base in {loaded.quantization}, and for no other")
     loaded = made_ready(loaded, AUTOCAST[choice.precision])
     task, arguments, model, dataset = loaded.task, loaded.arguments, loaded.model, loaded.dataset
 
@@ -251,7 +252,7 @@ def _trainer(
 
 def _count(model: torch.nn.Module) -> tuple[int, int]:
     """Trainable parameters, and all of them (accumulated ones included)."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(map(entries, model.parameters()))
 
 
 def _events(adapted: Adapted) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A base model whose targeted weights are NF4: quantised and dequantised once, and told to whoever loads the result."""
+"""A base model that is quantised: targeted weights rounded to NF4, and what whoever loads the result is told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...algebra.nf4 import NF4, from_nf4, nf4_rounded
-from ...common.disk_layout import NF4_BASE
+from ...common.disk_layout import FORMER_NF4_BASE, QUANTISED_BASE
 from ...common.errors import ScaloraError
 from ...models.origin import origin, set_origin
 
@@ -35,7 +35,12 @@ def round_to_nf4(model: nn.Module, modules: Iterable[str]) -> None:
     for name in names:
         weight: Any = model.get_submodule(name).weight
         weight.copy_(nf4_rounded(weight))
-    set_origin(model, replace(origin(model), nf4=names))
+    rounded_to_nf4(model, names)
+
+
+def rounded_to_nf4(model: nn.Module, modules: Iterable[str]) -> None:
+    """Let a model's origin say which of its weights are in NF4."""
+    set_origin(model, replace(origin(model), quantization="nf4-rounded", nf4=tuple(modules)))
 
 
 def refuse_tied(model: nn.Module, modules: Iterable[str]) -> None:
@@ -44,13 +49,13 @@ def refuse_tied(model: nn.Module, modules: Iterable[str]) -> None:
     for name in modules:
         if owners[id(model.get_submodule(name).weight)] > 1:
             raise ScaloraError(
-                f"base_weights is 'nf4', but {name} shares its weight with another module (tied embeddings), which "
-                "would be quantised too: leave it out of method.target_modules"
+                f"quantization is 'nf4-rounded', but {name} shares its weight with another module (tied embeddings), "
+                "which would be quantised too: leave it out of method.target_modules"
             )
 
 
-def write_nf4_base(folder: Path, model: PreTrainedModel | PeftModel, own: Mapping[str, NF4] | None = None) -> None:
-    """Note beside a saved adapter that it stands on an NF4 base.
+def write_base_note(folder: Path, model: PreTrainedModel | PeftModel, own: Mapping[str, NF4] | None = None) -> None:
+    """Note beside a saved adapter that it stands on a quantised base.
 
     Args:
         folder: of the adapter.
@@ -60,22 +65,22 @@ def write_nf4_base(folder: Path, model: PreTrainedModel | PeftModel, own: Mappin
     tensors = {f"{name}.{part}": t.cpu() for name, q in (own or {}).items() for part, t in q._asdict().items()}
     known = origin(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {"modules": known.nf4, "dtype": dtype, "config": dict(known.overrides)}
-    temporary = folder / f"{NF4_BASE}.tmp"
+    about = {"quantization": known.quantization, "modules": known.nf4, "dtype": dtype, "config": dict(known.overrides)}
+    temporary = folder / f"{QUANTISED_BASE}.tmp"
     save_file(tensors, temporary, {"format": "pt", "base": json.dumps(about)})
-    temporary.replace(folder / NF4_BASE)
+    temporary.replace(folder / QUANTISED_BASE)
 
 
-def nf4_note(folder: Path) -> dict[str, Any]:
-    """What :func:`write_nf4_base` has noted: modules, dtype and config; empty where nothing is.
+def base_note(folder: Path) -> dict[str, Any]:
+    """What :func:`write_base_note` has noted: quantization, modules, dtype and config; empty where nothing is.
 
     Raises:
         ScaloraError: the note is damaged.
     """
-    if not (folder / NF4_BASE).is_file():
+    if not _note(folder).is_file():
         return {}
     with _reading(folder) as file:
-        return dict(json.loads(file.metadata()["base"]))
+        return {"quantization": "nf4-rounded"} | dict(json.loads(file.metadata()["base"]))
 
 
 @torch.no_grad()
@@ -85,19 +90,19 @@ def read_nf4_base(folder: Path, model: nn.Module) -> None:
     Raises:
         ScaloraError: the note is damaged, or of another model.
     """
-    modules = nf4_note(folder)["modules"]
+    modules = base_note(folder)["modules"]
     with _reading(folder) as file:
         own = [name for name in modules if f"{name}.codes" in file.keys()]  # noqa: SIM118  (no mapping)
         round_to_nf4(model, [name for name in modules if name not in own])
         for name in own:
             weight: Any = model.get_submodule(name).weight
             weight.copy_(from_nf4(NF4(*(file.get_tensor(f"{name}.{part}") for part in NF4._fields)), weight))
-    set_origin(model, replace(origin(model), nf4=tuple(modules)))
+    rounded_to_nf4(model, modules)
 
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[Any]:
-    file = folder / NF4_BASE
+    file = _note(folder)
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -108,6 +113,11 @@ def _reading(folder: Path) -> Iterator[Any]:
         raise ScaloraError(f"{file} cannot be used ({reason}): take another copy of the adapter") from error
 
 
-def nf4_lines(path: Path) -> list[str]:
-    """The lines that load an adapter, and the NF4 base that it stands on."""
+def _note(folder: Path) -> Path:
+    former = folder / FORMER_NF4_BASE
+    return former if former.is_file() else folder / QUANTISED_BASE
+
+
+def own_lines(path: Path) -> list[str]:
+    """The lines that load an adapter, and the quantised base that it stands on."""
     return ["import scalora", f"model = scalora.load({str(path)!r})"]

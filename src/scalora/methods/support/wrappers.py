@@ -20,7 +20,7 @@ from ...common.files import replace_folder
 from ...models.heads import HEADS, Head, find_heads
 from ...models.origin import origin
 from ..method import MethodSpec, Spectrum
-from .nf4_base import write_nf4_base
+from .nf4_base import write_base_note
 from .targets import find_targets
 
 
@@ -112,8 +112,8 @@ def save_wrapped(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / TENSORS)
-    if origin(model).nf4:
-        write_nf4_base(temporary, model)
+    if origin(model).quantization != "none":
+        write_base_note(temporary, model)
     (temporary / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     replace_folder(temporary, Path(path))
     return ["import scalora", f"model = scalora.load({str(path)!r})"]

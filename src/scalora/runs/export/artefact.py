@@ -29,6 +29,7 @@ from ...common.errors import ScaloraError
 from ...common.files import damage, expand_user, is_sealed
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
+from ..recipe import of_today
 from ..yaml_words import load_written
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
@@ -90,7 +91,8 @@ class Artefact:
     @property
     def made_by(self) -> dict[str, Any] | None:
         """The recipe of the run that it belongs to, or was exported from."""
-        return self.recipe if self.recipe is not None else (self.export or {}).get("recipe")
+        exported = (self.export or {}).get("recipe")
+        return self.recipe if self.recipe is not None or exported is None else of_today(exported)
 
     @property
     def fingerprint(self) -> str | None:
@@ -282,7 +284,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict) or not {"model", "method", "task"} <= set(content):
         raise ScaloraError(f"{path} is no recipe: put back the one that `scalora train` wrote")
-    return content
+    return of_today(content)
 
 
 def _unreadable(path: Path, error: Exception) -> ScaloraError:

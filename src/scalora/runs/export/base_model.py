@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ...common.disk_layout import REPLACED, TENSORS, WEIGHTS
 from ...common.errors import ScaloraError
 from ...methods import method_class
-from ...methods.support.nf4_base import nf4_note, read_nf4_base, round_to_nf4
+from ...methods.support.nf4_base import base_note, read_nf4_base, round_to_nf4
 from ...methods.support.targets import find_targets
+from ...models.base_print import fingerprint_as
 from ...models.heads import HEADS, Head, head_of_architecture, head_of_task_type, is_output
-from ...models.load import fingerprint_as, image_processor, load_model
-from ...models.origin import origin
+from ...models.load import load_model
+from ...models.origin import origin, set_origin
+from ...models.packed import is_packed, unpack
+from ...models.processors import image_processor
 from ...tasks import build_task, task_class
 from ..recipe import parse_recipe
 from .artefact import Artefact, read_tensors
@@ -38,7 +42,7 @@ class Base:
         self.head: Head = head_of(artefact)
         self.num_labels = _num_labels(artefact, self.head) if HEADS[self.head].labelled else None
         self.class_names = _class_names(artefact, self.num_labels)
-        self.note = nf4_note(artefact.folder)
+        self.note = base_note(artefact.folder)
         # Of an adapter with layers of its own outside of its run: what its file says.
         self.config: dict[str, Any] = (
             recipe.get("config") or artefact.config.get("base_config") or self.note.get("config", {})
@@ -46,7 +50,7 @@ class Base:
         self.attention: str | None = recipe.get("attn_implementation")
         # A bare adapter does not say what it was trained in: the base's own dtype, as PEFT would load it.
         self.dtype: str = recipe.get("dtype") or artefact.config.get("dtype") or self.note.get("dtype", "auto")
-        self.base_weights: str = recipe.get("base_weights") or ("nf4" if self.note else "float")
+        self.quantization: str = recipe.get("quantization") or self.note.get("quantization", "none")
         self.need_tokenizer = need_tokenizer
         self.fingerprint: str | None = None
         self.overrides: dict[str, Any] = {}  # without which it computes something else
@@ -60,14 +64,10 @@ class Base:
             ScaloraError: it cannot be found, or it is another model than the one that was trained.
         """
         try:
-            model, tokenizer = load_model(
-                self.source, head=self.head, num_labels=self.num_labels, class_names=self.class_names,
-                dtype=self.dtype, config=self.config, attn_implementation=self.attention,
-                need_tokenizer=self.need_tokenizer,
-            )  # fmt: skip
+            model, tokenizer = self._loaded()
         except ScaloraError as error:
             raise ScaloraError(f"{error}; a base model that has moved is named by --base (Python: base=)") from error
-        self.fingerprint = fingerprint_as(model, self.base_weights)
+        self.fingerprint = fingerprint_as(model, self.quantization)
         if self.artefact.fingerprint not in (None, self.fingerprint):
             raise ScaloraError(
                 f"the base model {self.source!r} has the fingerprint {self.fingerprint}, but "
@@ -78,12 +78,23 @@ class Base:
         self.padded_tokenizer, self.path = tokenizer, model.name_or_path
         return model.eval()
 
+    def _loaded(self, quantization: str = "none") -> tuple[Any, Any]:
+        return load_model(
+            self.source, head=self.head, num_labels=self.num_labels, class_names=self.class_names,
+            dtype=self.dtype, config=self.config, attn_implementation=self.attention,
+            need_tokenizer=self.need_tokenizer, quantization=quantization,
+        )  # fmt: skip
+
     def _round(self, model: Any) -> None:
         """Make the base weights what was trained on."""
         recipe = self.artefact.made_by
-        if self.note:
+        if is_packed(self.quantization):
+            packed, _ = self._loaded(self.quantization)
+            unpack(packed, model)
+            set_origin(model, replace(origin(model), quantization=self.quantization))
+        elif self.note:
             read_nf4_base(self.artefact.folder, model)
-        if self.note or self.base_weights == "float" or recipe is None:
+        if self.note or self.quantization != "nf4-rounded" or recipe is None:
             return
         spec = parse_recipe(recipe).method
         if method_class(spec.name).quantises:

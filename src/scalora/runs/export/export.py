@@ -34,6 +34,8 @@ Form = Literal["lora", "merged", "delta"]
 # same function: sums in another order. Where weights are bf16 or fp16 each is rounded once, whose effect depends on the
 # model: there only what rounding cannot explain is refused.
 EXACT, ROUNDED = 1e-4, 0.25
+# Which forms go onto a base that plain transformers loads; one that is rounded to NF4 it does not.
+_GO_ON: dict[str, tuple[str, ...]] = {"none": get_args(Form), "nf4-rounded": ("merged",)}
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def export(
                 f"{artefact.folder} was trained on a base with other values than its own (config: {source.overrides}): "
                 f"a {to} export would be put on the base without them, which computes something else; use --to merged"
             )
-        if to != "merged" and source.base_weights != "float":
+        if to not in _GO_ON.get(source.quantization, ("merged", "lora")):
             raise ScaloraError(
-                f"{artefact.folder} was trained on a base in {source.base_weights}: a {to} export would be put on the "
+                f"{artefact.folder} was trained on a base in {source.quantization}: a {to} export would be put on the "
                 "float weights, which compute something else; use --to merged, or the run's adapter as it is"
             )
         before = probe(trained.model)

@@ -23,6 +23,7 @@ from ...layers.stand_in import StandIn
 from ...layers.written_base import whole_adapter
 from ...methods.peft_any import merged_update
 from ...models import digits  # noqa: F401  (makes its class known to transformers)
+from ...models.packed import is_packed
 from .artefact import Artefact, read_factors, read_tensors
 from .base_model import Base
 from .restored import Restored, RestoredWhole, RestoredWrapped, check_random, does_not_fit
@@ -127,7 +128,7 @@ class _Lora(_Peft):
             read_factors(artefact)  # do its parts belong together?
         super().__init__(artefact, base)
         self.start: dict[str, Tensor] = {}  # base weights that accumulate='base' has changed
-        if artefact.state is not None:
+        if artefact.state is not None and not is_packed(base.quantization):  # of which names alone were counted
             written = [layer.base.weight for layer in sort_layers(self.model)[0]] if artefact.only_ours else []
             if base_fingerprint(self.model, written) != artefact.state["base"]:  # pyright: ignore
                 raise does_not_fit(artefact, base, "its weights are others than those of the training")
