@@ -1,6 +1,5 @@
 """Recipes trained by two real processes under DDP: what one process gives, for the same batch of a step."""
 
-import json
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,73 +7,42 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from helpers import workspace
+from helpers.runs_of_two import STEADY, batch, double_precision, left_by, train_recipe
 from helpers.two_processes import spawn
 from scalora import ScaloraError
 from scalora.common.files import is_sealed
 from scalora.runs import loading, training
-from scalora.runs.recipe import load_recipe
 
-# Adam's first steps would enlarge rounding.
-STEADY = ["training.logging_steps=1", "training.adam_epsilon=1e-3", "training.learning_rate=1e-3"]
 METHODS = {
     "lora": [], "scalora": [], "scalora-i": [], "scalora-refresh": ["method.options.refresh=4"], "white-lora": [],
     "hira": [], "mora": [], "alpha-lora": ["method.options.batch=4"], "lora-ga": [], "pissa": [], "loft": [],
     "relora": [], "flora": [], "loftq": ["base_weights=nf4"],
 }  # fmt: skip
+# In float32, as recipes are; the others in float64.
 SINGLE = ("lora", "scalora-i", "mora", "pissa", "flora", "loftq")
-
-
-def _double(name):
-    """Float64, where only what is wrong can make a difference, but for some in float32."""
-    plain = loading.load_model
-
-    def load(*args, **options):
-        model, tokenizer = plain(*args, **options)
-        return model.double(), tokenizer
-
-    return patch.object(loading, "load_model", plain if name in SINGLE else load)
-
-
-def _batch(rows):
-    """The batch of each process, for one of four rows."""
-    return [f"training.per_device_train_batch_size={rows}"]
-
-
-def _train(recipe, overrides, resume=False):
-    return training.train(load_recipe(recipe, overrides), resume=resume)
 
 
 def _of_method(folder, name, rows):
     values = [f"output={folder}/{rows}/{name}", f"method={{name: {name}, rank: 2}}", "training.save_strategy=no"]
-    return [*_batch(rows), *STEADY, *values, *METHODS[name]]
+    return [*batch(rows), *STEADY, *values, *METHODS[name]]
 
 
 def _methods(rank, folder):
     for name in METHODS:
-        with _double(name):
-            _train(f"{folder}/recipe.yaml", _of_method(folder, name, 2))
-
-
-def _left(run):
-    """Losses, scores and saved tensors of a run."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    losses = [entry["loss"] for entry in metrics["log"] if "loss" in entry]
-    files = sorted((run / "adapter").rglob("*.safetensors"))
-    tensors = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    return metrics, losses, tensors
+        with double_precision(name not in SINGLE):
+            train_recipe(f"{folder}/recipe.yaml", _of_method(folder, name, 2))
 
 
 def test_every_kind_of_method_gives_what_it_gives_in_one_process(tmp_path):
     recipe = workspace.lay(tmp_path)
     for name in METHODS:
-        with _double(name):
-            _train(recipe, _of_method(tmp_path, name, 4))
+        with double_precision(name not in SINGLE):
+            train_recipe(recipe, _of_method(tmp_path, name, 4))
     spawn(_methods, str(tmp_path))
     for name in METHODS:
-        (alone, losses, tensors), (metrics, theirs, others) = (_left(tmp_path / rows / name) for rows in ("4", "2"))
+        (alone, losses, tensors), (metrics, theirs, others) = (left_by(tmp_path / rows / name) for rows in ("4", "2"))
         assert (alone["processes"], metrics["processes"]) == (1, 2)
         assert len(losses) == 8
         assert losses == pytest.approx(theirs, rel=1e-6), name  # logged in float32
@@ -107,38 +75,38 @@ UNDROPPED = [
 
 def _of_kind(folder, kind, rows):
     data = f"{folder}/data.jsonl"
-    return [*_batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *(v.replace("%s", data) for v in KINDS[kind])]
+    return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *(v.replace("%s", data) for v in KINDS[kind])]
 
 
 def _kinds(rank, folder):
-    with _double(""):
+    with double_precision():
         for kind in KINDS:
-            _train(f"{folder}/recipe.yaml", _of_kind(folder, kind, 2))
-    classified = [*workspace.classification(Path(folder)), *_batch(2), *STEADY, f"output={folder}/2/bert"]
-    _train(f"{folder}/recipe.yaml", [*classified, *UNDROPPED])
+            train_recipe(f"{folder}/recipe.yaml", _of_kind(folder, kind, 2))
+    classified = [*workspace.classification(Path(folder)), *batch(2), *STEADY, f"output={folder}/2/bert"]
+    train_recipe(f"{folder}/recipe.yaml", [*classified, *UNDROPPED])
 
 
 def test_every_kind_of_task_is_scored_as_in_one_process(tmp_path):
     recipe = workspace.lay(tmp_path)
-    with _double(""):
-        found = {kind: _train(recipe, _of_kind(tmp_path, kind, 4)) for kind in KINDS}
-    classified = [*workspace.classification(tmp_path), *_batch(4), *STEADY, f"output={tmp_path}/4/bert"]
-    found["bert"] = _train(recipe, [*classified, *UNDROPPED])
+    with double_precision():
+        found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in KINDS}
+    classified = [*workspace.classification(tmp_path), *batch(4), *STEADY, f"output={tmp_path}/4/bert"]
+    found["bert"] = train_recipe(recipe, [*classified, *UNDROPPED])
     spawn(_kinds, str(tmp_path))
     for kind, result in found.items():
-        metrics, losses, _ = _left(tmp_path / "2" / kind)
+        metrics, losses, _ = left_by(tmp_path / "2" / kind)
         expected = [entry["loss"] for entry in result.metrics["log"] if "loss" in entry]
         assert losses == pytest.approx(expected, abs=1e-6), kind
         for when in ("before", "after", "validation"):
             assert metrics[when] == pytest.approx(result.metrics[when], abs=1e-6), kind
 
 
-SAVED = [*_batch(2), "training.save_steps=3", "training.logging_steps=1"]
+SAVED = [*batch(2), "training.save_steps=3", "training.logging_steps=1"]
 
 
 def _stopped(rank, folder):
     recipe, values = f"{folder}/recipe.yaml", SAVED
-    _train(recipe, [*values, f"output={folder}/whole"])
+    train_recipe(recipe, [*values, f"output={folder}/whole"])
 
     class Stop(training.StopOnSignal):
         def on_step_end(self, args, state, control, **kwargs):
@@ -148,28 +116,28 @@ def _stopped(rank, folder):
 
     values = [*values, f"output={folder}/stopped"]
     with patch.object(training, "StopOnSignal", Stop), pytest.raises(training.Interrupted) as caught:
-        _train(recipe, values)
+        train_recipe(recipe, values)
     assert str(caught.value.checkpoint).endswith("checkpoint-5")
-    _train(recipe, values, resume=True)
+    train_recipe(recipe, values, resume=True)
 
 
 def test_one_signalled_process_stops_both_and_the_run_resumes_bitwise(tmp_path):
     recipe = workspace.lay(tmp_path)
     spawn(_stopped, str(tmp_path))
-    (whole, losses, tensors), (resumed, theirs, others) = (_left(tmp_path / name) for name in ("whole", "stopped"))
+    (whole, losses, tensors), (resumed, theirs, others) = (left_by(tmp_path / name) for name in ("whole", "stopped"))
     assert losses == theirs
     assert whole["after"] == resumed["after"]
     assert whole["events"] == resumed["events"]
     assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
     (tmp_path / "stopped" / "metrics.json").unlink()
     with pytest.raises(ScaloraError, match="of a run on 2 processes, and this is one on 1"):
-        _train(recipe, [*SAVED, f"output={tmp_path}/stopped"], resume=True)
+        train_recipe(recipe, [*SAVED, f"output={tmp_path}/stopped"], resume=True)
 
 
 def _failing(rank, folder):
     def refused(match, *overrides, **options):
         with pytest.raises(ScaloraError, match=match):
-            _train(f"{folder}/recipe.yaml", [*_batch(2), *overrides], **options)
+            train_recipe(f"{folder}/recipe.yaml", [*batch(2), *overrides], **options)
 
     refused("method.name is 'scalora-oracle', which is trained in one process", "method.name=scalora-oracle")
     refused("there is no checkpoint", resume=True)  # what only the first process sees
