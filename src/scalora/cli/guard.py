@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def leave(message: str, code: int, *, alone: bool = False) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if alone or speaks():
         print(message, file=sys.stderr, flush=True)
+    if alone and launched() > 1:  # Python would wait for what the others never answer
+        sys.stdout.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
