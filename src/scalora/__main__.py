@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; exits with 2 where its packages are missing, and with 130 where a signal stops it."""
     try:
+        from .common.launch import launched
         from .common.stopping import listen
 
         listen()
+        if launched() > 1:  # before torch is there: its warnings would come from every process
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         _run()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

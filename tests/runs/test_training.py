@@ -87,9 +87,9 @@ def test_output_folders_are_not_trampled_on(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_that_cannot_find_one_another_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ScaloraError, match="WORLD_SIZE is 2"):
+    with pytest.raises(ScaloraError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set"):
         train(load_recipe(workspace.lay(tmp_path)))
 
 

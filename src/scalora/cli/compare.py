@@ -16,7 +16,7 @@ from rich.live import Live
 from ..common.disk_layout import REPORT, RESULTS
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
-from .guard import guarded, leave, require
+from .guard import alone, guarded, leave, require
 from .report import show_comparison
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def compare(
     one at once; with --storage on several machines, each with an --output of its own.
     """
     with guarded():
+        alone("compare")
         from ..runs.recipe import load_recipe
 
         recipe = load_recipe(recipe_path, set_ or [])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.quiet import quiet
-from .guard import guarded
+from .guard import alone, guarded
 
 
 def export_verb(
@@ -38,6 +38,7 @@ def export_verb(
     The result is loaded back and its logits are compared; with a recipe's data, its loss too.
     """
     with guarded():
+        alone("export")
         quiet()
         from ..runs.export.export import export as export_run
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ..common.errors import ScaloraError
+from ..common.errors import AgreedError, ScaloraError
+from ..common.launch import launched, speaks
 from ..common.stopping import listen, was_stopped
 
 
@@ -24,14 +27,29 @@ def guarded() -> Iterator[None]:
         if was_stopped(error):
             leave("stopped", 130)
         if isinstance(error, ScaloraError):
-            leave(f"error: {error}", 2)
+            leave(f"error: {error}", 2, alone=not isinstance(error, AgreedError))
         raise
 
 
-def leave(message: str, code: int) -> NoReturn:
-    """Print a message to standard error and exit."""
-    print(message, file=sys.stderr)
+def leave(message: str, code: int, *, alone: bool = False) -> NoReturn:
+    """Print a message to standard error and exit; of several processes the first prints, or the one that is alone."""
+    if launched() > 1:  # the launcher ends all once one has ended: each says its own first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if alone or speaks():
+        print(message, file=sys.stderr, flush=True)
+    if alone and launched() > 1:  # Python would wait for what the others never answer
+        sys.stdout.flush()
+        os._exit(code)
     raise SystemExit(code)
+
+
+def alone(command: str) -> None:
+    """Raise ScaloraError where a launcher has started several processes for a command that is for one."""
+    if launched() > 1:
+        raise AgreedError(
+            f"WORLD_SIZE is {launched()}, but scalora {command} runs in one process, and several of them would do the "
+            "same: start it without torchrun and accelerate launch"
+        )
 
 
 def require(command: str, *modules: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..common.disk_layout import REPORT, RESULTS, TABLES
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
-from .guard import guarded, require
+from .guard import alone, guarded, require
 
 if TYPE_CHECKING:
     from ..arena.results import ComparisonRecord
@@ -31,6 +31,7 @@ def report(
     In the folder of a paper's experiment it writes the tables.
     """
     with guarded():
+        alone("report")
         quiet()
         require("report", "optuna", "scipy")
         from scalora_papers.run import read_experiment, write_tables

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from ..common.errors import ScaloraError
 from ..common.files import expand_user
 from ..common.quiet import quiet
-from .guard import guarded, leave, require
+from .guard import alone, guarded, leave, require
 
 if TYPE_CHECKING:
     from scalora_papers import Outcome
@@ -47,6 +47,7 @@ def reproduce(
     """
     console = Console()
     with guarded():
+        alone("reproduce")
         quiet()
         require("reproduce", "optuna", "scipy", "sklearn")
         from scalora_papers import Setting, all_experiments, find_experiment

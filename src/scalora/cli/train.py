@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ..common.errors import ScaloraError
+from ..common.launch import launched, speaks
 from ..common.quiet import quiet
 from .guard import guarded, leave
 
@@ -41,33 +42,42 @@ def train_verb(
     Ctrl-C finishes the step, saves a checkpoint and exits with 130.
     """
     with guarded():
-        from ..runs.recipe import load_recipe
+        from ..common.processes import one_run
 
         if resume and overwrite:
             raise ScaloraError("--resume continues the run that --overwrite would replace: give one of the two")
-        recipe = load_recipe(recipe_path, set_ or [])
-        quiet()
-        from ..runs import training
+        with one_run():
+            _run(recipe_path, set_ or [], resume, overwrite)
 
-        console = Console()
-        title = f"[b]{recipe.method.name}[/b] on {recipe.model}, rank {recipe.method.rank}"
-        console.print(f"{title} → {recipe.output}", highlight=False)
-        watcher = live_watcher(console)
-        try:
-            with watcher.display:
-                result = training.train(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
-                watcher.finish()
-        except training.Interrupted as stopped:
-            overrides = [part for each in set_ or [] for part in ("--set", each)]
-            again = f"continue with: {shlex.join(['scalora', 'train', recipe_path, *overrides, '--resume'])}"
-            where = (
-                f"last checkpoint: {stopped.checkpoint}; {again}"
-                if stopped.checkpoint
-                else "no checkpoint was written yet"
-            )
-            leave(f"stopped; {where}", 130)
-        else:
-            show_result(console, result)
+
+def _run(recipe_path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
+    from ..common.processes import ending_together
+    from ..runs.recipe import load_recipe
+
+    with ending_together():
+        recipe = load_recipe(recipe_path, overrides)
+    quiet()
+    from ..runs import training
+
+    console = Console(quiet=not speaks())
+    title = f"[b]{recipe.method.name}[/b] on {recipe.model}, rank {recipe.method.rank}"
+    console.print(f"{title} → {recipe.output}", highlight=False)
+    watcher = live_watcher(console)
+    try:
+        with watcher.display:
+            result = training.train(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
+            watcher.finish()
+    except training.Interrupted as stopped:
+        words = ["scalora", "train", recipe_path, *(part for each in overrides for part in ("--set", each)), "--resume"]
+        again = shlex.join(words) if launched() == 1 else "the same command and --resume"
+        where = (
+            f"last checkpoint: {stopped.checkpoint}; continue with: {again}"
+            if stopped.checkpoint
+            else "no checkpoint was written yet"
+        )
+        leave(f"stopped; {where}", 130)
+    else:
+        show_result(console, result)
 
 
 class _Pace:

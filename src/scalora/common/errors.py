@@ -10,6 +10,10 @@ class ScaloraError(ValueError):
     """
 
 
+class AgreedError(ScaloraError):
+    """An error with which all processes of a run end, and which the first of them prints."""
+
+
 def named(value: object) -> str:
     """A value for a message: itself where that is short, else what it is."""
     text = repr(value)

@@ -171,8 +171,10 @@ def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dic
     if problem := unwritable(config, [layer.module for layer in layers], adapter, rewritten=own):
         raise ScaloraError(problem)
     found = get_peft_model_state_dict(peft_model, adapter_name=adapter)
-    # What a matrix is computed from is no part of a plain LoRA; the matrix itself follows.
-    state = {name: value for name, value in found.items() if ".parametrizations." not in name}
+    # What a matrix is computed from is no part of a plain LoRA; the matrix itself follows. A sharded model's state has
+    # the accumulated columns too.
+    beside = tuple(f"{layer.name}.accumulated." for layer in layers)
+    state = {n: value for n, value in found.items() if ".parametrizations." not in n and not n.startswith(beside)}
     sizes: dict[str, tuple[int, float]] = {}
     for layer in layers:
         name = pattern_name(layer.name.removeprefix(PREFIX), layer.module)

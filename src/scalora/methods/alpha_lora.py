@@ -136,6 +136,8 @@ class AlphaCallback(TrainerCallback):
         self.optimizer.zero_grad()
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        if not args.should_save:
+            return
         file = Path(str(args.output_dir), f"checkpoint-{state.global_step}", ALPHA_STATE)
         torch.save(self.optimizer.state_dict(), file)
 

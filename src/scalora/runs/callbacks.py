@@ -19,8 +19,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..algebra.lowrank import numerical_rank
+from ..common import processes
 from ..common.errors import ScaloraError
 from ..common.files import seal
+from ..layers.sharding import local_shard
 from ..methods import Spectrum
 
 POINTS = 10  # measurements of the rank over a run
@@ -30,13 +32,15 @@ class StableOrder(TrainerCallback):
     """Has batches that are grouped by length come in an order of the seed and the epoch alone.
 
     transformers takes it from the global random state, which depends on what a method has drawn before, and is not
-    known to a run that is resumed in a later epoch. The first epoch's order is that of a plain Trainer.
+    known to a run that is resumed in a later epoch. The first epoch's order is that of a plain Trainer, of one process:
+    groups are of the batches of a step, which is that of all processes together.
     """
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         sampler = get_sampler(kwargs["train_dataloader"])
         if isinstance(sampler, LengthGroupedSampler):
             seed = args.seed if args.data_seed is None else args.data_seed
+            sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             sampler.generator = torch.Generator().manual_seed(seed + 1_000_003 * int(state.epoch or 0))
             torch.empty((), dtype=torch.int64).random_(generator=sampler.generator)  # DataLoader's draw before
 
@@ -108,8 +112,9 @@ class StopOnNonFinite(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if not (control.should_log or control.should_save):
             return  # each look waits for the device
-        norms = torch._foreach_norm([p.detach() for p in kwargs["model"].parameters() if p.requires_grad])
-        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+        mine = [local_shard(p.detach()) for p in kwargs["model"].parameters() if p.requires_grad]
+        norms = torch._foreach_norm(mine)
+        if processes.any_of(not torch.stack([norm.float() for norm in norms]).isfinite().all()):
             raise ScaloraError(
                 f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
                 f"training.learning_rate (it is {args.learning_rate:g}), lengthen training.warmup_steps, or check the "
@@ -132,6 +137,7 @@ class SealCheckpoints(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        processes.from_all(None)  # each process has written its part
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
             seal(folder / f"checkpoint-{state.global_step}")
@@ -158,7 +164,8 @@ class StopOnSignal(TrainerCallback):
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.received is not None:
+        if processes.any_of(self.received is not None):  # all of them stop after the same step
+            self.received = self.received or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from ..common.errors import ScaloraError
+from ..tasks.task import evaluating
 
 
 class RecipeTrainer(Trainer):
@@ -28,6 +29,21 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, metrics: Callable[[], dict[str, float]], **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self._metrics = metrics
+        if self.model_accepts_loss_kwargs and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
+            self.model_accepts_loss_kwargs = self._loss_is_by_items()
+
+    def _loss_is_by_items(self) -> bool:
+        """Whether the model divides its loss by `num_items_in_batch`; Trainer takes that of any that takes all words.
+
+        One that does not has the mean of a batch as its loss, which is to be averaged over batches and processes.
+        """
+        assert self.model is not None
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))  # pyright: ignore
+        with evaluating(self.model, None) as device:
+            of_one, of_two = (
+                self.model(**batch, num_items_in_batch=torch.tensor(count, device=device)).loss for count in (1, 2)
+            )
+        return bool(of_one != of_two)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         devices = [] if self.args.device.type == "cpu" else [self.args.device]

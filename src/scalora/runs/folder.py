@@ -15,6 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from ..common import processes
 from ..common.disk_layout import ADAPTER, CHECKPOINTS, INPUTS, METRICS, RECIPE
 from ..common.errors import ScaloraError
 from ..common.files import damage, expand_user, is_sealed, write_json, write_text
@@ -85,6 +86,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let others in. Where the run came to nothing, without checkpoint or adapter, no shell stays behind."""
+        _remove_unfinished(self.path)
         if last_checkpoint(self.path) is None and not (self.path / ADAPTER).exists():
             shutil.rmtree(self.path, ignore_errors=True)
             if self.previous is not None and self.previous.exists():
@@ -108,9 +110,7 @@ def writing(folder: Path) -> Iterator[None]:
             raise ScaloraError(
                 f"the network failed ({' '.join(str(error).split())[:200]}): check it, or set training.report_to: none"
             ) from error
-        for checkpoint in _checkpoints(folder):
-            if not is_sealed(checkpoint):  # the one that did not fit
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        _remove_unfinished(folder)  # the one that did not fit
         done = last_checkpoint(folder)
         way_on = f"then continue from {done.name} with --resume" if done else "then start again"
         raise ScaloraError(
@@ -132,6 +132,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.is_dir()]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for checkpoint in _checkpoints(folder):
+        if processes.is_first() and not is_sealed(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:
@@ -233,4 +239,10 @@ def _sound_checkpoint(folder: Path) -> Path:
     assert checkpoint is not None
     if reason := damage(checkpoint):
         raise ScaloraError(f"{checkpoint} is damaged ({reason}): delete it to resume from the checkpoint before it")
+    # Each process has a random state of its own there.
+    if (then := len(list(checkpoint.glob("rng_state*.pth")))) != (now := processes.count()):
+        raise ScaloraError(
+            f"{checkpoint} is of a run on {then} {'process' if then == 1 else 'processes'}, and this is one on {now}: "
+            "resume it on as many, since the batch of a step is theirs together"
+        )
     return checkpoint

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..common import processes
 from ..common.disk_layout import ADAPTER, METRICS
 from ..common.environment import environment, peak_memory
-from ..common.errors import ScaloraError
 from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
@@ -25,13 +25,15 @@ from ..models.packed import entries
 from ..tasks import Score, Split
 from .callbacks import RankTracker, SealCheckpoints, StableOrder, StepTimer, StopOnNonFinite, StopOnSignal, rank_by_kind
 from .evaluation import RecipeTrainer, check_metric
-from .folder import RunFolder, last_checkpoint, saved_precision, writing
+from .folder import last_checkpoint, saved_precision, writing
 from .held import HeldBytes, weight_bytes
 from .inputs import Inputs
+from .launching import is_sharding, refuse_unsupported, shard
 from .loading import Loaded, load_inputs, made_ready, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
+from .shared_folder import SharedFolder
 
 
 class Interrupted(Exception):
@@ -86,6 +88,9 @@ def train(
     ``expected`` are digests of what must be read (:class:`~scalora.runs.inputs.Inputs`, encoded): other data, another
     tokenizer or another base model are refused.
 
+    Where torchrun or accelerate has started several processes, each calls this, and they are one run: the batch of a
+    step is theirs together, scoring is shared out, and the first one writes and tells.
+
     Leaves in ``recipe.output``: recipe.yaml (resolved), inputs.json, adapter/, checkpoints/, metrics.json, curves.png,
     rank.png; or nothing at all where the run fails before its first checkpoint.
 
@@ -93,27 +98,25 @@ def train(
         ScaloraError: bad input, with one clear message.
         Interrupted: Ctrl-C or SIGTERM; the checkpoint to resume from is named.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ScaloraError(
-            f"WORLD_SIZE is {processes}: recipes run in one process; for many devices use Trainer or accelerate with "
-            "scalora's callback (examples/distributed)"
-        )
-    recorded = saved_precision(expand_user(recipe.output)) if resume else None
-    choice = decide(recipe.precision, recipe.training, recorded)
-    recipe = recipe.model_copy(update={"precision": choice.precision})
-    run_folder = RunFolder(recipe, resume=resume, overwrite=overwrite)
-    try:
-        return _train(recipe, choice, run_folder, split, baseline, ranks, watcher or Watcher(), expected)
-    except KeyboardInterrupt:
-        raise Interrupted(last_checkpoint(run_folder.path)) from None
-    finally:
-        run_folder.release()
+    with processes.one_run(), processes.ending_together():
+        recorded = saved_precision(expand_user(recipe.output)) if resume else None
+        choice = processes.from_first(lambda: decide(recipe.precision, recipe.training, recorded))
+        recipe = recipe.model_copy(update={"precision": choice.precision})
+        refuse_unsupported(recipe)
+        run_folder = SharedFolder(recipe, resume=resume, overwrite=overwrite)
+        told = watcher if watcher is not None and processes.is_first() else Watcher()
+        try:
+            return _train(recipe, choice, run_folder, split, baseline, ranks, told, expected)
+        except KeyboardInterrupt:
+            raise Interrupted(last_checkpoint(run_folder.path)) from None
+        finally:
+            run_folder.release()
 
 
 def _train(
     recipe: Recipe,
     choice: PrecisionChoice,
-    run_folder: RunFolder,
+    run_folder: SharedFolder,
     split: Split,
     baseline: bool,
     ranks: bool,
@@ -170,6 +173,7 @@ def _train(
     try:
         with writing(folder), setting_up(timer):
             trainer = _trainer(adapted, arguments, loaded, watching, lambda: score("validation").metrics)
+            shard(trainer)
             if recipe.head_learning_rate is not None:
                 set_head_rate(trainer.create_optimizer(), adapted.model, loaded.heads, recipe.head_learning_rate)
             trainer.train(resume_from_checkpoint=str(run_folder.checkpoint) if run_folder.checkpoint else None)
@@ -188,11 +192,15 @@ def _train(
     trainable, total = _count(adapted.model)
     rank = rank_by_kind(adapted.spectra()) if ranks else None
     with writing(folder):
-        loading = ([] if task.tokens else ["import scalora.models.digits"]) + adapted.save(folder / ADAPTER)
+        # What is sharded is gathered by all, and written by the first.
+        save = partial(adapted.save, folder / ADAPTER)
+        lines = save() if is_sharding() else processes.from_first(save)
+    loading = ([] if task.tokens else ["import scalora.models.digits"]) + lines
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {
         "split": split,
         "precision": choice._asdict(),
+        "processes": processes.count(),
         "before": before.metrics if before else None,
         "after": after.metrics,
         "validation": validation,
@@ -217,7 +225,7 @@ def _train(
         "environment": environment(),
     }
     with writing(folder):
-        _leave(folder, metrics, recipe.method.rank)
+        processes.from_first(lambda: _leave(folder, metrics, recipe.method.rank))
     return RunResult(folder, metrics, before, after, loading)
 
 

@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
 _OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "overwrite_output_dir")
 
 _HUB = "a recipe sends nothing to the hub; send the adapter folder of its output there when the run is done"
-_ONE_PROCESS = "recipes run in one process; for many devices use Trainer or accelerate (examples/distributed)"
+_LAUNCHER = "how a model is spread over devices is said to torchrun or accelerate launch (docs/devices.md)"
 _ROWS = "a recipe's rows hold just what the model reads, under names of scalora's own"
 _REFUSED = {
     **dict.fromkeys(
@@ -37,7 +37,7 @@ _REFUSED = {
     ),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank", "ddp_find_unused_parameters",
-         "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout"), _ONE_PROCESS,
+         "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout"), _LAUNCHER,
     ),
     **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), _ROWS),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "validation data is read in the run's own precision"),

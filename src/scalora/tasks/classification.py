@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from ..common import processes
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import number, shown
@@ -103,12 +104,19 @@ class ClassificationTask(Task):
         done = 0
         with evaluating(model, autocast) as device:
             lengths = [len(each["input_ids"]) for each in encoded]
-            for batch in batches(lengths, [1] * len(lengths), batch_size):
+
+            def read(batch: list[int]) -> torch.Tensor:
+                nonlocal done
                 inputs = collate([encoded[i] for i in batch])
-                logits[batch] = model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu()
-                done += len(batch)
+                read = model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu()
+                done = min(done + processes.count() * len(batch), len(encoded))
                 if progress:
                     progress(done, len(encoded))
+                return read
+
+            parts = list(batches(lengths, [1] * len(lengths), batch_size))
+            for batch, part in zip(parts, processes.shared_out(parts, read), strict=True):
+                logits[batch] = part
         texts = self._texts(split)
         if self.spec.regression:
             return self._score_numbers(texts, targets, logits.double(), truncated)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from ..common import processes
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .encoding import Pair, encode, encode_prompts, truncate_prompts
@@ -155,8 +156,10 @@ def token_logprobs(
         probe = partial(_short_logits, model, device)
         if batch_size > 1 and not reads_alike(probe, inputs, pad, autocast or model.dtype):
             batch_size = 1
-        for batch in batches([len(ids) for ids in inputs], kept, batch_size):
-            keep = max(kept[b] for b in batch)
+
+        def read(batch: list[int]) -> dict[int, torch.Tensor]:
+            nonlocal done
+            keep, read = max(kept[b] for b in batch), {}
             logits = last_logits(model, [inputs[b] for b in batch], keep, pad, device)
             for b, row in zip(batch, logits, strict=True):
                 scores = row[keep - kept[b] :].float()
@@ -165,10 +168,15 @@ def token_logprobs(
                     wanted = torch.tensor(pairs[index][1], device=device)
                     own = scores[-len(wanted) :]
                     chosen = own.gather(-1, wanted[:, None])
-                    found[index] = torch.cat((chosen, own.amax(-1, True)), -1) if best else chosen.squeeze(-1)
-            done += len(batch)
+                    read[index] = torch.cat((chosen, own.amax(-1, True)), -1) if best else chosen.squeeze(-1)
+            done = min(done + processes.count() * len(batch), len(inputs))
             if progress:
                 progress(done, len(inputs))
+            return read if processes.count() == 1 else {index: scores.cpu() for index, scores in read.items()}
+
+        parts = list(batches([len(ids) for ids in inputs], kept, batch_size))
+        for part in processes.shared_out(parts, read):
+            found |= part
     # One copy from the device for all, in the pairs' order.
     ordered = torch.cat([found[i] for i in range(len(pairs))]).cpu()
     return list(ordered.split([len(following) for _, following in pairs]))

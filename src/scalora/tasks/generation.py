@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ..common import processes
 from ..common.errors import ScaloraError
+from ..layers.sharding import is_sharded
 from .padding import pad_left, reads_alike
 from .task import Progress, evaluating
 
@@ -31,7 +33,7 @@ def generate(
     Raises:
         ScaloraError: the model cannot generate.
     """
-    texts = [""] * len(prompts)
+    texts, done = [""] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
     pad, ends = tokenizer.pad_token_id, endings(model, tokenizer)
     with evaluating(model, autocast) as device:
@@ -43,7 +45,8 @@ def generate(
                 return model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
                     repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=ends, **options,
+                    eos_token_id=ends, synced_gpus=processes.count() > 1 and is_sharded(next(model.parameters())),
+                    **options,
                 )  # fmt: skip
 
         def first_logits(rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
@@ -51,14 +54,20 @@ def generate(
 
         if prompts and batch_size > 1 and not reads_alike(first_logits, prompts, pad, autocast or model.dtype):
             batch_size = 1
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+
+        def written(batch: list[int]) -> list[str]:
+            nonlocal done
             rows = [prompts[i] for i in batch]
             found = write(rows, pad, max_new_tokens)[:, max(map(len, rows)) :]
-            for i, text in zip(batch, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
-                texts[i] = text
+            done = min(done + processes.count() * len(batch), len(order))
             if progress:
-                progress(min(start + batch_size, len(order)), len(order))
+                progress(done, len(order))
+            return tokenizer.batch_decode(found, skip_special_tokens=True)
+
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for batch, part in zip(parts, processes.shared_out(parts, written), strict=True):
+            for i, text in zip(batch, part, strict=True):
+                texts[i] = text
     return texts
 
 

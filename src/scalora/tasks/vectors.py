@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..common import processes
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import label_text, number, shown
@@ -54,13 +55,15 @@ class VectorsTask(Task):
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """`accuracy`, and `nll`: mean nats per row."""
         examples = [self._example(row) for row in self.rows(split)]
-        logits = []
         with evaluating(model, autocast) as device:
-            for start in range(0, len(examples), batch_size):
+
+            def read(start: int) -> torch.Tensor:
                 inputs = _collate(examples[start : start + batch_size])["inputs_embeds"].to(device)
-                logits.append(model(inputs_embeds=inputs).logits.float().cpu())
                 if progress:
                     progress(min(start + batch_size, len(examples)), len(examples))
+                return model(inputs_embeds=inputs).logits.float().cpu()
+
+            logits = processes.shared_out(range(0, len(examples), batch_size), read)
         logprobs = torch.cat(logits).double().log_softmax(-1)
         expected = torch.tensor([example["labels"] for example in examples])
         best = logprobs.argmax(-1)

@@ -16,8 +16,9 @@ from .own_optimizer import OwnOptimizer
 class FullRankOptimizer(OwnOptimizer):
     """Steps W ← (1 − ηλ)W − η·U with U from :meth:`direction`; weight decay λ is decoupled, as AdamW's.
 
-    Where Trainer neither clips nor accumulates nor scales gradients, each weight takes its step as soon as the backward
-    pass has its gradient, which is then freed: of all dense gradients one is there at a time. The steps are the same.
+    Where one Trainer neither clips nor accumulates nor scales gradients, each weight takes its step as soon as the
+    backward pass has its gradient, which is then freed: of all dense gradients one is there at a time. The steps are
+    the same. Several processes have to agree on gradients first.
 
     Args:
         model: that is trained.
@@ -32,7 +33,8 @@ class FullRankOptimizer(OwnOptimizer):
         super().__init__(model, matrices.values(), arguments)
         self.names: dict[Tensor, str] = {weight: name for name, weight in matrices.items()}
         self.seed = arguments.seed
-        self.at_once = not (arguments.max_grad_norm or arguments.fp16 or arguments.gradient_accumulation_steps > 1)
+        waits = arguments.fp16 or arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1
+        self.at_once = not (arguments.max_grad_norm or waits)
         if self.at_once:
             for weight in matrices.values():
                 weight.register_post_accumulate_grad_hook(self._step_at_once)

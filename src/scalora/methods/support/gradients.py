@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -19,7 +20,8 @@ from ...layers.peft_lora import AdapterLayer, is_dense
 class FullGradients:
     """Gathers G = ∂ℓ/∂W, m×n, of frozen weights in the backward passes between :meth:`open` and :meth:`close`.
 
-    They never appear as ``.grad``, so that neither clipping nor the optimizer sees them.
+    They never appear as ``.grad``, so that neither clipping nor the optimizer sees them. Nor does DDP: :meth:`close`
+    takes their mean over the processes itself.
 
     Raises:
         ScaloraError: a weight is quantised.
@@ -46,14 +48,19 @@ class FullGradients:
             self._hooks.append(weight.register_post_accumulate_grad_hook(self._gatherer(layer)))
 
     def close(self) -> dict[str, Tensor]:
-        """The sums by layer name, float32; the weights are as frozen as before."""
+        """The sums by layer name, float32, the mean over processes; the weights are as frozen as before."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         for layer in self.layers:
             layer.base.weight.requires_grad_(False)  # pyright: ignore
         sums, self.sums = self.sums, {}
-        return sums
+        if (processes := _processes()) == 1:
+            return sums
+        for layer in self.layers:
+            own = sums.setdefault(layer.name, torch.zeros(layer.shape, device=layer.base.weight.device))  # pyright: ignore
+            dist.all_reduce(own)
+        return {name: total / processes for name, total in sums.items() if total.any()}
 
     def _gatherer(self, layer: AdapterLayer) -> Any:
         def gather(weight: Tensor) -> None:
@@ -80,6 +87,7 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """The mean gradient of each layer's frozen weight over the first micro-batches of a shuffled pass, m×n.
 
+    Each of several processes reads as many, and others than the rest.
     Neither ``loader`` nor the randomness of the run is touched: the training data keep their order.
     """
     own = DataLoader(
@@ -92,13 +100,14 @@ def mean_gradients(
     gradients = FullGradients(layers)
     with torch.random.fork_rng(), _training(model):
         gradients.open()
-        count = 0
-        for batch, _ in zip(own, range(batches), strict=False):
-            batch_loss(model, batch, args).backward()
+        processes, count = _processes(), 0
+        for batch, turn in zip(own, range(batches * processes), strict=False):
             count += 1
+            if turn % processes == args.process_index:
+                batch_loss(model, batch, args).backward()
         sums = gradients.close()
     model.zero_grad()
-    return {name: total / max(1, count) for name, total in sums.items()}
+    return {name: total * processes / max(1, count) for name, total in sums.items()}
 
 
 @contextmanager
@@ -109,3 +118,7 @@ def _training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

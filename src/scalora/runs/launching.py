@@ -1,0 +1,93 @@
+"""What accelerate may be configured with for a recipe: DDP, or FSDP2. The rest is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from ..common import processes
+from ..common.errors import ScaloraError
+from .recipe import Recipe
+
+_IN_ONE_PROCESS = ("scalora-oracle",)  # which takes the SVD of gradients that DDP knows nothing of
+_SHARDABLE = (
+    "lora", "rslora", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar", "scalora-normalize",
+    "scalora-refresh", "white-lora",
+)  # fmt: skip
+_FLAGS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names of precisions
+
+
+def is_sharding() -> bool:
+    """Whether accelerate was told to shard the model over several processes."""
+    return processes.count() > 1 and _is_on("ACCELERATE_USE_FSDP")
+
+
+def refuse_unsupported(recipe: Recipe) -> None:
+    """See that a recipe, whose precision is settled, can be trained by the processes as they were started.
+
+    Raises:
+        ScaloraError: it cannot; the message names what is in the way.
+    """
+    if processes.count() == 1:
+        return
+    for flag, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config"),
+    ):
+        if _is_on(flag):
+            raise ScaloraError(
+                f"accelerate is configured with {name}: a recipe is trained with DDP or FSDP2, choose one"
+            )
+    mixed, own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), _FLAGS[recipe.precision]
+    if mixed not in ("no", own):
+        raise ScaloraError(
+            f"accelerate is configured with mixed_precision {mixed!r}, but the recipe's precision is "
+            f"{recipe.precision!r}: set mixed_precision: 'no' there, and precision in the recipe"
+        )
+    if recipe.method.name in _IN_ONE_PROCESS:
+        raise ScaloraError(
+            f"method.name is {recipe.method.name!r}, which is trained in one process: start it without torchrun and "
+            "accelerate launch, or choose another method"
+        )
+    if is_sharding():
+        _refuse_sharding(recipe)
+
+
+def _refuse_sharding(recipe: Recipe) -> None:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ScaloraError("accelerate is configured with FSDP1, which flattens the adapters: set fsdp_version: 2")
+    if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ScaloraError(
+            "accelerate is configured with fsdp_cpu_ram_efficient_loading, with which only the first process has the "
+            "model: set it to false"
+        )
+    if recipe.method.name not in _SHARDABLE:
+        raise ScaloraError(
+            f"method.name is {recipe.method.name!r}, which needs whole matrices, and FSDP2 shards them: use DDP "
+            f"(torchrun), or choose one of {', '.join(_SHARDABLE)}"
+        )
+    for field, value, needed in (
+        ("base_weights", recipe.base_weights, "float"),
+        ("method.options.accumulate", recipe.method.options.get("accumulate", "adapter"), "adapter"),
+    ):
+        if value != needed:
+            raise ScaloraError(f"{field} is {value!r}, which needs whole weights, and FSDP2 shards them: use DDP")
+
+
+def shard(trainer: Trainer) -> None:
+    """Have FSDP2 on CPUs too, where accelerate ignores that it was told so; elsewhere nothing happens."""
+    if not is_sharding() or trainer.is_fsdp_enabled:
+        return
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as accelerate launch has set the environment
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def _is_on(flag: str) -> bool:
+    return os.environ.get(flag, "false").lower() in ("true", "1")

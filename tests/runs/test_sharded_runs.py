@@ -1,0 +1,113 @@
+"""Recipes trained on a model that FSDP2 shards over two real processes, as accelerate launch orders it."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from helpers import workspace
+from helpers.runs_of_two import STEADY, batch, double_precision, left_by, train_recipe
+from helpers.two_processes import spawn
+from scalora import ScaloraError
+from scalora.layers.sharding import is_sharded
+from scalora.runs import training
+
+LAUNCHED = {  # by accelerate launch
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+METHODS = {
+    "lora": [],
+    "scalora": [],
+    "scalora-refresh": ["method.options.refresh=4"],
+    "white-lora": [],
+}
+WRITES = ["task={kind: completion, prompt: '{text}', completion: ' yes', answer: '[a-z]+', max_new_tokens: 3, "
+          "data: {train: %s/data.jsonl, test_size: 19, columns: {id: id}}}"]  # fmt: skip
+
+
+def _values(folder, name, rows):
+    output = f"output={folder}/{rows}/{name}"
+    if name == "writes":
+        return [*batch(rows), *STEADY, output, *(value.replace("%s", str(folder)) for value in WRITES)]
+    return [*batch(rows), *STEADY, output, f"method={{name: {name}, rank: 2}}", *METHODS[name]]
+
+
+def _sharded(rank, folder):
+    seen = []
+
+    class Look(training.StepTimer):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(all(is_sharded(p) for p in kwargs["model"].parameters()))
+            super().on_step_end(args, state, control, **kwargs)
+
+    with patch.dict("os.environ", LAUNCHED), patch.object(training, "StepTimer", Look):
+        for name in (*METHODS, "writes"):
+            with double_precision():
+                train_recipe(f"{folder}/recipe.yaml", _values(folder, name, 2))
+    assert len(seen) == 8 * (len(METHODS) + 1)
+    assert all(seen)
+
+
+def test_a_sharded_model_gives_what_one_process_gives(tmp_path):
+    recipe = workspace.lay(tmp_path)
+    for name in (*METHODS, "writes"):
+        with double_precision():
+            train_recipe(recipe, _values(tmp_path, name, 4))
+    spawn(_sharded, str(tmp_path))
+    for name in (*METHODS, "writes"):
+        (alone, losses, tensors), (metrics, theirs, others) = (left_by(tmp_path / rows / name) for rows in ("4", "2"))
+        assert losses == pytest.approx(theirs, rel=1e-6), name  # logged in float32
+        for when in ("before", "after"):
+            assert alone[when] == pytest.approx(metrics[when], abs=1e-6), name
+        assert (alone["rank"], alone["trainable_parameters"]) == (metrics["rank"], metrics["trainable_parameters"])
+        assert tensors.keys() == others.keys()
+        for key, tensor in tensors.items():
+            assert torch.allclose(tensor, others[key], rtol=0, atol=1e-6), (name, key)
+
+
+KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+
+
+def _resumed(rank, folder):
+    for kind in KINDS:
+        recipe, values = f"{folder}/recipe.yaml", [*batch(2), "training.save_steps=3", "training.logging_steps=1"]
+        with patch.dict("os.environ", {**LAUNCHED, "FSDP_STATE_DICT_TYPE": kind}):
+            train_recipe(recipe, [*values, f"output={folder}/{kind}/whole"])
+            values = [*values, f"output={folder}/{kind}/stopped"]
+            with workspace.stopped_at(5), pytest.raises(training.Interrupted):
+                train_recipe(recipe, values)
+            train_recipe(recipe, values, resume=True)
+
+
+def test_a_sharded_run_resumes_bitwise(tmp_path):
+    workspace.lay(tmp_path)
+    spawn(_resumed, str(tmp_path))
+    for kind in KINDS:
+        whole, resumed = (left_by(tmp_path / kind / name) for name in ("whole", "stopped"))
+        assert whole[1] == resumed[1]
+        assert whole[0]["after"] == resumed[0]["after"]
+        assert whole[0]["events"] == resumed[0]["events"]
+        assert all(torch.equal(tensor, resumed[2][key]) for key, tensor in whole[2].items())
+
+
+def _refused(rank, folder):
+    for match, changed, *overrides in (
+        ("fsdp_version: 2", {"FSDP_VERSION": "1"}),
+        ("set it to false", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
+        ("method.name is 'hira', which needs whole matrices", {}, "method={name: hira}"),
+        ("base_weights is 'nf4'", {}, "base_weights=nf4"),
+        ("method.options.accumulate is 'base'", {}, "method.options.accumulate=base"),
+    ):
+        with patch.dict("os.environ", {**LAUNCHED, **changed}), pytest.raises(ScaloraError, match=match):
+            train_recipe(f"{folder}/recipe.yaml", overrides)
+
+
+def test_what_cannot_be_sharded_is_refused_by_name(tmp_path):
+    workspace.lay(tmp_path)
+    spawn(_refused, str(tmp_path))
+    assert not (tmp_path / "run").exists()
