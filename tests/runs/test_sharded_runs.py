@@ -25,6 +25,7 @@ METHODS = {
     "scalora": [],
     "scalora-refresh": ["method.options.refresh=4"],
     "white-lora": [],
+    "white-scalora": [],
 }
 WRITES = ["task={kind: completion, prompt: '{text}', completion: ' yes', answer: '[a-z]+', max_new_tokens: 3, "
           "data: {train: %s/data.jsonl, test_size: 19, columns: {id: id}}}"]  # fmt: skip
@@ -100,7 +101,7 @@ def _refused(rank, folder):
         ("fsdp_version: 2", {"FSDP_VERSION": "1"}),
         ("set it to false", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
         ("method.name is 'hira', which needs whole matrices", {}, "method={name: hira}"),
-        ("base_weights is 'nf4'", {}, "base_weights=nf4"),
+        ("quantization is 'nf4-rounded'", {}, "quantization=nf4-rounded"),
         ("method.options.accumulate is 'base'", {}, "method.options.accumulate=base"),
     ):
         with patch.dict("os.environ", {**LAUNCHED, **changed}), pytest.raises(ScaloraError, match=match):

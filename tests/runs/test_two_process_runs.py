@@ -17,8 +17,9 @@ from scalora.runs import loading, training
 
 METHODS = {
     "lora": [], "scalora": [], "scalora-i": [], "scalora-refresh": ["method.options.refresh=4"], "white-lora": [],
+    "white-scalora": [],
     "hira": [], "mora": [], "alpha-lora": ["method.options.batch=4"], "lora-ga": [], "pissa": [], "loft": [],
-    "relora": [], "flora": [], "loftq": ["base_weights=nf4"],
+    "relora": [], "flora": [], "loftq": ["quantization=nf4-rounded"],
 }  # fmt: skip
 # In float32, as recipes are; the others in float64.
 SINGLE = ("lora", "scalora-i", "mora", "pissa", "flora", "loftq")

@@ -16,7 +16,7 @@ from .recipe import Recipe
 _IN_ONE_PROCESS = ("scalora-oracle",)  # which takes the SVD of gradients that DDP knows nothing of
 _SHARDABLE = (
     "lora", "rslora", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar", "scalora-normalize",
-    "scalora-refresh", "white-lora",
+    "scalora-refresh", "white-lora", "white-scalora",
 )  # fmt: skip
 _FLAGS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names of precisions
 
@@ -72,7 +72,7 @@ def _refuse_sharding(recipe: Recipe) -> None:
             f"(torchrun), or choose one of {', '.join(_SHARDABLE)}"
         )
     for field, value, needed in (
-        ("base_weights", recipe.base_weights, "float"),
+        ("quantization", recipe.quantization, "none"),
         ("method.options.accumulate", recipe.method.options.get("accumulate", "adapter"), "adapter"),
     ):
         if value != needed:
