@@ -60,8 +60,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damping 0.1": {f"{_WHITENING}.DAMPING": 0.1},
     "damping 1": {f"{_WHITENING}.DAMPING": 1.0},
     "exponent 1/8": {f"{_WHITENING}.EXPONENT": 0.125},
-    "exponent 1/2, damping 0.1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 0.1},
-    "exponent 1/2, damping 1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 1.0},
+    "exponent 1/2 and damping 0.1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 0.1},
+    "exponent 1/2 and damping 1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 1.0},
     "rescaled every 10 steps": {"interval": 10},
     "refreshed every 25 steps": {"refresh": 25},
 }
