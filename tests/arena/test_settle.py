@@ -12,7 +12,8 @@ from scalora.arena.queue import TrialQueue
 from scalora.arena.settle import settle_precision
 from scalora.runs import precision
 from scalora.runs.precision import PrecisionChoice
-from scalora.runs.recipe import load_recipe, of_today, parse_recipe
+from scalora.runs.recipe import load_recipe, parse_recipe
+from scalora.runs.stored import of_today
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -14,7 +14,8 @@ from scalora import ScaloraError
 from scalora.runs import precision
 from scalora.runs.folder import saved_precision
 from scalora.runs.precision import Device, PrecisionChoice, choose, decide, find_device
-from scalora.runs.recipe import load_recipe, of_today
+from scalora.runs.recipe import load_recipe
+from scalora.runs.stored import of_today
 from scalora.runs.training import Watcher, train
 
 BF16, OTHER = PrecisionChoice("bfloat16", "as a test says"), PrecisionChoice("float32", "as a test says")

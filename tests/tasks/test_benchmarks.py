@@ -112,7 +112,7 @@ def hub(monkeypatch):
     content = {}
 
     def load_dataset(repository, config=None, *, split):
-        return SimpleNamespace(to_list=lambda: content[repository, config, split])
+        return SimpleNamespace(features={}, to_list=lambda: content[repository, config, split])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return content

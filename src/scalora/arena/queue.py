@@ -18,7 +18,8 @@ from ..common.disk_layout import RESULTS, UNSENT
 from ..common.errors import ScaloraError
 from ..common.files import write_json
 from ..runs.inputs import Inputs
-from ..runs.recipe import Recipe, of_today, parse_recipe
+from ..runs.recipe import Recipe, parse_recipe
+from ..runs.stored import of_today
 from .contender import parse_contender
 from .liveness import Watch, count_workers, sign
 from .patience import Patient, patient

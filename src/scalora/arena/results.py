@@ -12,7 +12,8 @@ from typing import Any
 from ..common.disk_layout import RESULTS
 from ..common.errors import ScaloraError
 from ..common.files import write_json
-from ..runs.recipe import of_today, parse_recipe
+from ..runs.recipe import parse_recipe
+from ..runs.stored import of_today
 from .admission import Admission, admission
 from .contender import Contender, parse_contender
 from .plan import CURVE_RANKS, Chosen, Comparison, Trial

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..common.disk_layout import RESULTS
 from ..runs.precision import PrecisionChoice, decide
-from ..runs.recipe import of_today, parse_recipe
+from ..runs.recipe import parse_recipe
+from ..runs.stored import of_today
 from .plan import Comparison
 from .results import read_results
 from .storage import Storage, has_study, noted, open_study

@@ -15,6 +15,7 @@ Autograd alone would pay with gradients of frozen columns too; here only what is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -94,7 +95,9 @@ class _ThinSum(torch.autograd.Function):
         everyone = range(len(scales))
         scale, shares = _common(scales)
         x_like = x.to(result.device, wide)
-        with torch.autocast(x.device.type, enabled=False):  # a quantised layer's output may be wider than autocast's
+        # A quantised layer's output may be wider than autocast's.
+        on = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if on else nullcontext():
             h = x_like.flatten(0, -2) @ _stacked_A(matrices, everyone, x_like).mT
             out = _added(result.flatten(0, -2), h, _stacked_B(matrices, shares, everyone, x_like).mT, scale)
         trained = ctx.needs_input_grad[4:]

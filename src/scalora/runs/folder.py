@@ -216,7 +216,8 @@ def saved_precision(folder: Path) -> Precision | None:
 
 
 def _saved_recipe(folder: Path) -> dict[str, Any]:
-    from .recipe import of_today, parse_recipe, says_precision
+    from .recipe import parse_recipe
+    from .stored import of_today, says_precision
     from .yaml_words import load_written
 
     file = folder / RECIPE

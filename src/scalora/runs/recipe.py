@@ -15,12 +15,9 @@ from ..common.numeric import NO_NUMBER, numbers_only
 from ..methods import MethodSpec
 from ..models.packed import Quantization
 from ..tasks import TaskSpec, all_tasks
-from .precision import Precision
+from .stored import FLAGS, FORMERLY
 from .training_section import read_training
 from .yaml_words import load_yaml
-
-_FLAGS: dict[str, Precision] = {"bf16": "bfloat16", "fp16": "float16"}  # of TrainingArguments
-_FORMERLY, _RENAMED = "base_weights", {"float": "none", "nf4": "nf4-rounded"}  # what quantization was called
 
 
 class Recipe(BaseModel):
@@ -67,11 +64,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _one_precision(self) -> Recipe:
         """training.bf16 and training.fp16 are orders of a precision, and are kept as such."""
-        flags = {flag: self.training.pop(flag) for flag in _FLAGS if flag in self.training}
+        flags = {flag: self.training.pop(flag) for flag in FLAGS if flag in self.training}
         for flag, on in sorted(flags.items(), key=lambda item: not item[1]):
             if self.precision == "auto" and (on or flag == "bf16"):
-                self.precision = _FLAGS[flag] if on else "float32"
-            elif self.precision != "auto" and (self.precision == _FLAGS[flag]) != on:
+                self.precision = FLAGS[flag] if on else "float32"
+            elif self.precision != "auto" and (self.precision == FLAGS[flag]) != on:
                 raise ValueError(f"precision is {self.precision!r}, but training.{flag} is {on}: leave one of them out")
         return self
 
@@ -111,23 +108,6 @@ def parse_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         raise ScaloraError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
 
 
-def of_today(content: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe's content in today's fields, with the precision of its day.
-
-    That is float32 unless its training section had a flag.
-    """
-    flags = [precision for flag, precision in _FLAGS.items() if (content.get("training") or {}).get(flag)]
-    rest = {key: value for key, value in content.items() if key != _FORMERLY}
-    if content.get(_FORMERLY) in _RENAMED:
-        rest["quantization"] = _RENAMED[content[_FORMERLY]]
-    return {"precision": flags[0] if flags else "float32"} | rest
-
-
-def says_precision(content: dict[str, Any]) -> bool:
-    """Whether a stored recipe tells its precision, by the field or by a flag of its training section."""
-    return "precision" in content or not _FLAGS.keys().isdisjoint(content.get("training") or {})
-
-
 def read_value(text: str, within: Sequence[str] = ()) -> Any:
     """A value as a recipe would have it under the keys `within`; raises ScaloraError where it is not valid YAML."""
     try:
@@ -159,8 +139,8 @@ def _set(content: dict[str, Any], override: str) -> None:
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
-    if error["type"] == "extra_forbidden" and location == [_FORMERLY]:
-        return f"{_FORMERLY} is called quantization now: write nf4-rounded for nf4, none for float"
+    if error["type"] == "extra_forbidden" and location == [FORMERLY]:
+        return f"{FORMERLY} is called quantization now: write nf4-rounded for nf4, none for float"
     if error["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         near = get_close_matches(location[-1], known, n=1)

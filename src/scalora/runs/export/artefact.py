@@ -29,7 +29,7 @@ from ...common.errors import ScaloraError
 from ...common.files import damage, expand_user, is_sealed
 from ...layers.lora_config import UNREADABLE, VARIANTS, refuse_former_pair, scale
 from ..folder import last_checkpoint
-from ..recipe import of_today
+from ..stored import of_today
 from ..yaml_words import load_written
 
 ArtefactKind = Literal["lora", "peft", "wrapped", "model", "delta"]
