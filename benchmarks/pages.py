@@ -35,15 +35,15 @@ FIGURES = {
     "fig1": "fig1/fig1", "fig2": "fig2/fig2", "fig3": "fig3/fig3", "complexity": "table4/complexity",
     "sensitivity": "sensitivity/sensitivity", "alpha-theory": "alpha-theory/accuracy",
 }  # fmt: skip
-# A task in words, its folder, and who stands for this project there.
+# A task in words, its folder, and who stands for ScaLoRA-I and for White ScaLoRA there; None: it has not run.
 OVERVIEW = (
-    ("random pairs, SmolLM2, rank 8", "smollm2-recall", "white-lora:damping=0.1@8"),
-    ("turned digits, dense network, rank 2", "digits", "scalora-i@2"),
-    ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4"),
-    ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4"),
-    ("STS-B, MiniLM, rank 4", "reproduce/table1/STS-B", "scalora@4"),  # the only variant that ran there
-    ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4"),
-    ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2"),
+    ("random pairs, SmolLM2, rank 8", "smollm2-recall", None, "white-scalora@8"),
+    ("Python, byte-level transformer, rank 2", "byte-python", "scalora-i@2", "white-scalora@2"),
+    ("turned digits, dense network, rank 2", "digits", "scalora-i@2", "white-scalora@2"),
+    ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2", None),
+    ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4", "white-scalora@4"),
+    ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4", None),
+    ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4", None),
 )
 STEP = "overhead/smollm2-bf16.json"
 
@@ -61,25 +61,30 @@ def pages() -> dict[Path, str]:
 
 
 def overview() -> str:
-    """LoRA beside this project, a row per task, and what a step takes."""
+    """LoRA beside this project's methods, a row per task, and what a step takes."""
     rows = []
-    for task, folder, name in OVERVIEW:
+    for task, folder, *names in OVERVIEW:
         table = _table(folder)
         found = {str(row.contender): row for row in table.rows}
-        ours, lora = found[name], found[str(table.baseline)]
-        assert ours.difference
+        lora = found[str(table.baseline)].quality
         score = f"test {_metric(table)} {'↑' if table.higher_is_better else '↓'}"
-        scores = [f"{row.quality.value:.3f} ± {row.quality.error:.3f}" for row in (lora, ours)]
-        own = f" (`{str(ours.contender).rpartition('@')[0]}`)"
-        rows.append(
-            [f"{task}, {ours.difference.n} seeds: {score}", scores[0], scores[1] + own, ours.difference.verdict]
-        )
+        cells = []
+        for name, heading in zip(names, ("scalora-i", "white-scalora"), strict=True):
+            if name is None:
+                cells.append("–")
+                continue
+            ours, own = found[name], name.rpartition("@")[0]
+            assert ours.difference
+            other = "" if own == heading else f" (`{own}`)"
+            cells.append(f"{ours.quality.value:.3f} ± {ours.quality.error:.3f}{other}, {ours.difference.verdict}")
+        seeds = max(found[name].difference.n for name in names if name)  # pyright: ignore[reportOptionalMemberAccess]
+        rows.append([f"{task}, {seeds} seeds: {score}", f"{lora.value:.3f} ± {lora.error:.3f}", *cells])
     step = json.loads((ROOT / FOLDER / STEP).read_text(encoding="utf-8"))["methods"]["scalora-i"]
     low, high = step["quartiles"]
     verdict = "within noise" if low <= 1 <= high else "worse" if low > 1 else "better"
-    ratio = f"{step['ratio']:.2f} (`scalora-i`)"
-    rows.append(["time of a step, SmolLM2, bf16, PEFT's LoRA being 1 ↓", "1.00", ratio, verdict])
-    return _untitled(TextTable("", ["task", "LoRA", "ours", "verdict"], rows))
+    ratio = f"{step['ratio']:.2f}, {verdict}"
+    rows.append(["time of a step, SmolLM2, bf16, PEFT's LoRA being 1 ↓", "1.00", ratio, "–"])
+    return _untitled(TextTable("", ["task", "LoRA", "`scalora-i`", "`white-scalora`"], rows))
 
 
 def comparison(folder: str) -> str:
