@@ -1,5 +1,6 @@
 """Recipes trained by two real processes under DDP: what one process gives, for the same batch of a step."""
 
+import json
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,6 +60,7 @@ KINDS = {
     "completion": ["task={kind: completion, prompt: '{text}', completion: ' yes', answer: '[a-z]+', max_new_tokens: 3, "
                    "data: {train: %s, test_size: 19, columns: {id: id}}}"],
     "text": ["task={kind: text, max_length: 16, data: {train: %s, train_size: 30, test_size: 19, columns: {id: id}}}"],
+    "preference": ["task={kind: preference, data: {train: %p, test_size: 19}}"],
     "group_by_length": ["training.train_sampling_strategy=group_by_length", "score_batch_size=3"],
     "gradient_checkpointing": ["training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"],
     "validation": ["task.data.validation_size=8", "training.eval_strategy=steps", "training.eval_steps=2",
@@ -75,8 +77,8 @@ UNDROPPED = [
 
 
 def _of_kind(folder, kind, rows):
-    data = f"{folder}/data.jsonl"
-    return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *(v.replace("%s", data) for v in KINDS[kind])]
+    own = (v.replace("%s", f"{folder}/data.jsonl").replace("%p", f"{folder}/pairs.jsonl") for v in KINDS[kind])
+    return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *own]
 
 
 def _kinds(rank, folder):
@@ -89,6 +91,9 @@ def _kinds(rank, folder):
 
 def test_every_kind_of_task_is_scored_as_in_one_process(tmp_path):
     recipe = workspace.lay(tmp_path)
+    texts = [f"the {word} {one} {two}" for word in ("cat", "dog", "sky", "mat") for one in "abcd" for two in "efgh"]
+    pairs = [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in texts]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     with double_precision():
         found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in KINDS}
     classified = [*workspace.classification(tmp_path), *batch(4), *STEADY, f"output={tmp_path}/4/bert"]

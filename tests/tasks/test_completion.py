@@ -9,7 +9,7 @@ from scalora.common.errors import ScaloraError
 from scalora.tasks import build_task
 from scalora.tasks.completion import CompletionSpec
 from scalora.tasks.generation import extract
-from scalora.tasks.task import batches
+from scalora.tasks.scoring import batches
 
 ROWS = [
     {"q": "the cat", "a": "sat on the mat"},

@@ -87,6 +87,8 @@ def any_of(flag: bool) -> bool:
 
 def from_first(make: Callable[[], Made]) -> Made:
     """What the first process makes, on all of them."""
+    if _group is None:
+        return make()
     if not is_first():
         return from_all(None)[0]  # pyright: ignore[reportReturnType]
     try:

@@ -22,6 +22,7 @@ class Loft(Lora):
     name = "loft"
     summary = "LoFT (2505.21289): an optimizer of BA that is AdamW of W at full rank"
     family = Family.PAIRS
+    shards = False
     has_alpha = False  # all steps of W are the same
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -34,6 +34,7 @@ class Lora(Method):
     name = "lora"
     summary = "LoRA (2106.09685): W + s·BA, B and A thin"
     family = Family.PEFT
+    shards = True
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         peft_model = lora_model(model, self.spec, head)

@@ -33,6 +33,7 @@ class LoraMuon(Lora):
     name = "lora-muon"
     summary = "LoRA-Muon (2606.12921): Muon's step for the product BA, from its factors' gradients"
     family = Family.PAIRS
+    shards = False
     Options = LoraMuonOptions
     lr_factor = 10.0  # of small models; Adam's step grows with a layer's width, this one is the same at any
     has_alpha = False  # steps are divided by s: only what Trainer clips depends on it

@@ -21,6 +21,7 @@ class LoraPro(Lora):
     name = "lora-pro"
     summary = "LoRA-Pro (2407.18242): follows full fine-tuning's Adam, with its memory"
     family = Family.PAIRS
+    shards = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)

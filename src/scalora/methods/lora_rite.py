@@ -35,6 +35,7 @@ class LoraRite(Lora):
     name = "lora-rite"
     summary = "LoRA-RITE (2410.20625): steps that do not depend on how BA is split into B and A"
     family = Family.PAIRS
+    shards = False
     Options = LoraRiteOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

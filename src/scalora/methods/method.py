@@ -111,6 +111,8 @@ class Method(ABC):
     lr_factor: ClassVar[float] = 1.0  # its usual learning rate, relative to LoRA's
     has_alpha: ClassVar[bool] = True  # alpha means something to it
     quantises: ClassVar[bool] = False  # it makes the NF4 base itself, of the float weights
+    shards: ClassVar[bool] = False  # it trains matrices of which FSDP2 gives each process a part
+    alone: ClassVar[bool] = False  # it trains in one process only
     packed: ClassVar[tuple[str, ...]] = tuple(LIBRARIES)  # ways to keep the base in few bits that it trains on
 
     def __init__(self, spec: MethodSpec) -> None:

@@ -23,6 +23,7 @@ class RsLora(Method):
     name = "rslora"
     summary = "rank-stabilised LoRA (2312.03732): s = alpha/√r, not alpha/r"
     family = Family.PEFT
+    shards = True
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         peft_model = lora_model(model, self.spec, head, use_rslora=True)

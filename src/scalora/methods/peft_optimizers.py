@@ -24,6 +24,7 @@ class _Around(Lora):
     """LoRA by one of PEFT's optimizers around the recipe's, whichever that is."""
 
     family = Family.AROUND
+    shards = False
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         adapted = super().adapt(model, head)

@@ -41,6 +41,7 @@ class ScaLoraI(Method):
     name = "scalora-i"
     summary = "ScaLoRA-I (2510.23818): columns rescaled optimally every 10 steps"
     family = Family.OURS
+    shards = True
     Options: ClassVar[type[BaseModel]] = _options()
 
     def __init__(self, spec: MethodSpec) -> None:

@@ -46,6 +46,7 @@ class Oracle(Method):
     summary = "Theorem 1 of 2510.23818: adapters from the SVD of the full gradient; small models only"
     family = Family.OURS
     packed = ()
+    alone = True  # it takes the SVD of gradients that DDP knows nothing of
     Options = OracleOptions
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 
 from ..common.errors import ScaloraError
-from ..tasks.task import evaluating
+from ..tasks.scoring import evaluating
 
 
 class RecipeTrainer(Trainer):

@@ -11,13 +11,9 @@ from transformers import Trainer
 
 from ..common import processes
 from ..common.errors import ScaloraError
+from ..methods import all_methods, method_class
 from .recipe import Recipe
 
-_IN_ONE_PROCESS = ("scalora-oracle",)  # which takes the SVD of gradients that DDP knows nothing of
-_SHARDABLE = (
-    "lora", "rslora", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar", "scalora-normalize",
-    "scalora-refresh", "white-lora", "white-scalora",
-)  # fmt: skip
 _FLAGS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names of precisions
 
 
@@ -49,7 +45,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
             f"accelerate is configured with mixed_precision {mixed!r}, but the recipe's precision is "
             f"{recipe.precision!r}: set mixed_precision: 'no' there, and precision in the recipe"
         )
-    if recipe.method.name in _IN_ONE_PROCESS:
+    if method_class(recipe.method.name).alone:
         raise ScaloraError(
             f"method.name is {recipe.method.name!r}, which is trained in one process: start it without torchrun and "
             "accelerate launch, or choose another method"
@@ -66,10 +62,11 @@ def _refuse_sharding(recipe: Recipe) -> None:
             "accelerate is configured with fsdp_cpu_ram_efficient_loading, with which only the first process has the "
             "model: set it to false"
         )
-    if recipe.method.name not in _SHARDABLE:
+    if not method_class(recipe.method.name).shards:
+        possible = ", ".join(name for name, method in all_methods().items() if method.shards)
         raise ScaloraError(
             f"method.name is {recipe.method.name!r}, which needs whole matrices, and FSDP2 shards them: use DDP "
-            f"(torchrun), or choose one of {', '.join(_SHARDABLE)}"
+            f"(torchrun), or choose one of {possible}"
         )
     for field, value, needed in (
         ("quantization", recipe.quantization, "none"),

@@ -12,7 +12,8 @@ import torch
 
 from ..common.errors import ScaloraError
 from .padding import distance
-from .task import Collator, TokenDataset, evaluating
+from .scoring import evaluating
+from .task import Collator, TokenDataset
 
 _TOKENS = 8
 _ROWS = 50  # of the data, to take different tokens from

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from ..common import processes
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import number, shown
-from .labels import Labels, check_label, label_scores, needed
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
+from .labels import Labels, LabelTask, check_label, label_scores, needed
+from .scoring import batches, by_row, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, TokenDataset
 from .template import Template
 
 Metric = Literal["accuracy", "matthews", "f1", "pearson_spearman"]
@@ -35,7 +34,7 @@ class ClassificationSpec(BaseTaskSpec, frozen=True):
     max_length: int = Field(default=512, ge=2)
 
 
-class ClassificationTask(Task):
+class ClassificationTask(LabelTask):
     """Cross-entropy on labels; squared error on numbers with `regression`."""
 
     Spec = ClassificationSpec
@@ -60,26 +59,19 @@ class ClassificationTask(Task):
 
     @property
     def num_labels(self) -> int:
-        return 1 if self.spec.regression else len(self.labels)
+        return 1 if self.spec.regression else super().num_labels
 
     @property
     def class_names(self) -> list[str]:
-        return [] if self.spec.regression else self.labels
+        return [] if self.spec.regression else super().class_names
 
-    @cached_property
-    def known(self) -> Labels:
-        """The labels, given or found."""
+    def read_labels(self) -> Labels:
         return Labels(
             self.spec.labels,
             lambda: (row[self.spec.label] for row in self.rows("train")),
             "task.label",
             "; set regression: true",
         )
-
-    @property
-    def labels(self) -> list[str]:
-        """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""
-        return self.known.names
 
     def check(self, row: PlacedRow) -> None:
         for template in (self.text, self.text_pair):
@@ -100,23 +92,14 @@ class ClassificationTask(Task):
         encoded, truncated = self._encode(tokenizer, split)
         targets = self._targets(split)
         collate = self.collator(tokenizer)
-        logits = torch.empty(len(encoded), self.num_labels)
-        done = 0
         with evaluating(model, autocast) as device:
             lengths = [len(each["input_ids"]) for each in encoded]
 
-            def read(batch: list[int]) -> torch.Tensor:
-                nonlocal done
+            def read(batch: list[int]) -> tuple[torch.Tensor, ...]:
                 inputs = collate([encoded[i] for i in batch])
-                read = model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu()
-                done = min(done + processes.count() * len(batch), len(encoded))
-                if progress:
-                    progress(done, len(encoded))
-                return read
+                return model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu().unbind()
 
-            parts = list(batches(lengths, [1] * len(lengths), batch_size))
-            for batch, part in zip(parts, processes.shared_out(parts, read), strict=True):
-                logits[batch] = part
+            logits = torch.stack(by_row(list(batches(lengths, [1] * len(lengths), batch_size)), read, progress))
         texts = self._texts(split)
         if self.spec.regression:
             return self._score_numbers(texts, targets, logits.double(), truncated)

@@ -18,7 +18,8 @@ from .data.rows import PlacedRow
 from .encoding import Pair, encode, encode_prompts, truncate_prompts
 from .generation import extract, generate
 from .padding import last_logits, reads_alike
-from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, TokenDataset, batches, evaluating
+from .scoring import Progress, batches, by_row, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
 from .template import Template
 
 
@@ -150,33 +151,29 @@ def token_logprobs(
     inputs = list(readers)
     kept = [max(len(pairs[i][1]) for i in readers[ids]) for ids in inputs]
     found: dict[int, torch.Tensor] = {}
-    done = 0
     pad = tokenizer.pad_token_id
     with evaluating(model, autocast) as device:
         probe = partial(_short_logits, model, device)
         if batch_size > 1 and not reads_alike(probe, inputs, pad, autocast or model.dtype):
             batch_size = 1
 
-        def read(batch: list[int]) -> dict[int, torch.Tensor]:
-            nonlocal done
-            keep, read = max(kept[b] for b in batch), {}
+        def read(batch: list[int]) -> list[dict[int, torch.Tensor]]:
+            keep, read = max(kept[b] for b in batch), [{} for _ in batch]
             logits = last_logits(model, [inputs[b] for b in batch], keep, pad, device)
-            for b, row in zip(batch, logits, strict=True):
+            for b, row, of_row in zip(batch, logits, read, strict=True):
                 scores = row[keep - kept[b] :].float()
                 scores = scores - scores.logsumexp(-1, keepdim=True)
                 for index in readers[inputs[b]]:
                     wanted = torch.tensor(pairs[index][1], device=device)
                     own = scores[-len(wanted) :]
                     chosen = own.gather(-1, wanted[:, None])
-                    read[index] = torch.cat((chosen, own.amax(-1, True)), -1) if best else chosen.squeeze(-1)
-            done = min(done + processes.count() * len(batch), len(inputs))
-            if progress:
-                progress(done, len(inputs))
-            return read if processes.count() == 1 else {index: scores.cpu() for index, scores in read.items()}
+                    own = torch.cat((chosen, own.amax(-1, True)), -1) if best else chosen.squeeze(-1)
+                    of_row[index] = own if processes.count() == 1 else own.cpu()
+            return read
 
         parts = list(batches([len(ids) for ids in inputs], kept, batch_size))
-        for part in processes.shared_out(parts, read):
-            found |= part
+        for of_row in by_row(parts, read, progress):
+            found |= of_row
     # One copy from the device for all, in the pairs' order.
     ordered = torch.cat([found[i] for i in range(len(pairs))]).cpu()
     return list(ordered.split([len(following) for _, following in pairs]))

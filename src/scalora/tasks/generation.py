@@ -13,7 +13,7 @@ from ..common import processes
 from ..common.errors import ScaloraError
 from ..layers.sharding import is_sharded
 from .padding import pad_left, reads_alike
-from .task import Progress, evaluating
+from .scoring import Progress, by_row, evaluating
 
 
 def generate(
@@ -33,9 +33,8 @@ def generate(
     Raises:
         ScaloraError: the model cannot generate.
     """
-    texts, done = [""] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
-    pad, ends = tokenizer.pad_token_id, endings(model, tokenizer)
+    pad, greedy = tokenizer.pad_token_id, greedily(model, tokenizer)
     with evaluating(model, autocast) as device:
 
         def write(rows: Sequence[Sequence[int]], pad: int, new_tokens: int, **options: Any) -> Any:
@@ -43,11 +42,8 @@ def generate(
             # Penalties of a model's own generation config would count the padding, and so depend on the batch.
             with refusing_generation("task.answer", "leave it out"):
                 return model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1,
-                    repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=ends, synced_gpus=processes.count() > 1 and is_sharded(next(model.parameters())),
-                    **options,
-                )  # fmt: skip
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **greedy, **options
+                )
 
         def first_logits(rows: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
             return write(rows, pad, 1, return_dict_in_generate=True, output_logits=True).logits[0]
@@ -56,19 +52,25 @@ def generate(
             batch_size = 1
 
         def written(batch: list[int]) -> list[str]:
-            nonlocal done
             rows = [prompts[i] for i in batch]
             found = write(rows, pad, max_new_tokens)[:, max(map(len, rows)) :]
-            done = min(done + processes.count() * len(batch), len(order))
-            if progress:
-                progress(done, len(order))
             return tokenizer.batch_decode(found, skip_special_tokens=True)
 
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        for batch, part in zip(parts, processes.shared_out(parts, written), strict=True):
-            for i, text in zip(batch, part, strict=True):
-                texts[i] = text
-    return texts
+        return by_row(parts, written, progress)
+
+
+def greedily(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `generate` is told for greedy text, whatever the model's own generation config says."""
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": endings(model, tokenizer),
+        "synced_gpus": processes.count() > 1 and is_sharded(next(model.parameters())),
+    }
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,8 +12,9 @@ import torch
 from ..common.errors import ScaloraError
 from .data.images import image_bytes, need_pillow, open_image
 from .data.rows import PlacedRow
-from .labels import Labels, check_label, label_scores
-from .task import BaseTaskSpec, Score, Split, Task, TokenDataset, evaluating
+from .labels import Labels, LabelTask, check_label, label_scores
+from .scoring import by_row, consecutive, evaluating
+from .task import BaseTaskSpec, Score, Split, TokenDataset
 
 
 class ImageClassificationSpec(BaseTaskSpec, frozen=True):
@@ -29,7 +29,7 @@ class ImageClassificationSpec(BaseTaskSpec, frozen=True):
     metric: Literal["accuracy", "matthews", "f1"] = "accuracy"
 
 
-class ImageClassificationTask(Task):
+class ImageClassificationTask(LabelTask):
     """Cross-entropy on labels; the model's own image processor makes `pixel_values` of the images."""
 
     Spec = ImageClassificationSpec
@@ -44,23 +44,8 @@ class ImageClassificationTask(Task):
     def columns(self) -> tuple[str, ...]:
         return (self.spec.image, self.spec.label)
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.labels
-
-    @cached_property
-    def known(self) -> Labels:
-        """The labels, given or found."""
+    def read_labels(self) -> Labels:
         return Labels(self.spec.labels, lambda: (row[self.spec.label] for row in self.rows("train")), "task.label")
-
-    @property
-    def labels(self) -> list[str]:
-        """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""
-        return self.known.names
 
     def check(self, row: PlacedRow) -> None:
         fixed = self.spec.labels is not None
@@ -77,16 +62,17 @@ class ImageClassificationTask(Task):
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """The metrics of :func:`~scalora.tasks.labels.label_scores`."""
-        examples, collate, logits = self.train_dataset(tokenizer, split), self.collator(tokenizer), []
+        examples, collate = self.train_dataset(tokenizer, split), self.collator(tokenizer)
         with evaluating(model, autocast) as device:
-            for start in range(0, len(examples), batch_size):
-                inputs = collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
-                logits.append(model(pixel_values=inputs["pixel_values"].to(device)).logits.double().cpu())
-                if progress:
-                    progress(min(start + batch_size, len(examples)), len(examples))
+
+            def read(batch: list[int]) -> tuple[torch.Tensor, ...]:
+                inputs = collate([examples[i] for i in batch])["pixel_values"].to(device)
+                return model(pixel_values=inputs).logits.double().cpu().unbind()
+
+            logits = by_row(consecutive(len(examples), batch_size), read, progress)
         texts = [_name(row[self.spec.image], row.place) for row in self.rows(split)]
         targets = [example["labels"] for example in examples.examples]
-        metrics, predictions = label_scores(texts, self.labels, targets, torch.cat(logits), self.spec.metric)
+        metrics, predictions = label_scores(texts, self.labels, targets, torch.stack(logits), self.spec.metric)
         return Score(metrics, self.spec.metric, predictions)
 
     def _targets(self, split: Split) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import flaw, is_missing, label_key, label_text, lookalike, number, shown
-from .task import Prediction
+from .task import Prediction, Task
 
 
 class Labels:
@@ -57,6 +59,32 @@ class Labels:
                 f"the row, or {'list it too' if self.given else 'list all labels in task.labels'}"
             )
         return place
+
+
+class LabelTask(Task):
+    """A task whose head has an output for each of its labels."""
+
+    @abstractmethod
+    def read_labels(self) -> Labels:
+        """The labels, given or found; raises ScaloraError as :class:`Labels` does."""
+
+    @cached_property
+    def known(self) -> Labels:
+        """The labels, read at the first look."""
+        return self.read_labels()
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels as texts, in the order of the head's outputs; numbers are sorted as numbers."""
+        return self.known.names
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.labels
 
 
 def _sorted(found: Iterable[Any], field: str, instead: str) -> list[str]:

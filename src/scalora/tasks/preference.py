@@ -23,7 +23,8 @@ from .data.values import flaw, is_missing, shown
 from .encoding import encode
 from .examples import Collator, TokenDataset
 from .pairs import PairCollator, PairDataset, answer_logprobs, learn_from_pairs, pair_side
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, batches, evaluating
+from .scoring import batches, by_row, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task
 from .turns import ChatTemplate, Turns
 
 
@@ -81,9 +82,10 @@ class PreferenceTask(Task):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         for split, dataset in datasets.items():
-            turns = list(chain.from_iterable(self._pairs(tokenizer, split)))
+            pairs = self._pairs(tokenizer, split)
+            turns = list(chain.from_iterable(pairs))
             self.references[split] = self._logprobs(model, tokenizer, turns, batch_size, autocast, None)
-            dataset.examples[:] = PairDataset(self._pairs(tokenizer, split), self.references[split]).examples
+            dataset.examples[:] = PairDataset(pairs, self.references[split]).examples
 
     def equip(self, model: Any) -> None:
         learn_from_pairs(model.get_base_model() if hasattr(model, "get_base_model") else model, self.spec.beta)
@@ -118,18 +120,15 @@ class PreferenceTask(Task):
         progress: Any,
     ) -> list[float]:  # fmt: skip
         """The log-probability of each answer as a whole, in nats."""
-        found, done, collate = [0.0] * len(turns), 0, Collator(tokenizer.pad_token_id)
-        lengths = [len(turn.ids) for turn in turns]
+        collate, lengths = Collator(tokenizer.pad_token_id), [len(turn.ids) for turn in turns]
         with evaluating(model, autocast) as device:
-            for batch in batches(lengths, lengths, batch_size):
+
+            def read(batch: list[int]) -> list[float]:
                 inputs = {k: v.to(device) for k, v in collate([pair_side(turns[i]) for i in batch]).items()}
                 labels = inputs.pop("labels")
-                for i, nats in zip(batch, answer_logprobs(model(**inputs).logits, labels).tolist(), strict=True):
-                    found[i] = nats
-                done += len(batch)
-                if progress:
-                    progress(done, len(turns))
-        return found
+                return answer_logprobs(model(**inputs).logits, labels).tolist()
+
+            return by_row(list(batches(lengths, lengths, batch_size)), read, progress)
 
     def _pairs(self, tokenizer: Any, split: Split) -> list[tuple[Turns, Turns]]:
         """The tokens of the chosen and of the rejected answer of every row that fits, after its prompt."""

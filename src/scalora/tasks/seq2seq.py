@@ -15,8 +15,9 @@ from ..common.errors import ScaloraError
 from .classification import column_or_template
 from .data.rows import PlacedRow
 from .examples import TokenDataset
-from .generation import endings, refusing_generation
-from .task import BaseTaskSpec, Prediction, Progress, Score, Split, Task, batches, evaluating
+from .generation import greedily, refusing_generation
+from .scoring import Progress, batches, by_row, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -110,25 +111,19 @@ class Seq2SeqTask(Task):
         progress: Progress | None,
     ) -> list[str]:
         """What the model writes for each example, greedily."""
-        texts, collate, done = [""] * len(examples), self.collator(tokenizer), 0
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))  # little padding
+        collate, greedy = self.collator(tokenizer), greedily(model, tokenizer)
+        lengths = [len(example["input_ids"]) for example in examples]
         with evaluating(model, autocast) as device, refusing_generation("task.metric", "set it to nll"):
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+
+            def written(batch: list[int]) -> list[str]:
                 inputs = collate([examples[i] for i in batch])
-                # The model's own generation config may search with beams, or for a least length.
                 found = model.generate(
                     input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
-                    max_new_tokens=self.spec.max_new_tokens, min_length=0, do_sample=False, num_beams=1,
-                    repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=endings(model, tokenizer),
+                    max_new_tokens=self.spec.max_new_tokens, min_length=0, **greedy,
                 )  # fmt: skip
-                for i, text in zip(batch, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
-                    texts[i] = text
-                done += len(batch)
-                if progress:
-                    progress(done, len(order))
-        return texts
+                return tokenizer.batch_decode(found, skip_special_tokens=True)
+
+            return by_row(list(batches(lengths, [1] * len(lengths), batch_size)), written, progress)
 
     def _source(self, row: PlacedRow) -> str:
         return self.spec.prefix + self.input(row)
@@ -194,20 +189,16 @@ def target_logprobs(
     progress: Progress | None,
 ) -> list[torch.Tensor]:
     """The log-probability of each token of a target: a float64 tensor `[tokens]` on the CPU for every example."""
-    found: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-    done = 0
+    lengths, written = ([len(example[key]) for example in examples] for key in ("input_ids", "labels"))
     with evaluating(model, autocast) as device:
-        written = [len(example["labels"]) for example in examples]
-        for batch in batches([len(example["input_ids"]) for example in examples], written, batch_size):
+
+        def read(batch: list[int]) -> list[torch.Tensor]:
             inputs = {k: v.to(device) for k, v in collate([examples[i] for i in batch]).items()}
             logprobs = model(**inputs).logits.float().log_softmax(-1)
             chosen = logprobs.gather(-1, inputs["labels"].clamp(min=0)[..., None]).squeeze(-1).double().cpu()
-            for i, row in zip(batch, chosen, strict=True):
-                found[i] = row[: written[i]]
-            done += len(batch)
-            if progress:
-                progress(done, len(examples))
-    return found
+            return [row[: written[i]] for i, row in zip(batch, chosen, strict=True)]
+
+        return by_row(list(batches(lengths, written, batch_size)), read, progress)
 
 
 def rouge_scorer() -> Any:

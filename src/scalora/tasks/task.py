@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -20,11 +19,10 @@ from ..models.heads import Head
 from .data.rows import DataSpec, PlacedRow, Splits, load_splits, note_bad
 from .data.values import flaw
 from .examples import Collator, TokenDataset
+from .scoring import Progress
 
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called after each batch with (sequences done, sequences in all)."""
 
 
 @dataclass(frozen=True)
@@ -237,35 +235,3 @@ class Task(ABC):
         progress: Progress | None = None,
     ) -> Score:
         """Measure `model`, on its own device and without changing it; raises ScaloraError if a metric is not finite."""
-
-
-@contextmanager
-def evaluating(model: Any, autocast: torch.dtype | None) -> Iterator[torch.device]:
-    """Without gradients and dropout; yields the model's device and restores training mode at the end."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
-            yield device
-    finally:
-        model.train(was_training)
-
-
-_MAX_KEPT = 2048  # positions whose logits one batch may hold: 0.4 GB for a vocabulary of 50,000 in float32
-
-
-def batches(lengths: Sequence[int], kept: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: little padding, and memory runs out early or never.
-
-    `kept` is the number of positions of each sequence that need logits; long ones make a batch smaller.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        widest = max(kept[i] for i in (*batch, index))
-        if batch and (len(batch) == batch_size or widest * (len(batch) + 1) > _MAX_KEPT):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,8 +12,9 @@ from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import flaw, label_text, shown
 from .entities import OUTSIDE, entity_scores, has_prefixes
-from .labels import Labels
-from .task import BaseTaskSpec, Collator, Prediction, Score, Split, Task, TokenDataset, batches, evaluating
+from .labels import Labels, LabelTask
+from .scoring import batches, by_row, evaluating
+from .task import BaseTaskSpec, Collator, Prediction, Score, Split, TokenDataset
 
 
 class TokenClassificationSpec(BaseTaskSpec, frozen=True):
@@ -34,7 +34,7 @@ class TokenClassificationSpec(BaseTaskSpec, frozen=True):
     max_length: int = Field(default=512, ge=2)
 
 
-class TokenClassificationTask(Task):
+class TokenClassificationTask(LabelTask):
     """Cross-entropy on each word's tag, at the first token of the word."""
 
     Spec = TokenClassificationSpec
@@ -45,27 +45,12 @@ class TokenClassificationTask(Task):
     def columns(self) -> tuple[str, ...]:
         return (self.spec.tokens, self.spec.tags)
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.labels
-
-    @cached_property
-    def known(self) -> Labels:
-        """The tags, given or found."""
+    def read_labels(self) -> Labels:
         labels = Labels(
             self.spec.labels, lambda: (tag for row in self.rows("train") for tag in self._tags(row)), "task.tags"
         )
         has_prefixes(labels.names)
         return labels
-
-    @property
-    def labels(self) -> list[str]:
-        """The tags as texts, in the order of the head's outputs; numbers are sorted as numbers."""
-        return self.known.names
 
     def collator(self, tokenizer: Any, model: Any = None) -> Collator:
         return Collator(tokenizer.pad_token_id)
@@ -90,21 +75,20 @@ class TokenClassificationTask(Task):
         """
         encoded = self._encode(tokenizer, split)
         prefixed = has_prefixes(self.labels)
-        collate, found, nats, done = self.collator(tokenizer), [[] for _ in encoded], [], 0
-        lengths = [len(example["input_ids"]) for example, _ in encoded]
+        collate, lengths = self.collator(tokenizer), [len(example["input_ids"]) for example, _ in encoded]
         with evaluating(model, autocast) as device:
-            for batch in batches(lengths, [1] * len(lengths), batch_size):
+
+            def read(batch: list[int]) -> list[tuple[list[str], torch.Tensor]]:
                 inputs = collate([encoded[i][0] for i in batch])
                 labels = inputs.pop("labels")
                 logits = model(**{k: v.to(device) for k, v in inputs.items()}).logits.double().cpu()
-                logprobs = logits.log_softmax(-1)
-                kept = labels != -100
-                nats.append(-logprobs[kept].gather(-1, labels[kept][:, None]).squeeze(-1))
-                for i, best in zip(batch, logprobs.argmax(-1).tolist(), strict=True):
-                    found[i] = [OUTSIDE if at is None else self.labels[best[at]] for at in encoded[i][1]]
-                done += len(batch)
-                if progress:
-                    progress(done, len(encoded))
+                return [
+                    self._read_row(own, wanted, encoded[i][1])
+                    for i, own, wanted in zip(batch, logits.log_softmax(-1), labels, strict=True)
+                ]
+
+            parts = list(batches(lengths, [1] * len(lengths), batch_size))
+            found, nats = zip(*by_row(parts, read, progress), strict=True)
         rows = self.rows(split)
         expected = [[self.labels[target] for target in self._targets(row)] for row in rows]
         pairs = [pair for tags, said in zip(expected, found, strict=True) for pair in zip(tags, said, strict=True)]
@@ -118,6 +102,14 @@ class TokenClassificationTask(Task):
             for row, tags, said in zip(rows, expected, found, strict=True)
         ]
         return Score(metrics, self.spec.metric, predictions)
+
+    def _read_row(
+        self, logprobs: torch.Tensor, wanted: torch.Tensor, firsts: list[int | None]
+    ) -> tuple[list[str], torch.Tensor]:
+        """The tags that a row's words are given, and minus the log-likelihoods of those that they have."""
+        best, kept = logprobs.argmax(-1).tolist(), wanted != -100
+        tags = [OUTSIDE if at is None else self.labels[best[at]] for at in firsts]
+        return tags, -logprobs[kept].gather(-1, wanted[kept][:, None]).squeeze(-1)
 
     def _encode(self, tokenizer: Any, split: Split) -> list[tuple[dict[str, Any], list[int | None]]]:
         """Of each row that fits: its example, and the place of each word's first token, None where it has none."""

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..common import processes
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
 from .data.values import label_text, number, shown
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset, evaluating
+from .scoring import by_row, consecutive, evaluating
+from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
 
 
 class VectorsSpec(BaseTaskSpec, frozen=True):
@@ -57,14 +57,12 @@ class VectorsTask(Task):
         examples = [self._example(row) for row in self.rows(split)]
         with evaluating(model, autocast) as device:
 
-            def read(start: int) -> torch.Tensor:
-                inputs = _collate(examples[start : start + batch_size])["inputs_embeds"].to(device)
-                if progress:
-                    progress(min(start + batch_size, len(examples)), len(examples))
-                return model(inputs_embeds=inputs).logits.float().cpu()
+            def read(batch: list[int]) -> tuple[torch.Tensor, ...]:
+                inputs = _collate([examples[i] for i in batch])["inputs_embeds"].to(device)
+                return model(inputs_embeds=inputs).logits.float().cpu().unbind()
 
-            logits = processes.shared_out(range(0, len(examples), batch_size), read)
-        logprobs = torch.cat(logits).double().log_softmax(-1)
+            logits = by_row(consecutive(len(examples), batch_size), read, progress)
+        logprobs = torch.stack(logits).double().log_softmax(-1)
         expected = torch.tensor([example["labels"] for example in examples])
         best = logprobs.argmax(-1)
         metrics = {
