@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ..common.errors import AgreedError, ScaloraError
 from ..common.launch import launched, speaks
-from ..common.stopping import listen, was_stopped
+from ..common.stopping import led_to, listen, was_stopped
 
 
 @contextmanager
@@ -21,13 +21,12 @@ def guarded() -> Iterator[None]:
     listen()
     try:
         yield
-    except KeyboardInterrupt:
-        leave("stopped", 130)
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
         if was_stopped(error):
             leave("stopped", 130)
-        if isinstance(error, ScaloraError):
-            leave(f"error: {error}", 2, alone=not isinstance(error, AgreedError))
+        agreed = next((each for each in led_to(error) if isinstance(each, AgreedError)), None)
+        if agreed or isinstance(error, ScaloraError):
+            leave(f"error: {agreed or error}", 2, alone=agreed is None)
         raise
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from .errors import AgreedError, ScaloraError
 from .launch import launched
+from .stopping import led_to
 
 Made = TypeVar("Made")
 Piece = TypeVar("Piece")
@@ -132,8 +133,8 @@ def ending_together() -> Iterator[None]:
     except ScaloraError as error:
         _fail(error)
         raise
-    except RuntimeError as error:
-        if not _is_of_a_lost_peer(error):
+    except (Exception, KeyboardInterrupt) as error:  # the launcher's SIGTERM may come on top
+        if not any(map(_is_of_a_lost_peer, led_to(error))):
             raise
         raise AgreedError(
             "another process of this run has ended: its own message, or the launcher's, says why; then continue from "
@@ -141,8 +142,8 @@ def ending_together() -> Iterator[None]:
         ) from error
 
 
-def _is_of_a_lost_peer(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
 
 
 def _exchange(value: Any, failed: bool = False) -> list[Any]:

@@ -9,29 +9,39 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-_received = False
+from .errors import AgreedError
+
+_received: set[int] = set()
 
 
 def listen() -> None:
     """From now on both signals raise KeyboardInterrupt, and are remembered; what tidies up does so after both."""
-    global _received
-    _received = False
+    _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
 
 
-def _stop(number: int, frame: Any) -> None:
-    global _received
-    _received = True
+def stop(number: int, frame: Any) -> None:
+    """A signal's handler."""
+    _received.add(number)
     raise KeyboardInterrupt
 
 
 def was_stopped(error: BaseException) -> bool:
-    """Whether a signal came since :func:`listen`, or an interrupt is among what led to an error."""
+    """Whether a signal came since :func:`listen`, or an interrupt is among what led to an error.
+
+    A launcher sends SIGTERM to the processes that are left when one has ended: that is not what stopped them.
+    """
+    chain = led_to(error)
+    if any(isinstance(each, AgreedError) for each in chain):
+        return signal.SIGINT in _received
+    return bool(_received) or any(isinstance(each, KeyboardInterrupt) for each in chain)
+
+
+def led_to(error: BaseException) -> list[BaseException]:
+    """The error, and those that it was raised from or while handling."""
     found: list[BaseException | None] = [error]
     for each in found:
-        if isinstance(each, KeyboardInterrupt):
-            return True
         if each is not None:
             found += [cause for cause in (each.__cause__, each.__context__) if cause not in found]
-    return _received
+    return [each for each in found if each is not None]

@@ -22,6 +22,7 @@ from ..algebra.lowrank import numerical_rank
 from ..common import processes
 from ..common.errors import ScaloraError
 from ..common.files import seal
+from ..common.stopping import stop
 from ..layers.sharding import local_shard
 from ..methods import Spectrum
 
@@ -184,7 +185,7 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            stop(number, frame)
         self.received = signal.Signals(number)
 
     def _answer(self, heard: socket.socket) -> None:
