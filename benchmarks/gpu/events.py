@@ -18,7 +18,7 @@ from scalora.engine.event import ScaLora
 from scalora.engine.stores.adapter import SLOTS, AdapterStore
 
 from ..cost.clock import now
-from ..cost.overhead import Runner
+from ..cost.runner import Runner
 from .rivals import Rivals, allocated, peak, reset_peak
 
 REPEATS = 3

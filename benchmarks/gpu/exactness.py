@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import scalora
 
-from ..cost.overhead import Runner
+from ..cost.runner import Runner
 from .budget import Budget
 from .failures import Failures
 from .models import random_batch, random_model, sharing_weights

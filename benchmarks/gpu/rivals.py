@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..cost.overhead import REFERENCE, Runner
+from ..cost.overhead import REFERENCE
+from ..cost.runner import Runner
 from .budget import Budget
 from .failures import Failures
 from .models import random_batch, random_model, sharing_weights, weight_bytes

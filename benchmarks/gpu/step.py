@@ -6,7 +6,8 @@ import random
 from statistics import median
 from typing import Any
 
-from ..cost.overhead import REFERENCE, Runner, compared
+from ..cost.overhead import REFERENCE, compared
+from ..cost.runner import Runner
 from .models import random_batch
 from .rivals import Cell, Rivals, allocated, peak, reset_peak
 
@@ -45,7 +46,8 @@ def measure(rivals: Rivals, cell: Cell) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, values in seconds.items():
         look = _look_seconds(rivals, name, random_batch(cell.tokens, device, 0), median(values))
-        rows[name] = compared(values, seconds[REFERENCE], rivals.event_seconds.get(name, 0.0) + look) | {
+        share = rivals.event_seconds.get(name, 0.0) + look + rivals.runners[name].sum_seconds()
+        rows[name] = compared(values, seconds[REFERENCE], share) | {
             "look_seconds_per_step": look,
             "peak_bytes": None,
             "memory_ratio": None,
@@ -66,6 +68,7 @@ def _checkpoint(runner: Runner, wanted: bool) -> None:
 
 def _bytes_of_a_step(runner: Runner, cell: Cell, device: str) -> int:
     """The most bytes above what lies there between steps. It is also the first step of its shape."""
+    runner.model.train(False).train()  # gives back the sums that layers keep, which are part of what a step needs
     before = allocated(device)
     reset_peak(device)
     runner.step(random_batch(cell.tokens, device, 0))

@@ -70,6 +70,11 @@ class ScaLoraConfig:
         "Accumulated columns that a layer keeps when they are recompressed; None is 8 times the LoRA rank. More than "
         "the widest layer has singular values are not made.",
     )
+    keep_sums: bool = _help(
+        True,
+        "Whether a layer in 32 bits keeps the sum of its weight and the accumulated columns while it trains, in the "
+        "dtype computed in: a step then takes LoRA's time with few tokens too. False saves that copy of the weights.",
+    )
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
     unsupported: Unsupported = _help(
         "refuse",
@@ -105,6 +110,8 @@ class ScaLoraConfig:
                 raise ScaloraError(
                     f"capacity is {self.capacity} but accumulate='base' keeps no columns: leave capacity out"
                 )
+        if not isinstance(self.keep_sums, bool):
+            raise ScaloraError(f"keep_sums is {self.keep_sums!r}: it must be true or false")
         if not (_is_number(self.floor) and 0 < self.floor < 1):
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
 
@@ -117,6 +124,11 @@ class ScaLoraConfig:
     def has_events(self) -> bool:
         """Whether anything is moved out of the adapters."""
         return self.interval is not None or self.refresh is not None
+
+    @property
+    def kept_for(self) -> int:
+        """Steps for which a sum with the accumulated columns may be kept."""
+        return min(filter(None, (self.interval, self.refresh)), default=0) if self.keep_sums else 0
 
     @property
     def one_factor(self) -> bool:

@@ -2,8 +2,9 @@
 
 PEFT computes result + lora_B(lora_A(x.to(float32)))·s for one adapter after the other; under autocast the input is cast
 there and back each time. Here all adapters together are two matrix products, the second of which adds to the result
-instead of writing a product, a scaled product and a sum. Of what is accumulated only the columns in use take part, and
-where there are many tokens, all are added to the weight instead (:mod:`.products`).
+instead of writing a product, a scaled product and a sum. Of what is accumulated only the columns in use take part. In
+training they are part of the weight that is multiplied with (:mod:`.kept_sum`); elsewhere all are added to the weight
+where there are many tokens (:mod:`.products`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..common.errors import ScaloraError, named
 from .accumulated import Accumulated
 from .adopt import adopt
 from .gradient_sketch import GradientSketch, gather_sketch
+from .kept_sum import KeptSum
 from .moment_sketch import MomentSketch, gather_moments
 from .products import Adapter, add_adapters, frozen_weight, merged_linear, merging_is_cheaper
 from .reading import reading
@@ -32,6 +34,7 @@ class LoraForward(nn.Module, LoraLayer):
 
     sketch: GradientSketch | None = None
     moments: MomentSketch | None = None
+    kept_sum: KeptSum | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
@@ -51,6 +54,18 @@ class LoraForward(nn.Module, LoraLayer):
                 result = gather_moments(result, x, self.moments, reading(self))
         return result
 
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; what is kept for training is given back for evaluation."""
+        if self.kept_sum is not None and not mode:
+            self.kept_sum.drop()
+        return super().train(mode)
+
+    @property
+    def _kept_sum(self) -> KeptSum | None:
+        """What this pass may keep, and find again in the next."""
+        now = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.kept_sum if now else None
+
     @property
     def is_linear(self) -> bool:
         """Whether it is PEFT's ordinary layer for linear ones, whose pass we know."""
@@ -67,11 +82,19 @@ class LoraForward(nn.Module, LoraLayer):
 
     def _short(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         # Where all columns are trained, their own thin products are the cheaper way.
-        frozen = any(not (each.lora_A.requires_grad or each.lora_B.requires_grad) for each in adapters)
+        frozen, trained = [], []
+        for each in adapters:
+            (trained if each.lora_A.requires_grad or each.lora_B.requires_grad else frozen).append(each)
         W = frozen_weight(self.base_layer, x) if frozen else None
-        if W is not None and merging_is_cheaper(x, W):
-            return merged_linear(x, W, self.base_layer.bias, adapters)  # pyright: ignore
-        result = self.base_layer(x)
+        bias: Any = self.base_layer.bias
+        if W is not None and (kept := self._kept_sum) is not None and kept.pays(x, W):
+            result, adapters = nn.functional.linear(x, kept.of(W, frozen, x), bias), trained
+            if not trained:
+                return result
+        elif W is not None and merging_is_cheaper(x, W):
+            return merged_linear(x, W, bias, adapters)
+        else:
+            result = self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
             return add_adapters(result, x, adapters)
         # As PEFT: in the adapter's dtype, and rounded once.

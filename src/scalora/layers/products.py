@@ -61,6 +61,12 @@ def merged_linear(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[
     return _MergedLinear.apply(x, W, bias, *_flatten(adapters))  # pyright: ignore
 
 
+def summed(W: Tensor, adapters: Sequence[Adapter], like: Tensor) -> Tensor:
+    """W + Σ s·lora_B lora_A, (m, n), rounded to the dtype of `like` at the end."""
+    scales, *matrices = _flatten(adapters)
+    return _sum(W, scales, matrices, like)
+
+
 def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
     """The weight (m×n) of a linear layer that may be read past its forward pass; None where that would differ.
 

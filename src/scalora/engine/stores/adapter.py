@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ...algebra.lowrank import truncate_all
 from ...common.errors import ScaloraError
+from ...layers.kept_sum import KeptSum
+from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import each_layer, each_member, on_device
@@ -32,10 +34,16 @@ class AdapterStore(Store):
         layers: whose differences are taken.
         capacity: columns of each layer after a recompression; None: eight times its rank. Never more than the widest
             layer has singular values.
+        kept_for: steps for which layers keep the sum of weight and accumulated columns in training; 0: they do not.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, kept_for: int = 1
+    ) -> None:
         make_room(model, layers, capacity)
+        for layer in layers:
+            if isinstance(layer.module, LoraForward):
+                layer.module.kept_sum = KeptSum(kept_for) if kept_for else None
         self.layers = list(layers)
         self.ranks = [layer.rank for layer in layers]
         self.capacities = _capacities(layers, capacity)

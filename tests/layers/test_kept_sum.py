@@ -1,0 +1,129 @@
+"""The sum that a layer keeps while it trains: of what it is, when it is formed anew, and that nobody else sees it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scalora
+from helpers import models
+from scalora.layers import kept_sum
+from scalora.layers.kept_sum import KeptSum
+from scalora.layers.lora_forward import LoraForward
+from scalora.layers.products import Adapter
+
+
+@given(ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3), turned=st.booleans())
+def test_it_is_the_definition_until_something_changes(ranks, turned):
+    m, n = 7, 5
+    W, x = torch.randn(n, m).double().mT if turned else torch.randn(m, n).double(), torch.randn(2, 3, n).double()
+    frozen = [Adapter(torch.randn(r, n).double(), torch.randn(m, r).double(), 0.5 + i) for i, r in enumerate(ranks)]
+    kept = KeptSum()
+
+    def is_right():
+        found = kept.of(W, frozen, x)
+        torch.testing.assert_close(found, W + sum(scale * B @ A for A, B, scale in frozen))
+        return found
+
+    first = is_right()
+    assert is_right() is first
+    for tensor in (W, *frozen[-1][:2]):
+        tensor[0, 0] += 1.0
+        assert is_right() is not first
+    frozen[0] = frozen[0]._replace(scale=3.0)
+    is_right()
+    frozen[0] = frozen[0]._replace(lora_A=torch.randn(ranks[0], n).double())
+    is_right()
+
+
+def test_few_tokens_make_it_pay_where_columns_stay_for_long():
+    W = torch.empty(384, 384)
+    assert KeptSum(10).pays(torch.empty(1, 24, 384), W)
+    assert KeptSum(1).pays(torch.empty(16, 24, 384), W)
+    assert not KeptSum(1).pays(torch.empty(1, 24, 384), W)
+
+
+def _attached(kind="llama", **settings):
+    model = models.lora(kind)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    scalora.attach(model, optimizer, scalora.ScaLoraConfig(**settings))
+    return model, optimizer
+
+
+def _sums(model):
+    return [module.kept_sum for module in model.modules() if isinstance(module, LoraForward)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_computes_what_it_computes_without(kind, autocast):
+    model, optimizer = _attached(kind, interval=1)
+    models.train(model, optimizer, kind, 3)
+    outcomes = []
+    for keeps in (True, False):
+        for module in model.modules():
+            if isinstance(module, LoraForward):
+                module.kept_sum = KeptSum() if keeps else None
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(**models.batch(kind))
+        output.loss.backward()
+        outcomes.append([output.logits.float(), *(p.grad for p in models.trainable(model))])
+        assert not keeps or all(kept._made is not None for kept in _sums(model))
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert (ours - theirs).norm() <= (0.05 if autocast else 1e-5) * theirs.norm() + 1e-9
+
+
+@pytest.mark.parametrize("settings", [{"interval": 3}, {"interval": None, "refresh": 3}, {"interval": 2, "refresh": 3}])
+def test_it_is_formed_once_for_the_steps_between_two_events(settings, monkeypatch):
+    formed, wanted, before = [], 0, None
+    monkeypatch.setattr(kept_sum, "summed", lambda *a: formed.append(1) or torch.zeros_like(a[0]))
+    model, optimizer = _attached(**settings)
+    held = [module.accumulated["default"] for module in model.modules() if isinstance(module, LoraForward)]
+    for _ in range(9):
+        now = [(h.used, *h.P.flatten().tolist()) for h in held]
+        wanted += len(held) * (now != before and any(h.used for h in held))
+        before = now
+        models.train(model, optimizer, "llama", 1)
+    assert len(formed) == wanted
+    assert 2 * len(held) <= wanted <= 6 * len(held)
+
+
+def _is_base(name):
+    return "lora_" not in name and "accumulated" not in name
+
+
+def test_nobody_else_sees_it():
+    model, optimizer = _attached(interval=1)
+    keys, before = set(model.state_dict()), {name: p.clone() for name, p in model.named_parameters() if _is_base(name)}
+    models.train(model, optimizer, "llama", 3)
+    assert set(model.state_dict()) == keys
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(_sums(model)))):
+        emptied = other if isinstance(other, list) else _sums(other)
+        assert [kept._made for kept in emptied] == [None] * len(emptied)
+    assert all(kept._made is not None for kept in _sums(model))
+    model.eval()
+    assert all(kept._made is None for kept in _sums(model))
+
+
+def test_a_base_that_is_loaded_in_mid_run_is_computed_with():
+    model, optimizer = _attached(interval=2)
+    models.train(model, optimizer, "llama", 3)
+    other = {name: torch.randn_like(t) if "base_layer" in name else t for name, t in model.state_dict().items()}
+    model.load_state_dict(other)
+    found = model(**models.batch("llama")).logits
+    with torch.no_grad():
+        wanted = model(**models.batch("llama")).logits  # forms its own
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_it_can_be_switched_off_and_only_by_true_or_false():
+    model, optimizer = _attached(interval=1, keep_sums=False)
+    models.train(model, optimizer, "llama", 2)
+    assert set(_sums(model)) == {None}
+    with pytest.raises(scalora.ScaloraError, match="keep_sums is 'no': it must be true or false"):
+        scalora.ScaLoraConfig(keep_sums="no")
