@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers import workspace
+from helpers import heads, workspace
 from helpers.runs_of_two import STEADY, batch, double_precision, left_by, train_recipe
 from helpers.two_processes import spawn
 from scalora import ScaloraError
@@ -69,6 +69,7 @@ KINDS = {
 }  # fmt: skip
 
 
+HEADS = ("seq2seq", "token_classification", "image_classification")
 UNDROPPED = [
     "method=lora",
     "training.gradient_accumulation_steps=2",
@@ -77,13 +78,15 @@ UNDROPPED = [
 
 
 def _of_kind(folder, kind, rows):
+    if kind in HEADS:
+        return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *heads.recipes(folder, 19)[kind]]
     own = (v.replace("%s", f"{folder}/data.jsonl").replace("%p", f"{folder}/pairs.jsonl") for v in KINDS[kind])
     return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *own]
 
 
 def _kinds(rank, folder):
     with double_precision():
-        for kind in KINDS:
+        for kind in (*KINDS, *HEADS):
             train_recipe(f"{folder}/recipe.yaml", _of_kind(folder, kind, 2))
     classified = [*workspace.classification(Path(folder)), *batch(2), *STEADY, f"output={folder}/2/bert"]
     train_recipe(f"{folder}/recipe.yaml", [*classified, *UNDROPPED])
@@ -92,10 +95,11 @@ def _kinds(rank, folder):
 def test_every_kind_of_task_is_scored_as_in_one_process(tmp_path):
     recipe = workspace.lay(tmp_path)
     texts = [f"the {word} {one} {two}" for word in ("cat", "dog", "sky", "mat") for one in "abcd" for two in "efgh"]
+    heads.lay(tmp_path)
     pairs = [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in texts]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     with double_precision():
-        found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in KINDS}
+        found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in (*KINDS, *HEADS)}
     classified = [*workspace.classification(tmp_path), *batch(4), *STEADY, f"output={tmp_path}/4/bert"]
     found["bert"] = train_recipe(recipe, [*classified, *UNDROPPED])
     spawn(_kinds, str(tmp_path))

@@ -3,31 +3,16 @@
 import pytest
 import torch
 from tokenizers import normalizers
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertForTokenClassification
 
 from helpers import tokenized, whole_runs
+from helpers.heads import tagged as rows
+from helpers.heads import tagger as bert
 from scalora.common.errors import ScaloraError
 from scalora.common.quiet import quiet
 from scalora.tasks import build_task
 from scalora.tasks.entities import Entity, entities, entity_scores, has_prefixes
 from scalora.tasks.token_classification import TokenClassificationSpec
-
-TAGS = {"cat": "B-PET", "dog": "B-PET", "sky": "B-PLACE", "mat": "I-PLACE"}
-
-
-def bert(words=("the", "cat")):
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=tokenized.SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.5,
-    )  # fmt: skip
-    return BertForTokenClassification(config)
-
-
-def rows(count=60):
-    words = ["cat", "dog", "sky mat", "red", "blue"]
-    texts = [f"the {words[i % 5]} is {words[i % 3]} {'abcdefgh'[i % 8]}".split() for i in range(count)]
-    return [{"tokens": each, "tags": [TAGS.get(word, "O") for word in each], "id": i} for i, each in enumerate(texts)]
 
 
 def task(folder, content, data=None, **fields):
