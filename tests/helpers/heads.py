@@ -40,10 +40,10 @@ def bart(size=tokenized.SIZE):
     return model
 
 
-def tagger():
+def tagger(size=tokenized.SIZE):
     torch.manual_seed(3)
     config = BertConfig(
-        vocab_size=tokenized.SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         initializer_range=0.5,
     )  # fmt: skip
     return BertForTokenClassification(config)

@@ -96,6 +96,17 @@ def test_targets_that_rouge_cannot_read_are_told(tmp_path):
     assert "1 of 5 test targets have none, so that they score 0: the first is in" in built.notes[1]
 
 
+def test_targets_that_the_tokenizer_cannot_write_are_told(tmp_path):
+    content = rows(5)
+    content[2]["target"] = "cat {"
+    built = task(tmp_path, content)
+    built.train_dataset(tokenized.tokenizer(), "test")
+    assert built.notes[1:] == [
+        "task.target: the tokenizer has no tokens for parts of 1 of 5 test targets, of which the model learns <unk>: "
+        f"the first is in {tmp_path}/rows.jsonl, line 3, row 3"
+    ]
+
+
 def test_without_rouge_score_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ScaloraError, match=r"pip install 'scalora\[rouge\]', or set task\.metric to nll"):
