@@ -16,6 +16,7 @@ from transformers import (
 
 from helpers import images, tokenized
 
+UNDROPPED = "config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
 TAGS = {"cat": "B-PET", "dog": "B-PET", "sky": "B-PLACE", "mat": "I-PLACE"}
 
 
@@ -80,7 +81,6 @@ def lay(folder: Path) -> None:
 def recipes(folder: Path | str, test_size: int) -> dict[str, list[str]]:
     """What makes a recipe train each of them, without dropout."""
     data = f"test_size: {test_size}, columns: {{id: id}}"
-    undropped = "config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
     return {
         "seq2seq": [
             f"task={{kind: seq2seq, max_new_tokens: 6, data: {{train: {folder}/texts.jsonl, {data}}}}}",
@@ -88,7 +88,7 @@ def recipes(folder: Path | str, test_size: int) -> dict[str, list[str]]:
         ],
         "token_classification": [
             f"task={{kind: token_classification, data: {{train: {folder}/tagged.jsonl, {data}}}}}",
-            f"model={folder}/tagger", undropped,
+            f"model={folder}/tagger", UNDROPPED,
         ],
         "image_classification": [
             f"task={{kind: image_classification, data: {{train: {folder}/photos, test_size: {test_size}}}}}",

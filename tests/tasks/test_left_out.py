@@ -4,27 +4,11 @@ import pytest
 from tokenizers import normalizers
 
 from helpers import chats, heads, images, tokenized
+from helpers.every_kind import CHAT, KINDS, rows, task
 from scalora.common.errors import ScaloraError
-from scalora.tasks import all_tasks, build_task, task_class
+from scalora.tasks import all_tasks
 from scalora.tasks.data.rows import DataSpec, load_splits
 
-CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-GOOD = {
-    "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
-    "other": "ran", "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
-}  # fmt: skip
-KINDS = {
-    "chat": ({}, {"messages": CHAT[:1]}),
-    "classification": ({"text": "a", "label": "label"}, {"label": None}),
-    "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
-    "image_classification": ({}, {"image": "none.png"}),
-    "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
-    "preference": ({"prompt": "a", "chosen": "b", "rejected": "other"}, {"other": "sat on"}),
-    "seq2seq": ({"input": "a", "target": "b"}, {"b": ""}),
-    "text": ({"text": "a"}, {"a": 3.0e400}),
-    "token_classification": ({}, {"tags": ["O"]}),
-    "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),
-}
 LONG = {
     "chat": {"messages": [CHAT[0], {"role": "assistant", "content": "sat on " * 30}]},
     "completion": {"b": "sat on " * 30},
@@ -47,19 +31,6 @@ LATE = {
 @pytest.fixture(autouse=True)
 def _an_image(tmp_path):
     images.picture(0).save(tmp_path / "there.png")
-
-
-def rows(kind, *special):
-    """Nine good rows that differ, and the special ones after the fourth."""
-    answer = {"b": "red"} if kind == "multiple_choice" else {}
-    good = [{**GOOD, "a": f"the cat {'abcdefghi'[i]}", "label": i % 2, **answer, "id": i} for i in range(9)]
-    return [*good[:4], *({**good[0], **each} for each in special), *good[4:]]
-
-
-def task(folder, kind, content, data=None, **fields):
-    path = tokenized.write_jsonl(folder / "rows.jsonl", content)
-    data = {"train": path, "test": path, "folder": str(folder), "columns": {"id": "id"}, **(data or {})}
-    return build_task(task_class(kind).Spec(data=data, **KINDS[kind][0], **fields))
 
 
 def test_all_kinds_with_data_are_here():
