@@ -43,6 +43,14 @@ def test_each_of_pefts_tests_that_fails_with_scalora_only_is_listed(store):
             assert re.search(rf"^\| {store} \|.*`{test.partition('::')[2]}`", page, re.M), message
 
 
+def test_what_is_said_of_several_processes_is_a_test():
+    section = DOCUMENT.read_text(encoding="utf-8").partition("## Recipes on several processes")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", section))
+    there = "".join(path.read_text(encoding="utf-8") for path in HERE.parent.rglob("test_*.py"))
+    assert named
+    assert not {name for name in named if f"\ndef {name}(" not in there}
+
+
 def test_the_table_of_families_is_what_is_adapted():
     page = DOCUMENT.read_text(encoding="utf-8")
     assert page == written(page), "PYTHONPATH=src:tests python -m helpers.families writes it"

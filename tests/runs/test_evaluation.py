@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from helpers import workspace
+from helpers import heads, workspace
+from helpers.runs_of_two import STEADY, batch, double_precision
 from scalora import ScaloraError
 from scalora.runs import training
 from scalora.runs.recipe import load_recipe
@@ -95,3 +96,22 @@ def test_a_tracker_that_cannot_be_reached_is_no_full_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(training.StepTimer, "on_step_begin", fail)
     with pytest.raises(ScaloraError, match=r"the network failed \(no route to the tracker\).*report_to: none"):
         train(load_recipe(workspace.lay(tmp_path)), baseline=False, ranks=False)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "token_classification", "image_classification"])
+def test_a_batch_in_parts_is_learnt_as_one(tmp_path, kind):
+    """Their losses are means over a batch's labels, of which the parts have unlike numbers."""
+    recipe = workspace.lay(tmp_path)
+    heads.lay(tmp_path)
+    own = [*heads.recipes(tmp_path, 20)[kind], *STEADY, "method=lora", "task.data.validation_size=8",
+           "training.eval_strategy=steps", "training.eval_steps=8"]  # fmt: skip
+    parts = ([*batch(4), f"output={tmp_path}/whole"],
+             [*batch(1), f"output={tmp_path}/parts", "training.gradient_accumulation_steps=4"])  # fmt: skip
+    found = []
+    for part in parts:
+        with double_precision():
+            result = train(load_recipe(recipe, [*own, *part]))
+        logged = result.metrics["log"]
+        found.append([entry["loss"] for entry in logged if "loss" in entry])
+        found[-1].append(next(entry["eval_loss"] for entry in logged if "eval_loss" in entry))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)

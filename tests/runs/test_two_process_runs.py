@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers import workspace
+from helpers import heads, workspace
 from helpers.runs_of_two import STEADY, batch, double_precision, left_by, train_recipe
 from helpers.two_processes import spawn
 from scalora import ScaloraError
@@ -20,14 +20,15 @@ METHODS = {
     "lora": [], "scalora": [], "scalora-i": [], "scalora-refresh": ["method.options.refresh=4"], "white-lora": [],
     "white-scalora": [],
     "hira": [], "mora": [], "alpha-lora": ["method.options.batch=4"], "lora-ga": [], "pissa": [], "loft": [],
-    "relora": [], "flora": [], "loftq": ["quantization=nf4-rounded"],
+    "relora": [], "flora": [], "loftq": ["quantization=nf4-rounded"], "peft:LOHA": [], "peft:IA3": [],
+    "peft:GRALORA": [],
 }  # fmt: skip
 # In float32, as recipes are; the others in float64.
 SINGLE = ("lora", "scalora-i", "mora", "pissa", "flora", "loftq")
 
 
 def _of_method(folder, name, rows):
-    values = [f"output={folder}/{rows}/{name}", f"method={{name: {name}, rank: 2}}", "training.save_strategy=no"]
+    values = [f"output={folder}/{rows}/{name}", f"method={{name: '{name}', rank: 2}}", "training.save_strategy=no"]
     return [*batch(rows), *STEADY, *values, *METHODS[name]]
 
 
@@ -60,6 +61,8 @@ KINDS = {
     "completion": ["task={kind: completion, prompt: '{text}', completion: ' yes', answer: '[a-z]+', max_new_tokens: 3, "
                    "data: {train: %s, test_size: 19, columns: {id: id}}}"],
     "text": ["task={kind: text, max_length: 16, data: {train: %s, train_size: 30, test_size: 19, columns: {id: id}}}"],
+    "packed": ["task={kind: text, documents: apart, max_length: 15, "
+               "data: {train: %s, train_size: 36, test_size: 19, columns: {id: id}}}"],
     "preference": ["task={kind: preference, data: {train: %p, test_size: 19}}"],
     "group_by_length": ["training.train_sampling_strategy=group_by_length", "score_batch_size=3"],
     "gradient_checkpointing": ["training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"],
@@ -69,21 +72,24 @@ KINDS = {
 }  # fmt: skip
 
 
+HEADS = ("seq2seq", "token_classification", "image_classification")
 UNDROPPED = [
     "method=lora",
     "training.gradient_accumulation_steps=2",
-    "config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
+    heads.UNDROPPED,
 ]
 
 
 def _of_kind(folder, kind, rows):
+    if kind in HEADS:
+        return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *heads.recipes(folder, 19)[kind]]
     own = (v.replace("%s", f"{folder}/data.jsonl").replace("%p", f"{folder}/pairs.jsonl") for v in KINDS[kind])
     return [*batch(rows), *STEADY, f"output={folder}/{rows}/{kind}", *own]
 
 
 def _kinds(rank, folder):
     with double_precision():
-        for kind in KINDS:
+        for kind in (*KINDS, *HEADS):
             train_recipe(f"{folder}/recipe.yaml", _of_kind(folder, kind, 2))
     classified = [*workspace.classification(Path(folder)), *batch(2), *STEADY, f"output={folder}/2/bert"]
     train_recipe(f"{folder}/recipe.yaml", [*classified, *UNDROPPED])
@@ -92,10 +98,11 @@ def _kinds(rank, folder):
 def test_every_kind_of_task_is_scored_as_in_one_process(tmp_path):
     recipe = workspace.lay(tmp_path)
     texts = [f"the {word} {one} {two}" for word in ("cat", "dog", "sky", "mat") for one in "abcd" for two in "efgh"]
+    heads.lay(tmp_path)
     pairs = [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in texts]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     with double_precision():
-        found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in KINDS}
+        found = {kind: train_recipe(recipe, _of_kind(tmp_path, kind, 4)) for kind in (*KINDS, *HEADS)}
     classified = [*workspace.classification(tmp_path), *batch(4), *STEADY, f"output={tmp_path}/4/bert"]
     found["bert"] = train_recipe(recipe, [*classified, *UNDROPPED])
     spawn(_kinds, str(tmp_path))
@@ -146,6 +153,8 @@ def _failing(rank, folder):
             train_recipe(f"{folder}/recipe.yaml", [*batch(2), *overrides], **options)
 
     refused("method.name is 'scalora-oracle', which is trained in one process", "method.name=scalora-oracle")
+    adalora = "method={name: 'peft:ADALORA', options: {total_step: 8}}"
+    refused("method.name is 'peft:ADALORA', which is trained in one process", adalora)
     refused("there is no checkpoint", resume=True)  # what only the first process sees
     for place, name in ((loading, "check_positions"), (training.StepTimer, "on_step_end")):
         # What only the other one sees, before training and in it.

@@ -1,52 +1,36 @@
 """Rows that are too long or malformed: left out, counted and named once, in every kind of task and form of file."""
 
 import pytest
+from tokenizers import normalizers
 
-from helpers import chats, images, tokenized
+from helpers import chats, heads, images, tokenized
+from helpers.every_kind import CHAT, KINDS, rows, task
 from scalora.common.errors import ScaloraError
-from scalora.tasks import all_tasks, build_task, task_class
+from scalora.tasks import all_tasks
 from scalora.tasks.data.rows import DataSpec, load_splits
 
-CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-GOOD = {
-    "a": "the cat", "b": "sat on", "choices": ["red", "blue"], "label": "yes", "messages": CHAT, "numbers": [0.5, 1.0],
-    "other": "ran", "image": "there.png", "tokens": ["the", "cat"], "tags": ["O", "B-PET"],
-}  # fmt: skip
-KINDS = {
-    "chat": ({}, {"messages": CHAT[:1]}),
-    "classification": ({"text": "a", "label": "label"}, {"label": None}),
-    "completion": ({"prompt": "{a}", "completion": " {b}"}, {"b": ""}),
-    "image_classification": ({}, {"image": "none.png"}),
-    "multiple_choice": ({"prompt": "{a}", "answer": "b"}, {"choices": ["red"]}),
-    "preference": ({"prompt": "a", "chosen": "b", "rejected": "other"}, {"other": "sat on"}),
-    "seq2seq": ({"input": "a", "target": "b"}, {"b": ""}),
-    "text": ({"text": "a"}, {"a": 3.0e400}),
-    "token_classification": ({}, {"tags": ["O"]}),
-    "vectors": ({"features": "numbers", "label": "label"}, {"numbers": "none"}),
-}
 LONG = {
     "chat": {"messages": [CHAT[0], {"role": "assistant", "content": "sat on " * 30}]},
     "completion": {"b": "sat on " * 30},
     "multiple_choice": {"choices": ["red", "blue " * 60]},
+    "preference": {"other": " ran" * 90},
+    "token_classification": {"tokens": ["the"] * 90, "tags": ["O"] * 90},
+}
+# What only the tokenizer, or a look at all training rows, finds.
+LATE = {
+    "classification": {"label": "unheard of"},
+    "completion": {"b": "\u0001 on"},
+    "image_classification": {"label": "unheard of"},
+    "multiple_choice": {"choices": ["red", "\u0001"]},
+    "preference": {"other": "\u0001"},
+    "seq2seq": {"b": "\u0001"},
+    "token_classification": {"tags": ["O", "B-NEW"]},
 }
 
 
 @pytest.fixture(autouse=True)
 def _an_image(tmp_path):
     images.picture(0).save(tmp_path / "there.png")
-
-
-def rows(kind, *special):
-    """Nine good rows that differ, and the special ones after the fourth."""
-    answer = {"b": "red"} if kind == "multiple_choice" else {}
-    good = [{**GOOD, "a": f"the cat {'abcdefghi'[i]}", "label": i % 2, **answer, "id": i} for i in range(9)]
-    return [*good[:4], *({**good[0], **each} for each in special), *good[4:]]
-
-
-def task(folder, kind, content, data=None, **fields):
-    path = tokenized.write_jsonl(folder / "rows.jsonl", content)
-    data = {"train": path, "test": path, "folder": str(folder), "columns": {"id": "id"}, **(data or {})}
-    return build_task(task_class(kind).Spec(data=data, **KINDS[kind][0], **fields))
 
 
 def test_all_kinds_with_data_are_here():
@@ -72,13 +56,49 @@ def test_malformed_rows_are_left_out_up_to_a_number(tmp_path, kind):
         _ = task(tmp_path, kind, content[4:6], {"max_bad_rows": 5}).splits
 
 
+def measured(built, kind, tokenizer):
+    model = heads.tagger(len(tokenizer)) if kind == "token_classification" else chats.llama()
+    if kind == "preference":
+        built.refer(model, tokenizer, {"test": built.train_dataset(tokenizer, "test")}, 8, None)
+    return built.score(model, tokenizer)
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_rows_that_are_found_malformed_late_are_left_out_too(tmp_path, kind):
+    tokenizer = chats.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Nmt()  # drops control characters
+    test = tokenized.write_jsonl(tmp_path / "test.jsonl", rows(kind, LATE[kind]))
+
+    def built(allowed):
+        return task(tmp_path, kind, rows(kind), {"test": test, "max_bad_rows": allowed})
+
+    with pytest.raises(ScaloraError, match=r"test\.jsonl, line 5, row 5"):
+        built(0).train_dataset(tokenizer, "test")
+    kept = built(1)
+    assert len(kept.train_dataset(tokenizer, "test")) == 9
+    (note,) = [note for note in kept.notes if "malformed" in note]
+    assert note.startswith("task.data.test: 1 of 10 rows are malformed and are left out (max_bad_rows); the first: ")
+    assert "test.jsonl, line 5, row 5" in note
+
+
+def test_a_reference_without_an_answer_is_malformed(tmp_path):
+    tokenizer = chats.tokenizer()
+    content = rows("completion", {"b": "none"})
+    with pytest.raises(ScaloraError, match=r"task\.answer: '\[s\]at' finds nothing in .*rows\.jsonl, line 5, row 5"):
+        task(tmp_path, "completion", content, answer="[s]at").train_dataset(tokenizer, "test")
+    built = task(tmp_path, "completion", content, {"max_bad_rows": 1}, answer="[s]at", max_new_tokens=2)
+    assert len(built.train_dataset(tokenizer, "test")) == 9
+    assert len(built.train_dataset(tokenizer)) == 10
+    assert len(built.score(chats.llama(), tokenizer).predictions) == 9
+
+
 @pytest.mark.parametrize("kind", LONG)
 def test_one_long_row_does_not_lose_a_run(tmp_path, kind):
     content = rows(kind, LONG[kind])
-    model, tokenizer = chats.llama(), chats.tokenizer()
+    tokenizer = chats.tokenizer()
     built = task(tmp_path, kind, content, max_length=60)
-    score = built.score(model, tokenizer)
-    alone = task(tmp_path, kind, rows(kind), max_length=60).score(model, tokenizer)
+    score = measured(built, kind, tokenizer)
+    alone = measured(task(tmp_path, kind, rows(kind), max_length=60), kind, tokenizer)
     assert score.metrics == pytest.approx(alone.metrics)
     assert len(score.predictions) == 9
     assert len(built.train_dataset(tokenizer, "test")) == len(built.train_dataset(tokenizer)) == 9

@@ -4,44 +4,15 @@ import sys
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from helpers import tokenized, whole_runs
+from helpers.heads import bart, t5
+from helpers.heads import texts_for_texts as rows
 from scalora.common.errors import ScaloraError
 from scalora.common.quiet import quiet
 from scalora.models.heads import head_of_architecture
 from scalora.tasks import build_task
 from scalora.tasks.seq2seq import Seq2SeqSpec
-
-
-def t5(size=tokenized.SIZE):
-    torch.manual_seed(6)
-    config = T5Config(
-        vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=2,
-        decoder_start_token_id=0, dropout_rate=0.0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
-
-def bart(size=tokenized.SIZE):
-    torch.manual_seed(7)
-    config = BartConfig(
-        vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, init_std=0.5,
-    )  # fmt: skip
-    model = BartForConditionalGeneration(config)
-    model.generation_config.update(num_beams=3, min_length=5, max_length=7, length_penalty=2.0, forced_eos_token_id=2)
-    return model
-
-
-def rows(count=60):
-    words = ["cat", "dog", "sky", "mat", "red"]
-    pairs = [(words[i % 5], words[i % 3]) for i in range(count)]
-    return [
-        {"input": f"the {one} is {two} {'abcdefgh'[i % 8]}", "target": f"{one} {two}", "id": i}
-        for i, (one, two) in enumerate(pairs)
-    ]
 
 
 def task(folder, content, data=None, **fields):
@@ -122,7 +93,18 @@ def test_targets_that_rouge_cannot_read_are_told(tmp_path):
     content[2]["target"] = "лето"
     built = task(tmp_path, content)
     built.train_dataset(tokenized.tokenizer(), "test")
-    assert "1 of 5 test targets have none, so that they score 0: the first is in" in built.notes[1]
+    assert "1 of 5 test targets have none, so that they score 0: the first is in" in built.notes[-1]
+
+
+def test_targets_that_the_tokenizer_cannot_write_are_told(tmp_path):
+    content = rows(5)
+    content[2]["target"] = "cat {"
+    built = task(tmp_path, content)
+    built.train_dataset(tokenized.tokenizer(), "test")
+    assert built.notes[1:] == [
+        "task.target: the tokenizer has no tokens for parts of 1 of 5 test targets, of which the model learns <unk>: "
+        f"the first is in {tmp_path}/rows.jsonl, line 3, row 3"
+    ]
 
 
 def test_without_rouge_score_the_way_out_is_named(tmp_path, monkeypatch):

@@ -3,31 +3,16 @@
 import pytest
 import torch
 from tokenizers import normalizers
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertForTokenClassification
 
 from helpers import tokenized, whole_runs
+from helpers.heads import tagged as rows
+from helpers.heads import tagger as bert
 from scalora.common.errors import ScaloraError
 from scalora.common.quiet import quiet
 from scalora.tasks import build_task
 from scalora.tasks.entities import Entity, entities, entity_scores, has_prefixes
 from scalora.tasks.token_classification import TokenClassificationSpec
-
-TAGS = {"cat": "B-PET", "dog": "B-PET", "sky": "B-PLACE", "mat": "I-PLACE"}
-
-
-def bert(words=("the", "cat")):
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=tokenized.SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.5,
-    )  # fmt: skip
-    return BertForTokenClassification(config)
-
-
-def rows(count=60):
-    words = ["cat", "dog", "sky mat", "red", "blue"]
-    texts = [f"the {words[i % 5]} is {words[i % 3]} {'abcdefgh'[i % 8]}".split() for i in range(count)]
-    return [{"tokens": each, "tags": [TAGS.get(word, "O") for word in each], "id": i} for i, each in enumerate(texts)]
 
 
 def task(folder, content, data=None, **fields):
@@ -66,6 +51,8 @@ def test_kinds_of_tags_are_told_apart():
     assert not has_prefixes(["O"])
     with pytest.raises(ScaloraError, match=r"task\.tags: 'LOC' has no prefix as 'B-PER' has"):
         has_prefixes(["O", "B-PER", "LOC"])
+    with pytest.raises(ScaloraError, match=r"task\.tags: 'o' would be a type of entities: write 'O'"):
+        has_prefixes(["b-per", "i-per", "o"])
 
 
 def first_tokens(tokenizer, words, tmp_path):
@@ -135,6 +122,14 @@ def test_scores_are_those_of_the_logits_and_do_not_depend_on_the_batch(tmp_path)
         ({"tokens": 7}, "is 7, and no list in .*row 2"),
         ({"tags": ["O", "O", "O", "O", ""]}, "task.tags: column 'tags', number 5 of 5, is empty in"),
         ({"tokens": ["a", "b", None, "d", "e"]}, "number 3 of 5, is null in"),
+        (
+            {"tokens": "['the' 'cat']", "tags": "['O' 'O']"},
+            r"is .*'the' 'cat'.* in .*row 2, a list that is not written",
+        ),
+        (
+            {"tokens": "a b", "tags": "[0 1]"},
+            r"column 'tags' is '\[0 1\]' in .*row 2, a list that is not written in JSON",
+        ),
     ],
 )
 def test_rows_that_cannot_be_read(tmp_path, change, message):
@@ -156,6 +151,10 @@ def test_labels_may_be_listed_and_tags_numbers(tmp_path):
     content[1] = {"tokens": "a", "tags": "B-Pet"}
     with pytest.raises(ScaloraError, match=r"'B-Pet' in .*row 2 is not one of the labels .*differs only in case"):
         _ = task(tmp_path, content, {"columns": {}}, **listed).splits
+    with pytest.raises(ScaloraError, match=r"the tags are 0, 1, …, which do not say what is an entity: name them in"):
+        _ = task(tmp_path, [{"tokens": "the cat", "tags": [0, 1]}], {"columns": {}}).labels
+    numbers = task(tmp_path, [{"tokens": "the cat", "tags": [0, 1]}], {"columns": {}}, metric="accuracy")
+    assert numbers.labels == ["0", "1"]
     content = [{"tokens": "the cat", "tags": "DET NOUN"}, {"tokens": "the cat", "tags": "DET VERB"}]
     assert task(tmp_path, content, {"columns": {}}, metric="accuracy").labels == ["DET", "NOUN", "VERB"]
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..algebra.lowrank import singular_values
 from ..algebra.nf4 import NF4
+from ..common import processes
 from ..common.errors import ScaloraError
 from ..engine.plain_lora import Factors, joined_factors, save_plain_lora
 from ..layers.lora_forward import fuse_lora
@@ -134,6 +135,8 @@ def said_beside(head: Head, path: Path, model: PeftModel, own: Mapping[str, NF4]
     Then the base must be given values, or names of classes, that an adapter has no place for; or it must be quantised.
     ``own`` are base weights that are more than the source's in NF4.
     """
+    if not processes.is_first():  # a sharded model is saved by all, and written by one
+        return peft_loading_lines(head, path, model)
     if (quantization := origin(model).quantization) != "none":
         write_base_note(path, model, own)
         with Path(path, "README.md").open("a", encoding="utf-8") as file:

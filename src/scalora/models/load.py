@@ -220,7 +220,10 @@ def _check_kind(source: str, config: Any, head: Head) -> None:
     if not fits(config, head):
         possible = " or ".join(other for other in HEADS if fits(config, other))
         way_out = f"choose a task for a {possible} model" if possible else "choose another model"
-        raise ScaloraError(f"model: {source!r} is a {config.model_type} model and cannot be a {head} model; {way_out}")
+        article = "an" if head[0] in "aeiou" else "a"
+        raise ScaloraError(
+            f"model: {source!r} is a {config.model_type} model and cannot be {article} {head} model; {way_out}"
+        )
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -29,14 +29,28 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, metrics: Callable[[], dict[str, float]], **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self._metrics = metrics
-        if self.model_accepts_loss_kwargs and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
-            self.model_accepts_loss_kwargs = self._loss_is_by_items()
+        # Trainer divides what it smooths by itself, too.
+        shared = self.model_accepts_loss_kwargs and self.label_smoother is None
+        shared = shared and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1)
+        self._loss_is_a_mean = shared and not self._loss_is_by_items()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's, where a model whose loss is the mean over its own batch counts by its labels among all.
+
+        The mean of such means would be another loss wherever batches have unlike numbers of labels.
+        """
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._loss_is_a_mean or num_items_in_batch is None:
+            return found
+        loss, outputs = found if return_outputs else (found, None)
+        labels = inputs.get("shift_labels", inputs["labels"])
+        loss = loss * (labels.ne(-100).sum().to(loss) / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _loss_is_by_items(self) -> bool:
-        """Whether the model divides its loss by `num_items_in_batch`; Trainer takes that of any that takes all words.
-
-        One that does not has the mean of a batch as its loss, which is to be averaged over batches and processes.
-        """
+        """Whether the model divides its loss by `num_items_in_batch`; Trainer takes that of all that take any words."""
         assert self.model is not None
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))  # pyright: ignore
         with evaluating(self.model, None) as device:

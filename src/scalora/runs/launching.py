@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
@@ -77,13 +78,46 @@ def _refuse_sharding(recipe: Recipe) -> None:
 
 
 def shard(trainer: Trainer) -> None:
-    """Have FSDP2 on CPUs too, where accelerate ignores that it was told so; elsewhere nothing happens."""
-    if not is_sharding() or trainer.is_fsdp_enabled:
+    """Have FSDP2 shard the model: on CPUs too, where accelerate ignores that it was told so.
+
+    Raises:
+        ScaloraError: modules share a weight in a way that accelerate's FSDP2 cannot shard.
+    """
+    if not is_sharding():
         return
     state = trainer.accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as accelerate launch has set the environment
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    trainer.is_fsdp_enabled = True
+    if not trainer.is_fsdp_enabled:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as accelerate launch has set the environment
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+    model: Any = trainer.model
+    _refuse_shared(model)
+    plugin: Any = state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = _blocks(model)
+
+
+def _blocks(model: Any) -> list[str]:
+    """The classes that a model names as its blocks, without those around its input embeddings (BERT, ViT).
+
+    accelerate shards those embeddings by themselves, which fails where they are sharded already.
+    """
+    named, embeddings = set(getattr(model, "_no_split_modules", None) or ()), model.get_input_embeddings()
+    blocks = {type(module).__name__: module for module in model.modules()}
+    return sorted(name for name in named & blocks.keys() if embeddings not in set(blocks[name].modules()))
+
+
+def _refuse_shared(model: Any) -> None:
+    """The weight of the input embeddings may be the output's too: accelerate shards both as one, but no third (T5)."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    within = {module for end in ends for module in end.modules()}
+    weights = {id(weight) for end in ends for weight in end.parameters()}
+    for name, module in model.named_modules():
+        if module not in within and any(id(weight) in weights for weight in module.parameters(recurse=False)):
+            raise ScaloraError(
+                f"model: {name} has the weight of the input embeddings, which FSDP2 cannot shard with a third: use DDP "
+                "(torchrun)"
+            )
 
 
 def _is_on(flag: str) -> bool:

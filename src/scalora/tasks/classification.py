@@ -83,14 +83,12 @@ class ClassificationTask(LabelTask):
             self._target(row)
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        encoded, truncated = self._encode(tokenizer, split)
-        targets = self._targets(split)
+        encoded, targets, truncated = self._encode(tokenizer, split)
         return TokenDataset([{**e, "labels": t} for e, t in zip(encoded, targets, strict=True)], truncated)
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """The metrics of :func:`~scalora.tasks.labels.label_scores`; for regression pearson, spearman and mse."""
-        encoded, truncated = self._encode(tokenizer, split)
-        targets = self._targets(split)
+        encoded, targets, truncated = self._encode(tokenizer, split)
         collate = self.collator(tokenizer)
         with evaluating(model, autocast) as device:
             lengths = [len(each["input_ids"]) for each in encoded]
@@ -126,8 +124,14 @@ class ClassificationTask(LabelTask):
         templates = [self.text] if self.text_pair is None else [self.text, self.text_pair]
         return [" | ".join(template(row) for template in templates) for row in self.rows(split)]
 
-    def _encode(self, tokenizer: Any, split: Split) -> tuple[list[dict[str, list[int]]], int]:
-        rows = self.rows(split)
+    def _encode(self, tokenizer: Any, split: Split) -> tuple[list[dict[str, list[int]]], list[Any], int]:
+        """Of each row its tokens and its target; and how many rows are cut."""
+        if not self.spec.regression:
+            _ = self.known
+        read = self.read_together(split, lambda rows: self._read(tokenizer, rows))
+        return [tokens for tokens, _, _ in read], [target for _, target, _ in read], sum(cut for _, _, cut in read)
+
+    def _read(self, tokenizer: Any, rows: list[PlacedRow]) -> list[tuple[dict[str, list[int]], Any, bool]]:
         texts = [self.text(row) for row in rows]
         pairs = None if self.text_pair is None else [self.text_pair(row) for row in rows]
         full = tokenizer(texts, pairs)["input_ids"]
@@ -137,10 +141,8 @@ class ClassificationTask(LabelTask):
             if not ids:
                 raise ScaloraError(f"task.text: the text has no tokens in {row.place}; mend or drop the row")
         encoded = [dict(zip(keys, values, strict=True)) for values in zip(*(cut[key] for key in keys), strict=True)]
-        return encoded, sum(len(ids) > self.spec.max_length for ids in full)
-
-    def _targets(self, split: Split) -> list[Any]:
-        return [self._target(row) for row in self.rows(split)]
+        targets, long = map(self._target, rows), [len(ids) > self.spec.max_length for ids in full]
+        return list(zip(encoded, targets, long, strict=True))
 
     def _target(self, row: PlacedRow) -> float | int:
         """What the head is to say of a row: a number, or the label's place."""

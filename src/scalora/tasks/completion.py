@@ -89,27 +89,34 @@ class CompletionTask(Task):
             model, tokenizer, self._prompts(tokenizer, split, pairs), max_new_tokens=self.spec.max_new_tokens,
             batch_size=batch_size, autocast=autocast, progress=progress,
         )  # fmt: skip
-        wanted = [self._reference(p.expected) for p in predictions]
+        wanted = [self._reference(row) for row in self.rows(split)]
         right = [extract(self.answer, text) == answer for text, answer in zip(written, wanted, strict=True)]
         predictions = [
             replace(p, predicted=text, probability=None) for p, text in zip(predictions, written, strict=True)
         ]
         return Score({"exact_match": sum(right) / len(right), **metrics}, "exact_match", predictions, truncated)
 
-    def _reference(self, completion: str) -> str:
+    def _reference(self, row: PlacedRow) -> str:
         assert self.answer is not None
+        completion = self.completion(row)
         found = extract(self.answer, completion)
         if found is None:
             raise ScaloraError(
-                f"task.answer: {self.spec.answer!r} finds nothing in the completion {completion[-80:]!r}"
+                f"task.answer: {self.spec.answer!r} finds nothing in the completion {completion[-80:]!r} of "
+                f"{row.place}; mend or drop the row"
             )
         return found
 
     def _pairs(self, tokenizer: Any, split: Split) -> tuple[list[Pair], int]:
         if tokenizer.eos_token_id is None:
             raise ScaloraError("task.kind is 'completion', but the tokenizer has no eos token to end a completion with")
-        rows = self.rows(split)
-        pairs = encode(tokenizer, [(self.prompt(row), self.completion(row)) for row in rows], rows)
+        if self.answer is not None and split != "train":
+            self.read_rows(split, self._reference)
+
+        def read(rows: list[PlacedRow]) -> list[Pair]:
+            return encode(tokenizer, [(self.prompt(row), self.completion(row)) for row in rows], rows)
+
+        pairs = self.read_together(split, read)
         ended = [(prompt, [*following, tokenizer.eos_token_id]) for prompt, following in pairs]
         fits = self.fitting(split, [1 + len(following) for _, following in ended], self.spec.max_length)
         return truncate_prompts([ended[number] for number in fits], self.spec.max_length)

@@ -30,9 +30,13 @@ def has_prefixes(tags: Iterable[str]) -> bool:
     """Whether tags are of the IOB family (B-PER, I-PER; IOBES and BILOU too), and not plain types.
 
     Raises:
-        ScaloraError: some are, and others are not.
+        ScaloraError: some are, and others are not; or there is an "o", which would be an entity.
     """
     types = sorted(set(tags) - {OUTSIDE})
+    if OUTSIDE.lower() in types:
+        raise ScaloraError(
+            f"task.tags: {OUTSIDE.lower()!r} would be a type of entities: write {OUTSIDE!r}, and B- and I- before types"
+        )
     plain = [tag for tag in types if not _PREFIXED.fullmatch(tag)]
     if plain and len(plain) < len(types):
         other = next(tag for tag in types if tag not in plain)

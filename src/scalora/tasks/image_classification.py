@@ -58,7 +58,8 @@ class ImageClassificationTask(LabelTask):
         return ImageCollator(tokenizer)
 
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        return ImageDataset(self.rows(split), self.spec.image, self.data.folder, self._targets(split))
+        targets = self.read_rows(split, self._target)  # which may leave some out of the rows
+        return ImageDataset(self.rows(split), self.spec.image, self.data.folder, targets)
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """The metrics of :func:`~scalora.tasks.labels.label_scores`."""
@@ -74,9 +75,6 @@ class ImageClassificationTask(LabelTask):
         targets = [example["labels"] for example in examples.examples]
         metrics, predictions = label_scores(texts, self.labels, targets, torch.stack(logits), self.spec.metric)
         return Score(metrics, self.spec.metric, predictions)
-
-    def _targets(self, split: Split) -> list[int]:
-        return self.read_rows(split, self._target)
 
     def _target(self, row: PlacedRow) -> int:
         return self.known.place(row[self.spec.label], row.place, by_number=True)

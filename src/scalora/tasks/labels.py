@@ -99,8 +99,9 @@ def _sorted(found: Iterable[Any], field: str, instead: str) -> list[str]:
             )
     if all(number(label) is not None for label in labels):
         labels.sort(key=float)
-        if not all(float(label).is_integer() for label in labels):
-            raise ScaloraError(f"{field}: {labels[0]!r} and others are numbers, not labels{instead}")
+        if fraction := next((label for label in labels if not float(label).is_integer()), None):
+            instead = instead or "; list all in task.labels if they are"
+            raise ScaloraError(f"{field}: {fraction!r} and others are numbers, not labels{instead}")
     return labels
 
 

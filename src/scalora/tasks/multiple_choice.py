@@ -161,7 +161,11 @@ class MultipleChoiceTask(Task):
         Raises:
             ScaloraError: the tokenizer cannot tell two choices apart.
         """
-        rows = self.rows(split)
+        read = self.read_together(split, lambda rows: self._read(tokenizer, rows))
+        needed = [1 + max(len(following) for _, following in own) for own in read]
+        return [read[number] for number in self.fitting(split, needed, self.spec.max_length)]
+
+    def _read(self, tokenizer: Any, rows: list[PlacedRow]) -> list[list[Pair]]:
         texts = [self._texts(row, self._choices(row)) for row in rows]
         owners = [row for row, own in zip(rows, texts, strict=True) for _ in own]
         pairs = iter(encode(tokenizer, list(chain.from_iterable(texts)), owners))
@@ -173,8 +177,7 @@ class MultipleChoiceTask(Task):
                         f"task: the tokenizer makes the same of the choices {''.join(other)[-60:]!r} and "
                         f"{''.join(text)[-60:]!r} in {row.place}: give different ones"
                     )
-        needed = [1 + max(len(following) for _, following in own) for own in read]
-        return [read[number] for number in self.fitting(split, needed, self.spec.max_length)]
+        return read
 
     def _compared(self, text: str, logprobs: torch.Tensor) -> torch.Tensor:
         divisor = {"none": 1, "length": len(text), "choice-tokens": len(logprobs)}[self.spec.normalize]

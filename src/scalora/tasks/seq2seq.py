@@ -136,6 +136,7 @@ class Seq2SeqTask(Task):
         field = "task.max_target_length"
         needed = [len(example["labels"]) for example, _ in read]
         kept = [read[i] for i in self.fitting(split, needed, self.spec.max_target_length, field)]
+        self._tell_unknown(tokenizer, split, [example["labels"] for example, _ in kept])
         if self.spec.metric != "nll":
             self._tell_unread(split)
         return [example for example, _ in kept], sum(cut for _, cut in kept)
@@ -151,6 +152,15 @@ class Seq2SeqTask(Task):
         if labels[-1] not in added:
             labels.append(tokenizer.eos_token_id)
         return {"input_ids": list(ids), "labels": labels}, len(whole) > len(ids)
+
+    def _tell_unknown(self, tokenizer: Any, split: Split, targets: Sequence[list[int]]) -> None:
+        unknown = tokenizer.unk_token_id
+        lost = [row for row, ids in zip(self.rows(split), targets, strict=True) if unknown in ids]
+        if unknown is not None and lost:
+            self.tell(
+                f"task.target: the tokenizer has no tokens for parts of {len(lost)} of {len(targets)} {split} targets, "
+                f"of which the model learns {tokenizer.unk_token}: the first is in {lost[0].place}"
+            )
 
     def _tell_unread(self, split: Split) -> None:
         unread = [row for row in self.rows(split) if not re.search("[a-z0-9]", self.target(row).lower())]

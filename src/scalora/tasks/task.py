@@ -168,6 +168,15 @@ class Task(ABC):
             self.splits = self.splits._replace(**{split: [row for row, _ in found]})
         return [each for _, each in found]
 
+    def read_together(self, split: Split, read: Callable[[list[PlacedRow]], list[T]]) -> list[T]:
+        """What `read` makes of all rows of a split at once; where one is malformed, of each, as :meth:`read_rows`."""
+        try:
+            return read(self.rows(split))
+        except ScaloraError:
+            if not self.data.max_bad_rows:
+                raise
+        return self.read_rows(split, lambda row: read([row])[0])
+
     def fitting(
         self, split: Split, needed: Sequence[int], max_length: int, field: str = "task.max_length"
     ) -> list[int]:

@@ -4,6 +4,9 @@ The documents of a split are joined into one stream, with the end-of-text token 
 cut to blocks of `max_length` tokens, each of which begins with the last token of the one before. So every token is
 learnt and scored exactly once, from what its block holds before it: at a block's start that is one token. Splits are
 made of documents, never of blocks: no document is in two.
+
+With `documents: apart` a block holds the same, but a document sees nothing of those before it, and begins with an
+end-of-text token of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from ..common.errors import ScaloraError
 from .completion import examples, token_logprobs
 from .data.rows import PlacedRow
 from .encoding import Pair, token_ids
-from .task import BaseTaskSpec, Prediction, Score, Split, Task, TokenDataset
+from .packing import PackedCollator, check_apart, packed, packed_logprobs
+from .task import BaseTaskSpec, Collator, Prediction, Score, Split, Task, TokenDataset
 from .template import Template
 
 
@@ -28,6 +32,8 @@ class TextSpec(BaseTaskSpec, frozen=True):
 
     kind: Literal["text"] = "text"
     text: str = "text"
+    documents: Literal["joined", "apart"] = "joined"
+    """Whether a document sees those before it in its block."""
     max_length: int = Field(default=512, ge=2)
 
 
@@ -49,8 +55,24 @@ class TextTask(Task):
     def check(self, row: PlacedRow) -> None:
         self.text.check(row, keep_missing=self.data.missing == "keep")
 
+    def collator(self, tokenizer: Any, model: Any = None) -> Any:
+        return super().collator(tokenizer, model) if self._joined else PackedCollator(Collator(tokenizer.pad_token_id))
+
+    def equip(self, model: Any) -> None:
+        if not self._joined:
+            check_apart(model, "task.documents", "joined")
+
+    @property
+    def _joined(self) -> bool:
+        return self.spec.documents == "joined"
+
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
-        return examples(self._blocks(self._documents(tokenizer, split)), 0)
+        return self._dataset(self._documents(tokenizer, split))
+
+    def _dataset(self, documents: list[list[int]]) -> TokenDataset:
+        if self._joined:
+            return examples(self._blocks(documents), 0)
+        return packed(documents, documents[0][-1], self.spec.max_length)
 
     def score(self, model, tokenizer, split="test", *, batch_size=32, autocast=None, progress=None) -> Score:
         """`nll`, nats per token, and `nats_per_byte`, the same nats per byte of the documents in UTF-8.
@@ -59,9 +81,11 @@ class TextTask(Task):
         prediction is of a document, with the mean probability (geometric) of its tokens.
         """
         documents, texts = self._documents(tokenizer, split), [self.text(row) for row in self.rows(split)]
-        blocks = self._blocks(documents)
-        found = token_logprobs(model, tokenizer, blocks, batch_size=batch_size, autocast=autocast, progress=progress)
-        logprobs = torch.cat(found).double()
+        how: Any = {"batch_size": batch_size, "autocast": autocast, "progress": progress}
+        if self._joined:
+            logprobs = torch.cat(token_logprobs(model, tokenizer, self._blocks(documents), **how)).double()
+        else:
+            logprobs = packed_logprobs(model, self.collator(tokenizer), self._dataset(documents), **how)
         each = logprobs.split([len(ids) for ids in documents])
         predictions = [
             Prediction(text, "", None, math.exp(own.mean().item())) for text, own in zip(texts, each, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from ..common.errors import ScaloraError
 from .data.rows import PlacedRow
-from .data.values import flaw, label_text, shown
+from .data.values import flaw, label_text, number, shown
 from .entities import OUTSIDE, entity_scores, has_prefixes
 from .labels import Labels, LabelTask
 from .scoring import batches, by_row, evaluating
@@ -50,6 +51,11 @@ class TokenClassificationTask(LabelTask):
             self.spec.labels, lambda: (tag for row in self.rows("train") for tag in self._tags(row)), "task.tags"
         )
         has_prefixes(labels.names)
+        if not labels.given and self.spec.metric == "f1" and all(map(_is_code, labels.names)):
+            raise ScaloraError(
+                f"task.tags: the tags are {', '.join(labels.names[:4])}, …, which do not say what is an entity: name "
+                "them in task.labels, in the order of their numbers, or set task.metric to accuracy"
+            )
         return labels
 
     def collator(self, tokenizer: Any, model: Any = None) -> Collator:
@@ -155,7 +161,12 @@ class TokenClassificationTask(LabelTask):
         """What a column lists for a row; raises ScaloraError, with its place, where that is no list of texts."""
         value = row[column]
         if isinstance(value, str):
-            value = _listed(value)
+            if (listed := _listed(value)) is None:
+                raise ScaloraError(
+                    f"{field}: column {column!r} is {shown(value)} in {row.place}, a list that is not written in JSON: "
+                    'write ["a", "b"], or words with white space between them'
+                )
+            value = listed
         if not isinstance(value, list) or not value:
             what = "empty" if value == [] else f"{shown(value)}, and no list"
             raise ScaloraError(f"{field}: column {column!r} is {what} in {row.place}; mend or drop the row")
@@ -172,15 +183,22 @@ class TokenClassificationTask(LabelTask):
         return [self.known.place(tag, row.place, by_number=True) for tag in self._tags(row)]
 
 
-def _listed(text: str) -> Any:
-    """A cell of text as the list that it is in JSON, or else its words."""
-    if text.lstrip().startswith("["):
+def _listed(text: str) -> list[Any] | None:
+    """A cell of text as the list that it is in JSON, or else its words; None for a list that Python or numpy wrote."""
+    inner = text.strip()
+    if inner.startswith("["):
         try:
-            if isinstance(found := json.loads(text), list):
+            if isinstance(found := json.loads(inner), list):
                 return found
         except (ValueError, RecursionError):
             pass
+        if inner.endswith("]") and (inner[1:2] in ("'", '"') or not re.search("[^][0-9 ,.\\n-]", inner)):
+            return None
     return text.split()
+
+
+def _is_code(name: str) -> bool:
+    return number(name) is not None or name.lower() in ("true", "false")
 
 
 TASKS = (TokenClassificationTask,)

@@ -45,13 +45,13 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise ScaloraError(
-                "task.kind is 'chat', but the model's tokenizer has no chat template: choose an instruction-tuned "
-                "model, or give a template (Jinja) in task.chat_template"
+                "task: the rows are messages, but the model's tokenizer has no chat template: choose an "
+                "instruction-tuned model, or give a template (Jinja) in task.chat_template"
             )
         if not tokenizer.is_fast:
             raise ScaloraError(
-                f"task.kind is 'chat', but {type(tokenizer).__name__} does not say where its tokens stand in a text: "
-                "choose a model with a fast tokenizer (tokenizer.json)"
+                f"task: the rows are messages, but {type(tokenizer).__name__} does not say where its tokens stand in "
+                "a text: choose a model with a fast tokenizer (tokenizer.json)"
             )
         ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
         if own := ours & (options or {}).keys():

@@ -128,7 +128,8 @@ def open_image(content: bytes, place: str, *, small: bool = False) -> Any:
 
         return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, image_library.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
+        unknown = isinstance(error, image_library.UnidentifiedImageError)  # whose text is of our own buffer
+        reason = "in no format that Pillow knows" if unknown else " ".join(str(error).split())[:120]
         raise ScaloraError(f"task.image: no image can be read in {place} ({reason}); mend or drop the row") from error
 
 
