@@ -115,7 +115,8 @@ class Runner:
 
     def sum_seconds(self) -> float:
         """Mean seconds per step of forming the sums that layers keep."""
-        return sum(self.sums) / len(self.sums) / self.handle.config.kept_for if self.sums and self.handle else 0.0
+        kept = self.handle and self.handle.config.kept_sum
+        return sum(self.sums) / len(self.sums) / kept.steps if self.sums and kept else 0.0
 
     def event_seconds(self, batch: dict[str, torch.Tensor]) -> float:
         """Mean seconds of an event per step."""

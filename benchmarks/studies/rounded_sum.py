@@ -5,8 +5,8 @@
 SmolLM2 in bf16 learns random token sequences with ScaLoRA-I. Then its logits are computed in float32 throughout, the
 base's bf16 values included: that is the truth. Beside it stand the model in bf16 with thin products, as it is; with
 each W + Σ s·P Qᵀ rounded to the nearest bf16 number; rounded up or down by chance, which is right on average; and
-without accumulated columns at all. Writes OUTPUT/rounded_sum.json: the distance of each to the truth, as a share of
-what the accumulated columns change.
+without accumulated columns at all. Writes OUTPUT/rounded_sum.json: the distance of each to the truth, and how much of
+what was learnt is missing in it, both as shares of all that training has changed in the logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from rich.console import Console
 from torch import Tensor
 
 import scalora
-from scalora.layers import lora_forward
 from scalora.layers.lora_forward import LoraForward
 from scalora.layers.products import add_adapters
 from scalora.models.load import load_model
@@ -75,30 +74,36 @@ def trained_model(lr: float, steps: int, ids: Tensor) -> Any:
 
 
 @torch.no_grad()
-def distances(model: Any, ids: Tensor) -> dict[str, float]:
-    """Of the logits to the truth, by way; as a share of what leaving the columns out would change in the truth."""
+def errors(model: Any, ids: Tensor) -> dict[str, dict[str, float]]:
+    """Of the logits, by way: how far from the truth; and what part of the learnt change they lack, noise apart."""
     exact = copy.deepcopy(model).float()
     truth = exact(input_ids=ids).logits
-    with patch.object(lora_forward.LoraForward, "_short", short("left out")):
-        change = (exact(input_ids=ids).logits - truth).norm()
-    found = {}
+    with model.disable_adapter(), exact.disable_adapter():
+        learnt = truth - exact(input_ids=ids).logits
+        noise = model(input_ids=ids).logits.float() - exact(input_ids=ids).logits  # of a base in bf16
+    found = {"the base itself": _compared(noise, learnt)}
     for way in WAYS:
         with patch.object(LoraForward, "_short", LoraForward._short if way == "thin products" else short(way)):
-            found[way] = float((model(input_ids=ids).logits.float() - truth).norm() / change)
+            found[way] = _compared(model(input_ids=ids).logits.float() - truth, learnt)
     return found
+
+
+def _compared(error: Tensor, learnt: Tensor) -> dict[str, float]:
+    size = learnt.norm()
+    return {"distance": float(error.norm() / size), "missing": -float((error * learnt).sum() / size.square())}
 
 
 def main() -> None:
     parser = record.parser(__doc__, "")
-    parser.add_argument("--lr", default="1e-4,1e-3")
+    parser.add_argument("--lr", default="1e-5,1e-4,1e-3")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     ids = torch.randint(1000, 20_000, (4, 4, 48), generator=torch.Generator().manual_seed(0))
     shares = {}
     for lr in options.lr.split(","):
-        shares[lr] = distances(trained_model(float(lr), options.steps, ids), ids[0])
+        shares[lr] = errors(trained_model(float(lr), options.steps, ids), ids[0])
         Console().print(lr, shares[lr])
-    record.write(options.output / "rounded_sum.json", {"distance_to_truth": shares, "steps": options.steps})
+    record.write(options.output / "rounded_sum.json", {"errors": shares, "steps": options.steps})
 
 
 if __name__ == "__main__":

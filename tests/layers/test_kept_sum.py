@@ -121,9 +121,42 @@ def test_a_base_that_is_loaded_in_mid_run_is_computed_with():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_with_a_base_in_half_precision_it_is_as_near_to_the_truth_as_thin_products(autocast):
+    model = models.lora("llama").bfloat16()
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if "lora_" in name else p.data
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    handle = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1, keep_sums=True))
+    models.train(model, optimizer, "llama", 6)
+    handle.detach()
+    exact, errors = copy.deepcopy(model).double(), {True: 0.0, False: 0.0}
+    for seed in range(10):
+        truth = exact(**models.batch("llama", seed)).logits
+        for keeps in errors:
+            for module in model.modules():
+                if isinstance(module, LoraForward):
+                    module.kept_sum = KeptSum(half=True) if keeps else None
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                errors[keeps] += float((model(**models.batch("llama", seed)).logits - truth).detach().norm())
+            assert not keeps or all(kept._made[1].dtype == torch.bfloat16 for kept in _sums(model))
+    assert errors[True] <= 1.15 * errors[False]
+
+
+def test_a_base_in_half_precision_keeps_none_unless_told():
+    for keep_sums in (None, True):
+        model = models.lora("llama").bfloat16()
+        for name, p in model.named_parameters():
+            p.data = p.data.float() if "lora_" in name else p.data
+        optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+        scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1, keep_sums=keep_sums))
+        models.train(model, optimizer, "llama", 3)
+        assert all((kept._made is not None) == bool(keep_sums) for kept in _sums(model))
+
+
 def test_it_can_be_switched_off_and_only_by_true_or_false():
     model, optimizer = _attached(interval=1, keep_sums=False)
     models.train(model, optimizer, "llama", 2)
     assert set(_sums(model)) == {None}
-    with pytest.raises(scalora.ScaloraError, match="keep_sums is 'no': it must be true or false"):
+    with pytest.raises(scalora.ScaloraError, match="keep_sums is 'no': it must be true, false or None"):
         scalora.ScaLoraConfig(keep_sums="no")

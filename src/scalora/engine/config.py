@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError, named
+from ..layers.kept_sum import KeptSum
 
 Accumulate = Literal["adapter", "base"]
 Coordinates = Literal["plain", "white"]
@@ -70,10 +71,11 @@ class ScaLoraConfig:
         "Accumulated columns that a layer keeps when they are recompressed; None is 8 times the LoRA rank. More than "
         "the widest layer has singular values are not made.",
     )
-    keep_sums: bool = _help(
-        True,
-        "Whether a layer in 32 bits keeps the sum of its weight and the accumulated columns while it trains, in the "
-        "dtype computed in: a step then takes LoRA's time with few tokens too. False saves that copy of the weights.",
+    keep_sums: bool | None = _help(
+        None,
+        "Whether a layer keeps the sum of its weight and the accumulated columns while it trains, in the dtype that it "
+        "computes in: a step then takes LoRA's time, for one more copy of the weight. None: where the weight is in 32 "
+        "bits, True: in half precision too (not quantised ones), False: nowhere.",
     )
     floor: float = _help(1e-2, "No rescaled column ends with a norm under floor*sqrt(c): a zero column never recovers.")
     unsupported: Unsupported = _help(
@@ -110,8 +112,8 @@ class ScaLoraConfig:
                 raise ScaloraError(
                     f"capacity is {self.capacity} but accumulate='base' keeps no columns: leave capacity out"
                 )
-        if not isinstance(self.keep_sums, bool):
-            raise ScaloraError(f"keep_sums is {self.keep_sums!r}: it must be true or false")
+        if not isinstance(self.keep_sums, bool | None):
+            raise ScaloraError(f"keep_sums is {self.keep_sums!r}: it must be true, false or None")
         if not (_is_number(self.floor) and 0 < self.floor < 1):
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
 
@@ -126,9 +128,10 @@ class ScaLoraConfig:
         return self.interval is not None or self.refresh is not None
 
     @property
-    def kept_for(self) -> int:
-        """Steps for which a sum with the accumulated columns may be kept."""
-        return min(filter(None, (self.interval, self.refresh)), default=0) if self.keep_sums else 0
+    def kept_sum(self) -> KeptSum | None:
+        """What each layer keeps a sum with; None where none is to be kept."""
+        steps = min(filter(None, (self.interval, self.refresh)), default=0)
+        return KeptSum(steps, half=self.keep_sums is True) if steps and self.keep_sums is not False else None
 
     @property
     def one_factor(self) -> bool:

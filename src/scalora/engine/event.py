@@ -74,7 +74,7 @@ class ScaLora:
         # c/s² per layer, of experts for each; NaN until calibrated
         self.constants = initial_constants(self.optimizer, self.layers, config.lipschitz)
         self.store: Store = (
-            AdapterStore(model, self.layers, config.columns, config.kept_for)
+            AdapterStore(model, self.layers, config.columns, config.kept_sum)
             if config.accumulate == "adapter"
             else BaseStore(model, self.layers)
         )

@@ -3,6 +3,10 @@
 W + Σ s·P Qᵀ is the same from one event to the next. A layer that keeps it pays for its frozen columns once an event
 instead of in each pass, and a step costs LoRA's, however few tokens a batch has. The weight itself is never written.
 Where autocast is on, the sum has its dtype: it is what the layer would keep for backward all the same, cast once.
+
+The sum with a weight in half precision is rounded to it, each time from the exact columns, so that nothing adds up.
+It comes nearer to the exact function than the output of the rounded weight plus thin products, in which whatever is
+smaller than half a step of the output's rounding is lost (benchmarks/studies/rounded_sum.py).
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ class KeptSum:
     that is written to through ``.data`` is noticed no earlier than at the next event, or when the model is evaluated.
     """
 
-    def __init__(self, steps: int = 1) -> None:
-        """Of columns that change every so many steps."""
-        self.steps = steps
+    def __init__(self, steps: int = 1, half: bool = False) -> None:
+        """Of columns that change every so many steps; ``half``: of weights in half precision too."""
+        self.steps, self.half = steps, half
         # In one assignment, since replicas share it; with what it was made of, whose place nothing else then takes.
         self._made: tuple[list[Any], Tensor, list[Tensor]] | None = None
 
@@ -47,12 +51,20 @@ class KeptSum:
         made = self._made
         if made is None or made[0] != key:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                made = self._made = key, summed(tensors[0], frozen, x), tensors
+                wide = tensors[0].dtype.itemsize >= 4
+                formed = summed(tensors[0], frozen, x) if wide else _rounded(tensors[0], frozen)
+                made = self._made = key, formed, tensors
         return made[1]
 
     def drop(self) -> None:
         """Give its memory back."""
         self._made = None
 
-    def __reduce__(self) -> tuple[type[KeptSum], tuple[int]]:
-        return KeptSum, (self.steps,)
+    def __reduce__(self) -> tuple[type[KeptSum], tuple[int, bool]]:
+        return KeptSum, (self.steps, self.half)
+
+
+def _rounded(W: Tensor, frozen: Sequence[Adapter]) -> Tensor:
+    """The sum in float32, and rounded once."""
+    exact = W.float()
+    return summed(exact, frozen, exact).to(W.dtype)

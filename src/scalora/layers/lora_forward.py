@@ -85,13 +85,14 @@ class LoraForward(nn.Module, LoraLayer):
         frozen, trained = [], []
         for each in adapters:
             (trained if each.lora_A.requires_grad or each.lora_B.requires_grad else frozen).append(each)
-        W = frozen_weight(self.base_layer, x) if frozen else None
+        kept = self._kept_sum
+        W = frozen_weight(self.base_layer, x, half=kept is not None and kept.half) if frozen else None
         bias: Any = self.base_layer.bias
-        if W is not None and (kept := self._kept_sum) is not None and kept.pays(x, W):
+        if W is not None and kept is not None and kept.pays(x, W):
             result, adapters = nn.functional.linear(x, kept.of(W, frozen, x), bias), trained
             if not trained:
                 return result
-        elif W is not None and merging_is_cheaper(x, W):
+        elif W is not None and W.dtype.itemsize >= 4 and merging_is_cheaper(x, W):
             return merged_linear(x, W, bias, adapters)
         else:
             result = self.base_layer(x)

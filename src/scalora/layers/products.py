@@ -67,11 +67,11 @@ def summed(W: Tensor, adapters: Sequence[Adapter], like: Tensor) -> Tensor:
     return _sum(W, scales, matrices, like)
 
 
-def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
+def frozen_weight(base: nn.Module, x: Tensor, half: bool = False) -> Tensor | None:
     """The weight (m×n) of a linear layer that may be read past its forward pass; None where that would differ.
 
-    It is frozen, of 32 bits or more (half precision would round small updates away), of the dtype of `x` but for
-    autocast, and nobody listens to the layer's calls or has put in a forward pass of his own.
+    It is frozen, of 32 bits or more unless ``half`` lets others pass, of the dtype of `x` but for autocast, and nobody
+    listens to the layer's calls or has put in a forward pass of his own.
     """
     if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base):
         return None
@@ -79,7 +79,9 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
         return None
     W = base.weight
     assert isinstance(W, Tensor)
-    if W.requires_grad or W.dtype.itemsize < 4 or is_sharded(W) or not is_plain(W):
+    if W.requires_grad or is_sharded(W) or not is_plain(W):
+        return None
+    if W.dtype.itemsize < 4 and not (half and W.dtype in (torch.bfloat16, torch.float16)):
         return None
     if not (W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
         return None

@@ -7,6 +7,7 @@ free, the sum is recompressed to ``capacity`` columns by a truncated SVD of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import groupby
 from typing import Any
 
@@ -34,16 +35,16 @@ class AdapterStore(Store):
         layers: whose differences are taken.
         capacity: columns of each layer after a recompression; None: eight times its rank. Never more than the widest
             layer has singular values.
-        kept_for: steps for which layers keep the sum of weight and accumulated columns in training; 0: they do not.
+        kept: how layers keep the sum of weight and accumulated columns while they train; None: they do not.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, kept_for: int = 1
+        self, model: nn.Module, layers: Sequence[AdapterLayer], capacity: int | None, kept: KeptSum | None = None
     ) -> None:
         make_room(model, layers, capacity)
         for layer in layers:
             if isinstance(layer.module, LoraForward):
-                layer.module.kept_sum = KeptSum(kept_for) if kept_for else None
+                layer.module.kept_sum = copy(kept)
         self.layers = list(layers)
         self.ranks = [layer.rank for layer in layers]
         self.capacities = _capacities(layers, capacity)
