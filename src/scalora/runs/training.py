@@ -209,6 +209,7 @@ def _train(
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
         "seconds_per_step": timer.median(),
+        "waited_share": timer.waited_share(),
         "peak_memory_bytes": peak_memory(),
         "held_bytes": held.found,
         "trainable_parameters": trainable,
