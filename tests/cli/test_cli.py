@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -148,3 +149,8 @@ def test_a_missing_extra_is_named(monkeypatch, arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "pip install 'scalora[arena]'" in result.stderr
+
+
+def test_the_version_is_said():
+    result = _invoke("--version")
+    assert (result.exit_code, result.output.split()) == (0, ["scalora", version("scalora")])

@@ -47,7 +47,10 @@ class TokenClassificationTask(LabelTask):
 
     def read_labels(self) -> Labels:
         labels = Labels(
-            self.spec.labels, lambda: (tag for row in self.rows("train") for tag in self._tags(row)), "task.tags"
+            self.spec.labels,
+            lambda: (tag for row in self.rows("train") for tag in self._tags(row)),
+            "task.tags",
+            self.spec.tags,
         )
         has_prefixes(labels.names)
         return labels
