@@ -157,7 +157,7 @@ def test_a_cut_model_is_one_message(tmp_path):
 
 
 def test_arguments():
-    with pytest.raises(ScaloraError, match=r"model\.dtype is 'int8'"):
+    with pytest.raises(ScaloraError, match=r"^dtype is 'int8'"):
         load_model("x", head="causal-lm", dtype="int8")
     with pytest.raises(ScaloraError, match="num_labels is None"):
         load_model("x", head="sequence-classification")

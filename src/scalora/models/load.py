@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -167,7 +168,7 @@ def _resolve(source: str) -> str:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ScaloraError(f"model: the folder {source!r} has no config.json; give one written by save_pretrained")
-        return str(path)
+        return os.path.abspath(path)  # what is saved names it, and is loaded from other folders
     if path.is_file():
         if path.suffix != ".gguf":
             raise ScaloraError(f"model: {source!r} is a file but no .gguf; give a .gguf file or the model's folder")
