@@ -102,4 +102,3 @@ def test_a_folder_of_other_things_takes_no_comparison(tmp_path):
     told = _refused(tmp_path, "--output", str(other))
     assert "which is not empty and holds no comparison (notes.txt): choose another" in told
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
-    assert "which is a file" in _refused(tmp_path, "--output", str(other / "notes.txt"))

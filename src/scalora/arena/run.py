@@ -112,9 +112,7 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
 
 def refuse_strangers(folder: Path) -> None:
     """Refuse a folder that holds other things and no comparison; raises ScaloraError."""
-    if folder.exists() and not folder.is_dir():
-        raise ScaloraError(f"--output is {str(folder)!r}, which is a file: name a folder")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
     ours = (QUEUE, RESULTS, REPORT, f".{RESULTS}", f".{REPORT}", UNSENT.partition("{")[0])
     strange = sorted(name for name in names if not name.startswith(ours))
     if strange and names.isdisjoint((QUEUE, RESULTS)):
