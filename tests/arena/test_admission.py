@@ -23,10 +23,14 @@ def _ground(folder, *, gap=(0.3, 0.31, 0.29), curve=STEEP, spread=(0.0, 0.001, -
         return {"after": {"score": sign * value, "nll": 1.0}, "primary": "score", "higher_is_better": higher}
 
     comparison = dataclasses.replace(
-        comparisons.small(folder), contenders=(LORA, FULL), rates=(1e-3,), curve=curve_of,
+        comparisons.small(folder), contenders=(LORA, FULL), rates=(1e-4, 1e-3, 1e-2), curve=curve_of,
         seeds=tuple(range(len(gap))), tuning_seeds=tuple(range(len(spread))),
     )  # fmt: skip
-    results = {Trial("tune", FULL, 1e-3, seed): result(0.9) for seed in comparison.tuning_seeds}
+    results = {
+        Trial("tune", each, rate, seed): result(0.1)
+        for each in (FULL, *curve_of) for rate in (1e-4, 1e-2) for seed in comparison.tuning_seeds
+    }  # fmt: skip
+    results |= {Trial("tune", FULL, 1e-3, seed): result(0.9) for seed in comparison.tuning_seeds}
     for place, contender in enumerate(curve_of):
         for seed, extra in enumerate(spread):
             results[Trial("tune", contender, 1e-3, seed)] = result(curve[place] + extra * (-1) ** place)
@@ -54,7 +58,9 @@ def _ground(folder, *, gap=(0.3, 0.31, 0.29), curve=STEEP, spread=(0.0, 0.001, -
         ({"spread": (0.0,)}, True, ["rank matters here", "0.2000 better, and no step is worse"]),
         ({"spread": (0.0,), "curve": (0.5, 0.7, 0.69)}, None, ["one tuning seed cannot tell", "--tuning-seeds 3"]),
         ({"spread": (0.0,), "curve": FLAT}, None, ["one tuning seed cannot tell"]),
-        ({"gap": (0.0, 0.1), "spread": (0.0,), "curve": FLAT}, False, ["rank does not matter here"]),
+        ({"gap": (0.0, 0.1, 0.0), "spread": (0.0,), "curve": FLAT}, False, ["rank does not matter here"]),
+        ({"gap": (0.0, 0.1)}, None, ["is not known", "2 seeds cannot tell that from noise (--seeds 5)"]),
+        ({"gap": (0.0, 0.1), "curve": FLAT}, None, ["is not known"]),
     ],
 )  # fmt: skip
 def test_a_ground_is_judged_by_both_conditions(tmp_path, change, matters, words, higher):
@@ -79,11 +85,24 @@ def test_what_is_missing_is_said_with_the_option_that_runs_it(tmp_path):
     assert admission(comparison, {}).rank_matters is None
 
 
-def test_one_condition_that_fails_is_enough(tmp_path):
+def test_one_condition_that_fails_is_enough_where_the_other_was_looked_at(tmp_path):
     comparison, results = _ground(tmp_path, gap=(0.0, 0.1, -0.1))
+    assert admission(comparison, results).rank_matters is False
     found = admission(dataclasses.replace(comparison, curve=()), results)
-    assert found.rank_matters is False
+    assert found.rank_matters is None
     assert "leave --no-curve out" in found.sentence
+    comparison, results = _ground(tmp_path, curve=FLAT)
+    assert admission(comparison, results).rank_matters is False
+    assert admission(dataclasses.replace(comparison, contenders=(LORA,)), results).rank_matters is None
+
+
+@pytest.mark.parametrize(("gap", "behind"), [((0.0, 0.1, -0.1), FULL), ((0.3, 0.31, 0.29), LORA)])
+def test_a_gap_is_not_known_where_the_one_behind_chose_the_last_rate(tmp_path, gap, behind):
+    comparison, results = _ground(tmp_path, gap=gap)
+    narrow = {t: r for t, r in results.items() if not (t.contender == behind and t.lr == 1e-2)}
+    found = admission(dataclasses.replace(comparison, curve=()), narrow).gap
+    assert found.holds is None
+    assert f"{behind}'s rate is the highest, 0.001, of those tried: a better one may lie beyond" in found.text
 
 
 def test_a_rank_that_failed_is_left_out(tmp_path):

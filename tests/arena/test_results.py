@@ -162,8 +162,8 @@ def test_report_writes_the_page_again(record, tmp_path, old):
     assert result.exit_code == 0, result.stderr
     page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("<svg") == 6
-    assert "scalora@2: +0.0500" in page
-    assert "scalora@2: +0.0500" in result.stdout.replace("\n", " ")
+    assert "scalora@2: gain over lora@2 +0.0500" in page
+    assert "scalora@2: gain over lora@2 +0.0500" in result.stdout.replace("\n", " ")
     assert [file.name for file in out.iterdir()] == ["results.json"]
 
 

@@ -68,6 +68,10 @@ def test_what_a_server_refuses(tmp_path):
     ("arguments", "words"),
     [
         (["--storage", "sqlite:///trials"], "--study is missing"),
+        (["--storage", "nonsense"], "--storage is no URL"),
+        (["--storage", "nonsense", "--seeds", "0", "--methods", "lora,nothing"], "--storage is no URL"),
+        (["--methods", ""], "--methods is '': name one or more"),
+        (["--methods", "lora,"], "--methods is 'lora,': name one or more"),
         (["--storage", "sqlite:///trials", "--study", ""], "--study '' is no name"),
         (["--storage", "sqlite:///trials", "--study", "x" * 201], "up to 200 characters"),
         (["--study", "mine"], "add --storage"),
@@ -89,3 +93,12 @@ def test_the_name_of_a_comparison(tmp_path, arguments, words):
 def test_a_command_is_recorded_without_its_password(form, url, recorded):
     found = without_password(form.format(url).split(), url, read_storage(url, "mine"))
     assert " ".join(found).replace("%2A", "*") == form.format(recorded)
+
+
+def test_a_folder_of_other_things_takes_no_comparison(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    told = _refused(tmp_path, "--output", str(other))
+    assert "which is not empty and holds no comparison (notes.txt): choose another" in told
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]

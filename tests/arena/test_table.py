@@ -1,5 +1,6 @@
 """The table of a comparison: named figures, and the same ones on a page, in Markdown and on a screen."""
 
+import dataclasses
 import io
 
 import pytest
@@ -33,7 +34,7 @@ def test_another_baseline_turns_the_difference_round(tmp_path):
     table = comparison_table(comparison, comparisons.run_all(comparison), Contender("scalora", 2))
     assert table.rows[0].difference.value == pytest.approx(-0.05)
     assert table.rows[1].difference is None
-    assert "vs scalora@2 (95 %)" in table.text("difference").columns
+    assert "gain over scalora@2 (95 %), plus is better" in table.text("difference").columns
 
 
 def test_columns_are_asked_for_by_name(found):
@@ -43,6 +44,13 @@ def test_columns_are_asked_for_by_name(found):
     assert len(found.text(*EVERY_FIELD).columns) == len(EVERY_FIELD) - 1  # nothing but a rate was chosen
     with pytest.raises(KeyError):
         found.text("verdikt")
+
+
+def test_small_sizes_and_shared_machines_are_shown_as_what_they_are(found):
+    few = [dataclasses.replace(row, held=139_376.0, disk=5_000.0, waited=0.4) for row in found.rows]
+    shown = dataclasses.replace(found, rows=few).text("held", "disk", "time")
+    assert shown.rows[0] == ["0.1 MiB", "4.9 KiB", "1.00 (machine shared)"]
+    assert found.text("held", "disk", "time").rows[0] == ["0.2 KiB", "5 B", "1.00"]
 
 
 def test_three_renderers_show_one_table():

@@ -14,9 +14,10 @@ LORA = Contender("lora", 2)
 NOISE = (0.0, 0.01, -0.01)  # over seeds; every other seed is the same for all
 
 
-def _row(name, mean, time=1.0, memory=1.0, disk=10.0, seeds=3, shift=0):
+def _row(name, mean, time=1.0, memory=1.0, disk=10.0, seeds=3, shift=0, spread=0.01, waited=None, held=None):
     scores = {seed: mean + NOISE[(seed + shift) % 3] for seed in range(seeds)}
-    return ContenderRow(Contender(name, 2), {}, 1e-3, scores, None, 1, time, memory, None, disk, {})
+    times = None if time is None else (time - spread, time + spread)
+    return ContenderRow(Contender(name, 2), {}, 1e-3, scores, None, 1, time, memory, held, disk, {}, times, waited)
 
 
 def _table(*rows, higher=True):
@@ -64,7 +65,7 @@ def test_of_those_level_with_the_best_the_cheapest_is_recommended():
     said = recommendation(_table(*rows))
     assert said.startswith("Take cheap@2: test accuracy 0.8000, at 1.02 of lora@2's time a step and 1.00 of its peak")
     assert "It cannot be told apart from best@2. The best mean is best@2's, 0.8100." in said
-    assert RULE in said
+    assert RULE.format(baseline=LORA) in said
     memory = _row("best", 0.81, memory=1.5), _row("cheap", 0.8, shift=1), _row("unknown", 0.79, time=None, shift=1)
     said = recommendation(_table(*memory))
     assert said.startswith("Take cheap@2")
@@ -79,8 +80,40 @@ def test_a_clear_winner_is_recommended_whatever_it_costs():
 
 
 @pytest.mark.parametrize(
-    ("rows", "reason"), [((), "no method has finished"), ((_row("lora", 0.5, seeds=1),), "one seed")]
+    ("rows", "reason"),
+    [
+        ((), "no method has finished"),
+        ((_row("lora", 0.5, seeds=1),), "one seed"),
+        ((_row("lora", 0.5, seeds=2), _row("fast", 0.8, time=0.4, seeds=2)), "2 seeds say too little"),
+    ],
 )
 def test_without_evidence_nothing_is_recommended(rows, reason):
     assert recommendation(_table(*rows)).startswith("Nothing can be recommended")
     assert reason in recommendation(_table(*rows))
+
+
+@pytest.mark.parametrize(
+    ("fast", "taken"),
+    [
+        ({"mean": 0.498}, "lora"),  # below LoRA's mean, within noise: its time counts for nothing
+        ({"mean": 0.502}, "fast"),
+        ({"mean": 0.502, "waited": 0.3}, "lora"),  # others had the machine
+        ({"mean": 0.502, "waited": 0.01}, "fast"),
+        ({"mean": 0.502, "spread": 0.7}, "lora"),  # one of its runs took as long as LoRA's
+        ({"mean": 0.502, "time": 1.0}, "lora"),  # nothing speaks for it
+        ({"mean": 0.502, "held": 90.0}, "lora"),
+    ],
+)
+def test_what_cannot_be_told_apart_from_lora_is_taken_only_where_it_surely_costs_less(fast, taken):
+    options = {"time": 0.4, "shift": 1, "held": 10.0, **fast}
+    if options["held"] > 10.0:
+        options["time"] = 1.0
+    said = recommendation(_table(_row("lora", 0.5, held=10.0), _row("fast", **options)))
+    assert said.startswith(f"Take {taken}@2: ")
+    assert ("Others used the machine" in said) == (fast.get("waited") == 0.3)
+    assert "of what it holds" in said
+
+
+def test_of_equal_time_and_peak_memory_the_one_that_holds_less_is_taken():
+    said = recommendation(_table(_row("wide", 0.801, held=90.0), _row("narrow", 0.8, held=10.0, shift=1)))
+    assert said.startswith("Take narrow@2")

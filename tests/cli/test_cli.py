@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
 
 from helpers import workspace
 from scalora.cli import app
+from scalora.cli.train import worse_sentence
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,36 @@ def test_a_missing_extra_is_named(monkeypatch, arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "pip install 'scalora[arena]'" in result.stderr
+
+
+def test_the_version_is_said():
+    result = _invoke("--version")
+    assert (result.exit_code, result.output.split()) == (0, ["scalora", version("scalora")])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (
+            {"accuracy": 0.5, "nll": 1.0},
+            {"accuracy": 0.6, "nll": 1.5},
+            "worse than before training: nll 1.0000 → 1.5000",
+        ),
+        ({"accuracy": 0.5, "nll": 1.0}, {"accuracy": 0.4, "nll": 0.9}, None),
+        ({"pearson": 0.5}, {"pearson": 0.4}, "worse than before training: pearson 0.5000 → 0.4000"),
+        ({"pearson": 0.5}, {"pearson": 0.5}, None),
+        (None, {"nll": 1.0}, None),
+    ],
+)
+def test_a_run_that_made_it_worse_says_so(before, after, said):
+    metrics = {"before": before, "after": after, "primary": next(iter(after)), "higher_is_better": "nll" not in after}
+    found = worse_sentence(metrics)
+    assert found is None if said is None else found.startswith(said)
+
+
+def test_the_training_time_adds_up(laid, tmp_path):
+    result = _invoke("train", laid[1], "--set", f"output={tmp_path / 'run'}")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["steps_seconds"] <= metrics["train_seconds"]
+    assert metrics["seconds_per_step"] <= metrics["steps_seconds"]
+    assert f"{metrics['train_seconds']:.1f} s, of which steps" in " ".join(result.output.split())

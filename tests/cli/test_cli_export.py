@@ -163,6 +163,10 @@ def test_inspect_tells_ranks_energies_sizes_and_origin(laid, tmp_path):
         assert f"export: {kind}" in result.output
         assert metrics["base_fingerprint"] in result.output
         assert "accuracy" in result.output
+    several = json.loads(_invoke("inspect", laid / "run", tmp_path / "lora", "--json").output)
+    assert [each["path"] for each in several] == [str(laid / "run"), str(tmp_path / "lora")]
+    shown = _invoke("inspect", laid / "run", tmp_path / "lora").output
+    assert all(words in shown for words in ("run, finished", "export: plain LoRA"))
     result = _invoke("inspect", laid / "llama")
     assert result.exit_code == 0, result.output
     assert "folder: whole model" in result.output

@@ -18,6 +18,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from helpers import workspace
 from scalora.cli.guard import guarded
 from scalora.common.errors import ScaloraError
+from scalora.runs import callbacks
 from scalora.runs.callbacks import StepTimer, StopOnSignal
 
 
@@ -254,3 +255,15 @@ def test_a_signal_is_no_bad_input(how, number, capsys):
 def test_other_errors_are_as_they_were():
     with pytest.raises(LookupError, match="not ours"), guarded():
         raise LookupError("not ours")
+
+
+def test_a_timer_knows_which_share_of_its_steps_waited_for_a_core(monkeypatch):
+    seconds, waited = iter([0.0, 10.0, 20.0, 30.0]), iter([1.0, 2.0, 5.0, 50.0, 52.0])
+    monkeypatch.setattr(callbacks, "seconds_waited", lambda: next(waited))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(seconds))
+    timer = StepTimer()
+    assert timer.waited_share() is None
+    for _ in range(2):
+        timer.on_step_begin(None, None, None)
+        timer.on_step_end(None, None, None)
+    assert timer.waited_share() == pytest.approx((3.0 + 2.0) / 20.0)

@@ -202,3 +202,31 @@ def test_a_folder_of_another_scale_does_not_take_an_adapters_place(lora, tmp_pat
         other.load_adapter(tmp_path / place, name)
         other.set_adapter(name)
         torch.testing.assert_close(models.logits(other, "llama"), models.logits(model, "llama"), rtol=0, atol=1e-6)
+
+
+USES = {
+    "forward": lambda model, folder: torch.no_grad()(models.logits)(model, "llama"),
+    "save": lambda model, folder: model.save_pretrained(folder),
+    "merge": lambda model, folder: model.merge_and_unload(),
+    "state dict": lambda model, folder: model.state_dict(),
+    "copy": lambda model, folder: torch.no_grad()(models.logits)(copy.deepcopy(model), "llama"),
+}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("use", USES)
+def test_what_has_diverged_is_said_to_have_diverged_and_not_to_have_been_written_to(use, value, tmp_path):
+    model, optimizer, _ = _trained(optimizer_cls=torch.optim.SGD)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        then = models.logits(model, "llama")
+    model(**models.batch("llama")).loss.backward()
+    for p in models.trainable(model):
+        p.grad.fill_(float(value))
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ScaloraError, match=r"layer \S*q_proj: .* no longer finite: .*diverged.* lower learning rate"):
+        USES[use](model, tmp_path)
+    model.load_state_dict(state)  # the way out
+    with torch.no_grad():
+        assert torch.equal(models.logits(model, "llama"), then)

@@ -173,7 +173,9 @@ def test_full_refuses_half_precision():
     ("name", "message"),
     [
         ("peft:LOHAA", "did you mean peft:LOHA"),
-        ("peft:PROMPT_TUNING", "no method of this PEFT that adapts weights"),
+        ("peft:PROMPT_TUNING", "PEFT has, but it is not supported"),
+        ("peft:PREFIX_TUNING", "PEFT has, but it is not supported"),
+        ("peft:SOMETHING", "no method of this PEFT that adapts weights"),
         ("peft:lily", "refused: .*depends on the other rows"),
         ("relorra", "did you mean 'relora'"),
         ("xyzzy", "peft:<TYPE>"),
@@ -220,3 +222,17 @@ def test_the_command_line_lists_them_all():
 
     printed = typer_testing.CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"}).stdout
     assert all(name in printed for name in [*NAMED, "peft:<TYPE>", "FOURIERFT"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"floor": 2}, r"^method\.options\.floor is 2: "),
+        ({"capacity": 3, "accumulate": "base"}, r"^method\.options\.capacity is 3 "),
+        ({"intervall": 3}, r"^method\.options\.intervall: scalora-i has no such option; did you mean 'interval'\?"),
+        ({"foo": 3}, r"^method\.options\.foo: scalora-i has no such option \(its options: interval, "),
+    ],
+)
+def test_an_option_is_named_as_a_recipe_has_it(options, words):
+    with pytest.raises(ScaloraError, match=words):
+        build_method(MethodSpec(name="scalora-i", options=options))

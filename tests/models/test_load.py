@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_a_cut_model_is_one_message(tmp_path):
 
 
 def test_arguments():
-    with pytest.raises(ScaloraError, match=r"model\.dtype is 'int8'"):
+    with pytest.raises(ScaloraError, match=r"^dtype is 'int8'"):
         load_model("x", head="causal-lm", dtype="int8")
     with pytest.raises(ScaloraError, match="num_labels is None"):
         load_model("x", head="sequence-classification")
@@ -201,3 +202,25 @@ def test_what_a_folder_does_is_not_the_hubs(saved):
     with pytest.raises(ScaloraError, match="its files are damaged") as caught:
         load_model(folder, head="causal-lm")
     assert "network" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"config": {"hidden_size": 48}}, r"^config: .* of '.*' has the shape \(.*\), and \(.*48.*\) is asked for"),
+        ({"config": {"hidden_size": "x"}}, r"^config: .* cannot be loaded with \{'hidden_size': 'x'\} .*leave these"),
+        ({"attn_implementation": "flash"}, "^attn_implementation is 'flash': .*choose eager or sdpa"),
+        ({"dtype": "foo"}, "^dtype is 'foo'"),
+    ],
+)
+def test_a_value_of_the_recipe_that_does_not_go_is_named_and_the_files_are_not_called_damaged(saved, options, words):
+    with pytest.raises(ScaloraError, match=words):
+        load_model(saved(tokenized.llama()), head="causal-lm", **options)
+
+
+def test_files_that_do_not_go_with_one_another_are_said_to(saved):
+    folder = Path(saved(tokenized.llama()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(ScaloraError, match=r"^model: .* by its config\.json"):
+        load_model(str(folder), head="causal-lm")

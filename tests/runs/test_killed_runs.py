@@ -20,7 +20,15 @@ from scalora.runs.folder import last_checkpoint
 from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train
 
-VARYING = ("train_seconds", "seconds_per_step", "peak_memory_bytes", "environment", "log")
+VARYING = (
+    "train_seconds",
+    "steps_seconds",
+    "seconds_per_step",
+    "waited_share",
+    "peak_memory_bytes",
+    "environment",
+    "log",
+)
 
 
 def _processes():

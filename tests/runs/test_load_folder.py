@@ -1,9 +1,11 @@
 """`scalora.load`: everything that is saved comes back with one call, and computes what was trained."""
 
+import os
 import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from helpers import exports, models, tokenized, workspace
 from scalora import ScaLoraConfig, ScaloraError
 from scalora.common.quiet import quiet
 from scalora.runs.export.export import export
+from scalora.runs.recipe import load_recipe
 
 # name: overrides of the recipe; every run leaves checkpoints at steps 2 and 4, and the adapter of step 4.
 RUNS = {
@@ -158,3 +161,22 @@ def test_an_adapter_without_task_type_is_for_the_class_it_was_made_for(tmp_path)
     model = get_peft_model(base, lora)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(models.logits(scalora.load(tmp_path / "adapter"), "bert"), models.logits(model, "bert"))
+
+
+@pytest.mark.parametrize("method", ["scalora-i", "mora"])
+def test_a_base_by_a_relative_path_is_found_from_another_folder(tmp_path, monkeypatch, method):
+    recipe = exports.lay(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    base = Path(load_recipe(recipe).model)
+    run = exports.run(recipe, f"run-{method}", f"model={os.path.relpath(base)}", f"method={method}")
+    assert not Path(os.path.relpath(base)).is_absolute()
+    made = export(run.folder, to="merged" if method == "mora" else "lora", output=tmp_path / "made").folder
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for path in (run.folder, run.folder / "adapter", made):
+        scalora.load(tmp_path / path)
+    shutil.move(base, tmp_path / "moved")
+    with pytest.raises(ScaloraError, match=r"the base model is named '.*' in '.*': where it has moved, .*name it with"):
+        scalora.load(tmp_path / run.folder)
+    scalora.load(tmp_path / run.folder, base=tmp_path / "moved")

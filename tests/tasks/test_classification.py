@@ -195,3 +195,13 @@ def test_real_minilm_scores_headlines():
     model, tokenizer = load_model("minilm-l6-v2", head="sequence-classification", num_labels=built.num_labels)
     score = built.score(model, tokenizer)
     assert 0 < score.metrics["nll"] < 2
+
+
+def test_a_column_of_texts_is_not_taken_for_the_label(tmp_path):
+    rows = [{"s": f"s {i}", "t": "x", "label": f"a text of its own, the {i}th"} for i in range(30)]
+    with pytest.raises(
+        ScaloraError, match=r"task.label: column 'label' has 30 different values in 30 .* is it the label"
+    ):
+        task(tmp_path, rows).labels  # noqa: B018
+    assert len(task(tmp_path, [*rows, *rows, *rows]).labels) == 30
+    assert len(task(tmp_path, rows, labels=[row["label"] for row in rows]).labels) == 30

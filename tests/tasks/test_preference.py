@@ -254,5 +254,5 @@ def test_a_base_that_is_written_to_does_not_move_the_reference(recipe, tmp_path)
 def test_mistakes_get_one_line(recipe):
     assert "no column 'good' in" in whole_runs.refused(recipe, "task.chosen=good")
     assert "did you mean 'rejected'?" in whole_runs.refused(recipe, "task.rejectd=x")
-    assert "task.preference.beta is 0" in whole_runs.refused(recipe, "task.beta=0")
+    assert "task.beta is 0" in whole_runs.refused(recipe, "task.beta=0")
     assert "there is no column 'ask'" in whole_runs.refused(recipe, "task.prompt=ask")

@@ -75,7 +75,7 @@ def test_a_new_kind_is_one_file(tmp_path):
     command = [sys.executable, "-c", RUN, str(tmp_path / "kinds"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wrong, metrics, loss, model = done.stdout.strip().splitlines()
-    assert wrong.endswith("unknown key 'task.verbatim.txt'; did you mean 'text'?")
+    assert wrong.endswith("unknown key 'task.txt'; did you mean 'text'?")
     assert metrics == "{'rows': 20}"
     assert loss == "mean over 20 test examples"
     assert model == "LlamaForCausalLM"

@@ -147,7 +147,7 @@ def test_with_other_methods(recipe, tmp_path):
 def test_mistakes_get_one_line(recipe):
     assert "no column 'text' in" in whole_runs.refused(recipe, "task.input=text")
     assert "did you mean 'prefix'?" in whole_runs.refused(recipe, "task.prefx=x")
-    assert "task.seq2seq.metric is 'rouge'" in whole_runs.refused(recipe, "task.metric=rouge")
+    assert "task.metric is 'rouge'" in whole_runs.refused(recipe, "task.metric=rouge")
     assert "choose a task for a causal-lm" in whole_runs.refused(recipe, "model=smollm2-135m-instruct")
     if "bart" in (recipe.parent / "model" / "config.json").read_text():
         long = ("task.max_length=80", f"task.prefix={'the ' * 60}")

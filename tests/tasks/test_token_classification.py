@@ -185,9 +185,7 @@ def test_with_other_methods(recipe, tmp_path):
 
 def test_mistakes_get_one_line(recipe):
     assert "no column 'token' in" in whole_runs.refused(recipe, "task.tokens=token")
-    assert "unknown key 'task.token_classification.tag'; did you mean 'tags'?" in whole_runs.refused(
-        recipe, "task.tag=tags"
-    )
-    assert "task.token_classification.metric is 'recall'" in whole_runs.refused(recipe, "task.metric=recall")
+    assert "unknown key 'task.tag'; did you mean 'tags'?" in whole_runs.refused(recipe, "task.tag=tags")
+    assert "task.metric is 'recall'" in whole_runs.refused(recipe, "task.metric=recall")
     said = whole_runs.refused(recipe, "model=smollm2-135m-instruct", "task.max_length=2")
     assert "cannot be" in said or "task.max_length" in said

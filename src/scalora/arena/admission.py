@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .extending import edge
 from .plan import Comparison
 from .statistics import (
+    ENOUGH_SEEDS,
     Difference,
     Mean,
     Results,
@@ -34,6 +36,7 @@ class Clause:
 
     holds: bool | None
     text: str
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,15 @@ class Admission:
 
     @property
     def rank_matters(self) -> bool | None:
-        """Whether both hold; None where neither is known to fail, and one is not known to hold."""
-        found = (self.gap.holds, self.curve.holds)
-        return False if False in found else None if None in found else True
+        """Whether both hold; None where that is not known.
+
+        One that fails is enough for no, if the other was looked at: the gap on enough seeds, and not at a rate beyond
+        which full fine-tuning may be better; the curve on any.
+        """
+        gap, curve = self.gap.holds, self.curve.holds
+        if (gap is False and self.curve.measured) or (curve is False and gap is not None):
+            return False
+        return True if gap and curve else None
 
     @property
     def sentence(self) -> str:
@@ -64,7 +73,8 @@ def admission(comparison: Comparison, results: Results) -> Admission:
     The gap: full fine-tuning against LoRA at the recipe's rank, final runs at best settings, paired over seeds, must be
     an improvement of at least five standard errors. The curve: from each rank to the next, at each one's best setting,
     paired over tuning seeds, no step may be worse by more than two standard errors, and from the lowest rank to the
-    highest it must be better by more than two. With one tuning seed noise is unknown: then no step may be worse at all.
+    highest it must be better by more than two. The gap is not known on fewer than three seeds, nor where the one that
+    is behind chose the last rate tried. With one tuning seed noise is unknown: then no step may be worse at all.
     """
     gap, points = _gap(comparison, results), _points(comparison, results)
     curve = _curve(comparison, results, points)
@@ -83,10 +93,16 @@ def _gap(comparison: Comparison, results: Results) -> Clause | None:
     if found is None:
         return None
     text = f"{full} is {_amount(found)} than {lora} in test {metric}"
-    if found.n < 2:
-        return Clause(None, f"{text}, and one seed cannot tell that from noise (--seeds 5)")
+    if found.n < ENOUGH_SEEDS:
+        seeds = "one seed" if found.n == 1 else f"{found.n} seeds"
+        return Clause(None, f"{text}, and {seeds} cannot tell that from noise (--seeds 5)")
     holds = found.value > 0 and found.value >= GAP_ERRORS * found.error
-    return Clause(holds, f"{text}, {_errors(found)} ({GAP_ERRORS:g} are needed)")
+    text = f"{text}, {_errors(found)} ({GAP_ERRORS:g} are needed)"
+    behind = lora if holds else full  # a better rate of the one that is behind could turn it round
+    if (which := edge(comparison, results, chosen[behind])) is not None:
+        reason = f"{behind}'s rate is the {which}, of those tried: a better one may lie beyond"
+        return Clause(None, f"{text}, but {reason} (--extend, or a wider --lr)")
+    return Clause(holds, text)
 
 
 def _points(comparison: Comparison, results: Results) -> dict[int, dict[int, float]]:
@@ -134,14 +150,16 @@ def _missing_gap(comparison: Comparison) -> Clause:
     absent = [] if lora in comparison.contenders else [str(lora)]
     absent += [] if any(c.method == "full" for c in comparison.contenders) else ["full"]
     if absent:
-        return Clause(None, f"{' and '.join(absent)} was not run (add {','.join(absent)} to --methods)")
-    return Clause(None, f"full and {lora} have no final run on a common seed (the same command goes on, or --retry)")
+        return Clause(None, f"{' and '.join(absent)} was not run (add {','.join(absent)} to --methods)", False)
+    return Clause(
+        None, f"full and {lora} have no final run on a common seed (the same command goes on, or --retry)", False
+    )
 
 
 def _missing_curve(comparison: Comparison) -> Clause:
     if not comparison.curve:
-        return Clause(None, "LoRA's curve over rank was not run (leave --no-curve out)")
-    return Clause(None, "LoRA's curve over rank is not complete (the same command goes on with it, or --retry)")
+        return Clause(None, "LoRA's curve over rank was not run (leave --no-curve out)", False)
+    return Clause(None, "LoRA's curve over rank is not complete (the same command goes on with it, or --retry)", False)
 
 
 def _amount(found: Difference) -> str:

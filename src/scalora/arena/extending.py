@@ -49,15 +49,20 @@ def next_rate(comparison: Comparison, results: Results, choice: Chosen, limit: i
     return None
 
 
-def edge_sentence(comparison: Comparison, results: Results) -> str | None:
-    """Who chose the lowest or highest rate tried, so that a better one may lie beyond; None where nobody did."""
+def edge(comparison: Comparison, results: Results, choice: Chosen) -> str | None:
+    """Which edge of the rates tried a choice lies at, and its rate; None where it lies between, or was given."""
     if comparison.fixed is not None:
         return None
-    said = []
-    for contender, choice in chosen_settings(results, comparison).items():
-        tried = sorted({t.lr for t in results if t.stage == "tune" and t.contender == choice.contender})
-        if choice.lr in (tried[0], tried[-1]):
-            said.append(f"{contender} the {'lowest' if choice.lr == tried[0] else 'highest'}, {choice.lr:g}")
+    tried = sorted({t.lr for t in results if t.stage == "tune" and t.contender == choice.contender})
+    if choice.lr not in (tried[0], tried[-1]):
+        return None
+    return f"{'lowest' if choice.lr == tried[0] else 'highest'}, {choice.lr:g}"
+
+
+def edge_sentence(comparison: Comparison, results: Results) -> str | None:
+    """Who chose the lowest or highest rate tried, so that a better one may lie beyond; None where nobody did."""
+    found = {c: edge(comparison, results, choice) for c, choice in chosen_settings(results, comparison).items()}
+    said = [f"{contender} the {which}" for contender, which in found.items() if which]
     if not said:
         return None
     return (

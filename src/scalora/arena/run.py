@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.disk_layout import REPORT, RESULTS
+from ..common.disk_layout import QUEUE, REPORT, RESULTS, UNSENT
 from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
@@ -108,6 +108,18 @@ def _log_failures(results: Results, folder: Path, log: Log) -> None:
         )
     if failed:
         log(f"{len(failed)} of {len(results)} trials failed (--retry runs them again): {folder / 'results.json'}")
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds other things and no comparison; raises ScaloraError."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    ours = (QUEUE, RESULTS, REPORT, f".{RESULTS}", f".{REPORT}", UNSENT.partition("{")[0])
+    strange = sorted(name for name in names if not name.startswith(ours))
+    if strange and names.isdisjoint((QUEUE, RESULTS)):
+        raise ScaloraError(
+            f"--output is {str(folder)!r}, which is not empty and holds no comparison ({', '.join(strange[:3])}): "
+            "choose another"
+        )
 
 
 def check_comparison(

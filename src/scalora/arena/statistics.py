@@ -14,6 +14,7 @@ from scipy import stats
 from .contender import Contender
 from .plan import Chosen, Comparison, Trial
 
+ENOUGH_SEEDS = 3  # of fewer, chance gives any difference and any spread
 Results = Mapping[Trial, Mapping[str, Any]]
 
 
@@ -103,6 +104,15 @@ def final_runs(results: Results, choice: Chosen | None) -> dict[int, Mapping[str
         for trial, result in sorted(results.items(), key=lambda item: item[0].seed)
         if trial.stage == "final" and (trial.contender, trial.lr) == choice and "error" not in result
     }
+
+
+def relative_range(
+    ours: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], key: str
+) -> tuple[float, float] | None:
+    """Least and greatest of some runs' seconds or bytes, each over the others' median on the same hardware."""
+    mine, theirs = _by_hardware(ours, key), _by_hardware(base, key)
+    ratios = [value / median(theirs[where]) for where in mine.keys() & theirs.keys() for value in mine[where]]
+    return (min(ratios), max(ratios)) if ratios else None
 
 
 def relative_cost(ours: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], key: str) -> float | None:

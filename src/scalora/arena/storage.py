@@ -46,11 +46,6 @@ def read_storage(url: str, study: str | None) -> Storage:
         ScaloraError: the URL cannot be read, its driver is not installed, or the name is missing. No message holds the
             URL's password.
     """
-    if not study or study.strip() != study or len(study) > _LONGEST_NAME:
-        given = "is missing" if study is None else f"{study[:_LONGEST_NAME]!r} is no name"
-        raise ScaloraError(
-            f"--study {given}: with --storage (SCALORA_STORAGE) give a name of up to {_LONGEST_NAME} characters"
-        )
     try:
         read = make_url(url)
     except (ArgumentError, ValueError):  # whose text may be the URL, password and all
@@ -74,6 +69,11 @@ def read_storage(url: str, study: str | None) -> Storage:
         raise ScaloraError(
             f"--storage {_masked(read)}: {read.get_driver_name()} is an asynchronous driver: take another, as in "
             "postgresql+psycopg://"
+        )
+    if not study or study.strip() != study or len(study) > _LONGEST_NAME:
+        given = "is missing" if study is None else f"{study[:_LONGEST_NAME]!r} is no name"
+        raise ScaloraError(
+            f"--study {given}: with --storage (SCALORA_STORAGE) give a name of up to {_LONGEST_NAME} characters"
         )
     return Storage(read, study)
 

@@ -21,11 +21,15 @@ from .statistics import (
     paired_difference,
     primary,
     relative_cost,
+    relative_range,
     summarize,
 )
 
 if TYPE_CHECKING:
     import rich.table
+
+
+SHARED = 0.05  # of the time of steps spent waiting for a core: from there on, others used the machine
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,13 @@ class ContenderRow:
     held: float | None  # bytes of what is trained, gradients, optimizer and store; None in results of before they were
     disk: float  # bytes of the saved adapter
     validation: Mapping[float, float]  # learning rate → mean validation metric there; failed trials are missing
+    times: tuple[float, float] | None = None  # the least and greatest of the runs, relative as `time` is
+    waited: float | None = None  # greatest share of a run's steps, or of the baseline's, that waited for a core
+
+    @property
+    def shared(self) -> bool:
+        """Whether others used the machine while it was timed, so that its times say little."""
+        return self.waited is not None and self.waited > SHARED
 
     @property
     def quality(self) -> Mean:
@@ -87,14 +98,14 @@ _FIELDS: dict[str, tuple[str, Callable[[ContenderRow], str]]] = {
     "lr": ("lr", lambda row: f"{row.lr:g}"),
     "quality": ("test {metric}", lambda row: _quality(row.quality)),
     "seeds": ("seeds", lambda row: str(row.quality.n)),
-    "difference": ("vs {baseline} (95 %)", lambda row: _difference(row.difference)),
+    "difference": ("gain over {baseline} (95 %), plus is better", lambda row: _difference(row.difference)),
     "wins": ("wins", lambda row: f"{row.difference.wins}/{row.difference.n}" if row.difference else ""),
     "verdict": ("verdict", lambda row: row.difference.verdict if row.difference else ""),
     "trainable": ("trainable", lambda row: f"{row.trainable:,}"),
-    "time": ("time ratio", lambda row: _ratio(row.time)),
+    "time": ("time ratio", lambda row: _ratio(row.time) + (" (machine shared)" if row.shared else "")),
     "memory": ("memory ratio", lambda row: _ratio(row.memory)),
-    "held": ("held", lambda row: "" if row.held is None else f"{row.held / 2**20:.1f} MiB"),
-    "disk": ("on disk", lambda row: f"{row.disk / 2**20:.1f} MiB"),
+    "held": ("held", lambda row: "" if row.held is None else _size(row.held)),
+    "disk": ("on disk", lambda row: _size(row.disk)),
 }
 EVERY_FIELD = tuple(_FIELDS)
 
@@ -137,7 +148,7 @@ class ComparisonTable:
     def in_words(self) -> list[str]:
         """A sentence per contender on its difference to the baseline."""
         return [
-            f"{row.contender}: {_difference(row.difference)} against {self.baseline}, {row.difference.verdict} "
+            f"{row.contender}: gain over {self.baseline} {_difference(row.difference)}, {row.difference.verdict} "
             f"({row.difference.wins}/{row.difference.n} seeds won)."
             for row in self.rows
             if row.difference
@@ -173,6 +184,10 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 mean(run["held_bytes"] for run in ours) if all(run.get("held_bytes") for run in ours) else None,
                 mean(run["adapter_bytes"] for run in ours),
                 {rate: mean(of_seeds) for rate, of_seeds in found.items()},
+                relative_range(ours, theirs, "seconds_per_step"),
+                max(
+                    (run["waited_share"] for run in ours + theirs if run.get("waited_share") is not None), default=None
+                ),
             )
         )
     rates = sorted({*comparison.rates, *(row.lr for row in rows)})
@@ -199,6 +214,13 @@ def _difference(d: Difference | None) -> str:
     if d is None:
         return ""
     return f"{d.value:+.4f}" + (f" [{d.low:+.4f}, {d.high:+.4f}]" if isfinite(d.low) else "")
+
+
+def _size(size: float) -> str:
+    """In MiB, or in the unit in which it is more than nothing."""
+    if size >= 0.1 * 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 0.1 * 2**10 else f"{size:.0f} B"
 
 
 def _ratio(value: float | None) -> str:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 # What is kept of a run's metrics: what the report shows.
 KEPT = (
-    "split", "after", "primary", "higher_is_better", "steps", "train_seconds", "seconds_per_step", "peak_memory_bytes",
-    "held_bytes", "trainable_parameters", "parameters", "adapter_bytes", "rank", "ranks", "environment",
+    "split", "after", "primary", "higher_is_better", "steps", "train_seconds", "seconds_per_step", "waited_share",
+    "peak_memory_bytes", "held_bytes",
+    "trainable_parameters", "parameters", "adapter_bytes", "rank", "ranks", "environment",
 )  # fmt: skip
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from .contender import Contender
-from .statistics import paired_difference
+from .statistics import ENOUGH_SEEDS, paired_difference
 from .table import ComparisonTable, ContenderRow, TextTable
 
 CostKind = Literal["time", "memory", "disk"]
 COSTS: dict[CostKind, str] = {"time": "seconds per step", "memory": "peak memory", "disk": "bytes of what is saved"}
 _NEAR = 1.05  # times the least cost: as good as it
 RULE = (
-    "The rule: of the methods that cannot be told apart from the best, those within 5 % of the fastest step are left, "
-    "of these those within 5 % of the least peak memory, and of these the one with the best mean is taken."
+    "The rule: of the methods that cannot be told apart from the best, those whose mean is not below {baseline}'s are "
+    "left; of these those that are not slower than the fastest, by more than 5 % and in every run; of these those "
+    "within 5 % of the least peak memory, and then of the least held. Of what is left {baseline} is taken, if it is "
+    "there, and else the best mean."
 )
 
 
@@ -63,20 +65,27 @@ def recommendation(table: ComparisonTable) -> str:
     rows = table.best_first().rows
     if not rows:
         return "Nothing can be recommended yet: no method has finished a final run."
-    if min(row.quality.n for row in rows) < 2:
-        return "Nothing can be recommended: one seed says nothing about noise (--seeds gives more)."
     best = rows[0]
+    if (least := min(row.quality.n for row in rows)) < ENOUGH_SEEDS:
+        few = "one seed says nothing" if least == 1 else f"{least} seeds say too little"
+        leads = f" The best mean is {best.contender}'s, {best.quality.value:.4f}." if len(rows) > 1 else ""
+        return f"Nothing can be recommended: {few} about noise (--seeds {ENOUGH_SEEDS} or more).{leads}"
     level = [row for row in rows if not _behind(table, row, best)]
-    timed = [row for row in level if row.time is not None and row.memory is not None]
-    taken = _cheapest(timed)[0] if timed else best
+    base = next((row for row in level if row.contender == table.baseline), None)
+    pool = level if base is None else level[: level.index(base) + 1]  # the best first: none is below it
+    known = [row for row in pool if row.time is not None and row.memory is not None]
+    left = _cheapest(known) if known else pool
+    taken = base if base in left and base is not None else left[0]
     said = [f"Take {taken.contender}: test {table.metric} {taken.quality.value:.4f}{_cost(table, taken)}."]
     others = [str(row.contender) for row in level if row is not taken]
     ties = f"It cannot be told apart from {', '.join(others)}."
     said.append(ties if others else "It is better than all others by more than noise.")
     if best is not taken:
         said.append(f"The best mean is {best.contender}'s, {best.quality.value:.4f}.")
-    said.append(RULE)
-    if unknown := [str(row.contender) for row in level if row not in timed]:
+    said.append(RULE.format(baseline=table.baseline))
+    if any(row.shared for row in known):
+        said.append("Others used the machine while these were timed, so that times did not count.")
+    if unknown := [str(row.contender) for row in pool if row not in known]:
         said.append(f"Not known on the same hardware is what these cost: {', '.join(unknown)}.")
     return " ".join(said)
 
@@ -84,14 +93,31 @@ def recommendation(table: ComparisonTable) -> str:
 def _cost(table: ComparisonTable, row: ContenderRow) -> str:
     if row.time is None or row.memory is None:
         return ""
-    return f", at {row.time:.2f} of {table.baseline}'s time a step and {row.memory:.2f} of its peak memory"
+    shared = " (on a machine that others used)" if row.shared else ""
+    said = f", at {row.time:.2f} of {table.baseline}'s time a step{shared} and {row.memory:.2f} of its peak memory"
+    base = next((each for each in table.rows if each.contender == table.baseline), None)
+    if base is not None and base.held and row.held is not None:
+        said += f", with {row.held / base.held:.2f} of what it holds"
+    return said
 
 
 def _cheapest(rows: Sequence[ContenderRow]) -> list[ContenderRow]:
-    for cost in ("time", "memory"):
-        least = min(getattr(row, cost) for row in rows)
-        rows = [row for row in rows if getattr(row, cost) <= _NEAR * least]
-    return list(rows)
+    """Those that no other is surely faster than, and then within 5 % of the least memory: peak, and what is held."""
+    left = list(rows)
+    if not any(row.shared for row in rows):
+        left = [row for row in rows if not any(_slower(row, other) for other in rows)]
+    for cost in ("memory", "held"):
+        known = [value for row in left if (value := getattr(row, cost)) is not None]
+        if len(known) == len(left):
+            left = [row for row in left if getattr(row, cost) <= _NEAR * min(known)]
+    return left
+
+
+def _slower(row: ContenderRow, other: ContenderRow) -> bool:
+    """Whether each of the one's runs took longer than all of the other's, and by 5 %; on enough seeds."""
+    if row.times is None or other.times is None or min(row.quality.n, other.quality.n) < ENOUGH_SEEDS:
+        return False
+    return row.times[0] > _NEAR * other.times[1]
 
 
 def _behind(table: ComparisonTable, row: ContenderRow, other: ContenderRow) -> bool:

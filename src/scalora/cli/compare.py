@@ -76,6 +76,8 @@ def compare(
     """
     with guarded():
         alone("compare")
+        if not all(each.strip() for each in methods.split(",")):
+            raise ScaloraError(f"--methods is {methods!r}: name one or more, separated by commas, e.g. lora,scalora-i")
         from ..runs.recipe import load_recipe
 
         recipe = load_recipe(recipe_path, set_ or [])
@@ -83,10 +85,17 @@ def compare(
         require("compare", "optuna", "scipy")
         from ..arena.contender import Contender, parse_contender
         from ..arena.plan import CURVE_RANKS, Comparison
-        from ..arena.run import Policy, check_comparison, run_comparison
+        from ..arena.run import Policy, check_comparison, refuse_strangers, run_comparison
         from ..arena.settle import settle_precision
         from ..arena.storage import read_storage, without_password
 
+        folder, shared, words = Path(output), None, sys.argv[1:]
+        if storage:
+            shared = read_storage(storage, study)
+            words = without_password(words, storage, shared)
+        elif study is not None:
+            raise ScaloraError(f"--study {study!r} names a comparison in a database: add --storage, or leave it out")
+        refuse_strangers(folder)
         for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
             if count < 1:
                 raise ScaloraError(f"{name} is {count}: give 1 or more")
@@ -100,12 +109,7 @@ def compare(
             ranks=ranks,
             alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
-        console, folder, shared, words = Console(), Path(output), None, sys.argv[1:]
-        if storage:
-            shared = read_storage(storage, study)
-            words = without_password(words, storage, shared)
-        elif study is not None:
-            raise ScaloraError(f"--study {study!r} names a comparison in a database: add --storage, or leave it out")
+        console = Console()
         command = shlex.join(["scalora", *words])
         comparison, choice = settle_precision(comparison, folder, shared)
         console.print(f"precision: {choice}", highlight=False)

@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, an adapter or an export.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every layer.")] = False,
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH…", help="Runs, checkpoints, adapters or exports; one or more.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with every layer; a list of several.")] = False,
 ) -> None:
-    """Show ranks, norms, sizes and origin of what lies in a folder, without loading a model."""
+    """Show ranks, norms, sizes and origin of what lies in a folder, or in each of several, without loading a model."""
     with guarded():
         from ..runs.export.artefact import find_artefact
 
-        report = describe(find_artefact(path))
+        reports = [describe(find_artefact(path)) for path in paths]
         if as_json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
+            print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2, ensure_ascii=False))
         else:
-            show_report(Console(), report)
+            for report in reports:
+                show_report(Console(), report)
 
 
 def describe(artefact: Artefact) -> dict[str, Any]:

@@ -160,11 +160,13 @@ def show_result(console: Console, result: Any) -> None:
         before = metrics["before"][name]
         scores.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
     console.print(scores)
+    if said := worse_sentence(metrics):
+        console.print(said, highlight=False)
 
     facts = Table(show_header=False)
     share = metrics["trainable_parameters"] / max(1, metrics["parameters"])
     facts.add_row("steps", str(metrics["steps"]))
-    facts.add_row("training time", f"{metrics['train_seconds']:.0f} s ({metrics['seconds_per_step']:.2f} s a step)")
+    facts.add_row("training time", _times(metrics))
     facts.add_row("trainable parameters", f"{metrics['trainable_parameters']:,} ({share:.2%})")
     kinds = metrics["rank"]["kinds"].items()
     facts.add_row("rank of the accumulated update", ", ".join(f"{kind} {rank:.0f}" for kind, rank in kinds))
@@ -180,6 +182,28 @@ def show_result(console: Console, result: Any) -> None:
     console.print(examples)
     console.print(f"adapter: {result.folder / 'adapter'}   pictures: curves.png, rank.png beside it", highlight=False)
     console.print(Panel(Syntax("\n".join(result.loading), "python"), title="load it with plain PEFT", expand=False))
+
+
+def _times(metrics: dict[str, Any]) -> str:
+    """The whole time, what of it the steps took, and what the rest is."""
+    whole, steps = metrics["train_seconds"], metrics["steps_seconds"]
+    rest = "the rest: data, ranks, evaluation, checkpoints"
+    return f"{whole:.1f} s, of which steps {steps:.1f} s (median {metrics['seconds_per_step']:.3g} s each); {rest}"
+
+
+def worse_sentence(metrics: dict[str, Any]) -> str | None:
+    """What is to be said where held-out data are predicted worse after training than before; else None."""
+    before, after = metrics["before"] or {}, metrics["after"]
+    name = "nll" if "nll" in after else metrics["primary"]
+    if name not in before:
+        return None
+    gain = after[name] - before[name]
+    if (gain if name != "nll" and metrics["higher_is_better"] else -gain) >= 0:
+        return None
+    return (
+        f"worse than before training: {name} {before[name]:.4f} → {after[name]:.4f} on held-out data; try a lower "
+        "training.learning_rate or fewer steps"
+    )
 
 
 def _verdict(prediction: Any) -> str:

@@ -19,6 +19,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def seconds_waited() -> float | None:
+    """Seconds that this thread has been ready to run and had no core; None where the system does not say (not Linux).
+
+    Where others use the machine these grow, and times say little.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, for results files."""
     names = ("scalora", "torch", "transformers", "peft", "accelerate", "datasets")

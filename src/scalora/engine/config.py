@@ -12,6 +12,7 @@ from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError, named
 from ..layers.kept_sum import KeptSum
 
+_NEAR = 0.8  # of two names, so that one is taken for the other's misspelling: foo is not for floor
 Accumulate = Literal["adapter", "base"]
 Coordinates = Literal["plain", "white"]
 Unsupported = Literal["refuse", "leave"]
@@ -165,7 +166,7 @@ def refuse_unknown(settings: Mapping[Any, Any]) -> None:
     known = [each.name for each in fields(ScaLoraConfig)]
     for name in settings:
         if name not in known:
-            near = get_close_matches(str(name), known, 1)
+            near = get_close_matches(str(name), known, 1, _NEAR)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise ScaloraError(f"config has a field {name!r}{meant}: ScaLoraConfig's are {', '.join(known)}")
 
@@ -174,7 +175,7 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
     """Refuse ScaLoraConfig's fields where a ScaLoraConfig belongs."""
     known = [each.name for each in fields(ScaLoraConfig)]
     for name, value in settings.items():
-        if near := get_close_matches(name, known, 1):
+        if near := get_close_matches(name, known, 1, _NEAR):
             raise ScaloraError(
                 f"{name}={named(value)} was given by itself: write config=ScaLoraConfig({near[0]}={named(value)})"
             )

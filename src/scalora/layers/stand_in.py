@@ -146,7 +146,7 @@ class StandIn(JoinedState):
         self.watched = {name: self._now(name) for name in moved}
 
     def refuse_averages(self) -> None:
-        """Refuse to compute with matrices that were written to half-way, in a copy, or past the optimizer."""
+        """Refuse matrices that were written to half-way, in a copy or past the optimizer, or are no longer finite."""
         if self.torn:
             raise ScaloraError(
                 f"layer {self.layer_name}: an error has stopped an event of ScaLoRA half-way, so that the adapter and "
@@ -159,12 +159,22 @@ class StandIn(JoinedState):
         for adapter, former in (self.watched or {}).items():
             now = self._now(adapter) if adapter in self.accumulated else None
             if now is not None and former is not None and not now.equals(former):
+                self._refuse_diverged(adapter, now)
                 raise ScaloraError(
                     f"the matrices of adapter {adapter!r} were written to, in a copy or past the attached optimizer, "
                     "as averages of weights, hotswap and other optimizers do: events change the columns of A and B, so "
                     "that means and snapshots of them have no meaning; average the merged weights, keep and load "
                     "whole state dicts, and detach() before another optimizer trains on"
                 )
+
+    def _refuse_diverged(self, adapter: str, now: Watched) -> None:
+        """What is not finite equals nothing: nobody need have written to it."""
+        if not now.is_finite:
+            raise ScaloraError(
+                f"layer {self.layer_name}: the matrices of adapter {adapter!r} are no longer finite: training has "
+                "diverged; load a checkpoint or a state of before, and train on with a lower learning rate, or with "
+                "gradients clipped"
+            )
 
     def _now(self, adapter: str) -> Watched | None:
         held = self.accumulated[adapter]

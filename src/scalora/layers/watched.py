@@ -22,8 +22,15 @@ class Watched(NamedTuple):
     sample: Tensor  # on their device, so that nothing waits before it is compared; empty where none is kept
 
     def equals(self, other: Watched) -> bool:
+        """Whether nothing was written since, and the sample is finite: what is not equals nothing, not even itself."""
         same = all(self.versions.get(tensor, version) == version for tensor, version in other.versions.items())
-        return same and torch.equal(self.sample, other.sample)
+        known = torch.where(self.sample.isfinite(), self.sample, torch.nan)  # without waiting; the comparison waits
+        return same and torch.equal(known, other.sample)
+
+    @property
+    def is_finite(self) -> bool:
+        """Of the sample; waits for the device."""
+        return bool(self.sample.isfinite().all())
 
 
 def watch(matrices: Sequence[Tensor], *, values: bool) -> Watched:

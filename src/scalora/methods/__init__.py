@@ -44,7 +44,7 @@ def method_class(name: str) -> type[Method]:
         return peft_method(name)
     known = all_methods()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(name, known, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)} or {PEFT_PREFIX}<TYPE>"
         raise ScaloraError(f"method.name is {name!r}: {hint}")
     return known[name]

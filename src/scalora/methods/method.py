@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -126,10 +127,15 @@ class Method(ABC):
         except ValidationError as error:
             first = error.errors()[0]
             field_name = ".".join(str(part) for part in first["loc"]) or "options"
-            known = ", ".join(self.Options.model_fields) or "none"
-            raise ScaloraError(
-                f"method.options.{field_name} of {self.name}: {first['msg']} (its options: {known})"
-            ) from error
+            fields = list(self.Options.model_fields)
+            known = f"(its options: {', '.join(fields) or 'none'})"
+            if first["type"] == "extra_forbidden":
+                near = get_close_matches(field_name, fields, 1, 0.8)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ScaloraError(
+                    f"method.options.{field_name}: {self.name} has no such option{meant} {known}"
+                ) from error
+            raise ScaloraError(f"method.options.{field_name} of {self.name}: {first['msg']} {known}") from error
 
     @property
     def alpha(self) -> float | None:

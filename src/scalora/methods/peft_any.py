@@ -91,7 +91,12 @@ def peft_method(name: str) -> type[PeftMethod]:
     if kind in _REFUSED:
         raise ScaloraError(f"method.name is {name!r}, which is refused: {_REFUSED[kind]}; choose another")
     if kind not in peft_types():
-        near = get_close_matches(kind, peft_types(), n=1)
+        if kind in {str(other.value) for other in PEFT_TYPE_TO_CONFIG_MAPPING}:
+            raise ScaloraError(
+                f"method.name is {name!r}, which PEFT has, but it is not supported: it does not adapt the weights of "
+                f"modules that one can name; choose one of {', '.join(peft_types())}"
+            )
+        near = get_close_matches(kind, peft_types(), n=1, cutoff=0.7)
         hint = f"did you mean {PEFT_PREFIX}{near[0]}?" if near else f"choose one of {', '.join(peft_types())}"
         raise ScaloraError(f"method.name is {name!r}, which is no method of this PEFT that adapts weights: {hint}")
     config_class = peft_types()[kind]

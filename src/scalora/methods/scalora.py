@@ -46,7 +46,10 @@ class ScaLoraI(Method):
 
     def __init__(self, spec: MethodSpec) -> None:
         super().__init__(spec)
-        self.config = ScaLoraConfig(**self.options.model_dump())
+        try:
+            self.config = ScaLoraConfig(**self.options.model_dump())
+        except ScaloraError as error:  # which begins with the field
+            raise ScaloraError(f"method.options.{error}") from error
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         callback = ScaLoraCallback(self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ def load_model(
         ScaloraError: no such source, one of the wrong kind, or one that transformers cannot load.
     """
     if dtype not in _DTYPES:
-        raise ScaloraError(f"model.dtype is {dtype!r}: it must be one of {', '.join(_DTYPES)}")
+        raise ScaloraError(f"dtype is {dtype!r}: it must be one of {', '.join(_DTYPES)}")
     if (num_labels is not None) != HEADS[head].labelled:
         raise ScaloraError(
             f"num_labels is {num_labels!r} with head {head!r}: a classification head needs it, no other takes it"
@@ -104,9 +105,11 @@ def load_model(
             path,
             config=configuration,
             output_loading_info=True,
-            ignore_mismatched_sizes=HEADS[head].labelled,
+            ignore_mismatched_sizes=True,
             **options,
         )
+        if not HEADS[head].labelled:
+            _refuse_other_sizes(report, source, config)
         random = frozenset()
         if HEADS[head].labelled:
             random = find_random(model, report, source, config)
@@ -121,7 +124,7 @@ def load_model(
     except Exception as error:  # damaged files and impossible configurations break transformers in any way there is
         if is_packed(quantization):
             raise cannot_pack(quantization, source, error) from error
-        raise _cannot_load(source, error) from error
+        raise _at_fault(source, config, attn_implementation, error) or _cannot_load(source, error) from error
     overrides = changes_function(config, original)
     known = Origin(random, {**needed, **overrides}, overrides)
     if is_packed(quantization):
@@ -165,7 +168,7 @@ def _resolve(source: str) -> str:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ScaloraError(f"model: the folder {source!r} has no config.json; give one written by save_pretrained")
-        return str(path)
+        return os.path.abspath(path)  # what is saved names it, and is loaded from other folders
     if path.is_file():
         if path.suffix != ".gguf":
             raise ScaloraError(f"model: {source!r} is a file but no .gguf; give a .gguf file or the model's folder")
@@ -187,6 +190,29 @@ def _names(configuration: Any) -> str:
 
 def _packaged() -> str:
     return ", ".join((*(name for name, asset in packaged.ASSETS.items() if asset.kind == "model"), *_MADE))
+
+
+def _refuse_other_sizes(report: Any, source: str, config: dict[str, Any]) -> None:
+    for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
+        sizes = f"{name} of {source!r} has the shape {tuple(there)}, and {tuple(wanted)} is asked for"
+        if config:
+            raise ScaloraError(f"config: {sizes} with {config}: leave out what changes the sizes of weights")
+        raise ScaloraError(f"model: {sizes} by its config.json: its files do not go with one another; mend them")
+
+
+def _at_fault(source: str, config: dict[str, Any], attention: str | None, error: Exception) -> ScaloraError | None:
+    """The error where it is a value of the recipe, and not the files, that transformers does not take."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if attention is not None and any(word in reason.lower() for word in ("attn", "attention", attention.lower())):
+        return ScaloraError(
+            f"attn_implementation is {attention!r}: {reason[:300]}; choose eager or sdpa, or leave it out"
+        )
+    if config and (source in (*packaged.ASSETS, *_MADE) or expand_user(source).exists()):
+        return ScaloraError(
+            f"config: {source!r} cannot be loaded with {config} ({reason}): leave these values out; if it does not "
+            "load without them either, its files are damaged"
+        )
+    return None
 
 
 def _cannot_load(source: str, error: Exception) -> ScaloraError:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..algebra.lowrank import numerical_rank
 from ..common import processes
+from ..common.environment import seconds_waited
 from ..common.errors import ScaloraError
 from ..common.files import seal
 from ..common.stopping import stop
@@ -53,13 +54,22 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
         self.began = False  # the first step
         self._started = 0.0
+        self._waited, self._waiting = 0.0, seconds_waited()  # for a core; seconds in steps, and those up to this one
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.began = True
+        self._waiting = seconds_waited()
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self._started)
+        if self._waiting is not None:
+            self._waited += (seconds_waited() or 0.0) - self._waiting
+
+    def waited_share(self) -> float | None:
+        """The share of the steps' time that waited for a core, others having it; None where that is not known."""
+        total = sum(self.seconds)
+        return self._waited / total if total and self._waiting is not None else None
 
     def median(self) -> float:
         """Median seconds of a step; 0 where none was taken."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _COLOURS = {
     "column": "#2a6f97",
@@ -27,6 +28,7 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path) -> None:
     steps = [row["step"] for row in rows]
     left.plot(steps, [row["loss"] for row in rows], color="#2a6f97", label="loss")
     left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     right = left.twinx()
     right.plot(steps, [row.get("learning_rate", float("nan")) for row in rows], color="#e09f3e", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
@@ -37,7 +39,7 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path) -> None:
 
 def draw_rank(ranks: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], r: int, path: Path) -> None:
     """Rank of the accumulated update over steps; factors and kinds of solution over events, where there are any."""
-    figure = Figure(figsize=(11 if events else 5, 3.6), layout="constrained")
+    figure = Figure(figsize=(11 if events else 5, 4.0), layout="constrained")
     axes = figure.subplots(1, 3 if events else 1, squeeze=False)[0]
     _draw_ranks(axes[0], ranks, r)
     if events:
@@ -58,7 +60,8 @@ def _draw_ranks(axis: Axes, ranks: Sequence[dict[str, Any]], r: int) -> None:
         axis.plot([row["step"] for row in ranks], [row["kinds"][kind] for row in ranks], marker=".", label=kind)
     axis.axhline(r, color="grey", linestyle=":", label=f"LoRA, r = {r}")
     axis.set(xlabel="optimizer step", ylabel="mean rank of the update", ylim=(0, None), title="accumulated update")
-    axis.legend(fontsize=7)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _beside(axis)
 
 
 def _draw_factors(axis: Axes, events: Sequence[dict[str, Any]]) -> None:
@@ -69,7 +72,8 @@ def _draw_factors(axis: Axes, events: Sequence[dict[str, Any]]) -> None:
         axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.axhline(1, color="grey", linestyle=":")
     axis.set(xlabel="optimizer step", ylabel="factor: median, least to greatest", yscale="log", title="column factors")
-    axis.legend(fontsize=7)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _beside(axis)
 
 
 def _draw_kinds(axis: Axes, events: Sequence[dict[str, Any]]) -> None:
@@ -80,7 +84,13 @@ def _draw_kinds(axis: Axes, events: Sequence[dict[str, Any]]) -> None:
         axis.bar(range(len(events)), shares, bottom=bottom, width=1.0, color=_COLOURS[kind], label=kind)
         bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
     axis.set(xlabel="event", ylabel="share of layers", ylim=(0, 1), title="kind of solution")
-    axis.legend(fontsize=7)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _beside(axis)
+
+
+def _beside(axis: Axes) -> None:
+    """The legend below the axis, where it covers no line."""
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
 
 
 def _handles(*axes: Axes) -> tuple[list[Any], list[Any]]:

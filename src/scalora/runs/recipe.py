@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +19,10 @@ from ..tasks import TaskSpec, all_tasks
 from .stored import FLAGS, FORMERLY
 from .training_section import read_training
 from .yaml_words import load_yaml
+
+_TYPE = re.compile(
+    r"(str|int|float|bool|none|literal|list|dict|constrained-\w+|function-\w+)(\[.*\])?"
+)  # pydantic's names
 
 
 class Recipe(BaseModel):
@@ -138,16 +143,16 @@ def _set(content: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
+    name = ".".join(_written(location))
     if error["type"] == "extra_forbidden" and location == [FORMERLY]:
         return f"{FORMERLY} is called quantization now: write nf4-rounded for nf4, none for float"
     if error["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
-        near = get_close_matches(location[-1], known, n=1)
+        near = get_close_matches(location[-1], known, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name!r}; {hint}"
     if error["type"] == NO_NUMBER:
-        return ".".join((*location, error["msg"]))
+        return ".".join((*_written(location), error["msg"]))
     if error["type"] == "missing":
         return f"key {name!r} is missing"
     if error["type"].startswith("union_tag"):
@@ -155,6 +160,13 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":  # ours, which names the value itself where that helps
         return ": ".join(filter(None, (name, error["msg"].removeprefix("Value error, "))))
     return f"{name} is {error.get('input')!r:.60}: {error['msg']}"
+
+
+def _written(location: list[str]) -> list[str]:
+    """A location as the recipe has it: pydantic names which kind of task it is too, and which of several types."""
+    if location[:1] == ["task"] and len(location) > 1 and location[1] in all_tasks():
+        location = ["task", *location[2:]]
+    return [part for part in location if not _TYPE.fullmatch(part)]
 
 
 def _fields_at(location: list[str]) -> list[str]:

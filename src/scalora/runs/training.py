@@ -208,7 +208,9 @@ def _train(
         "higher_is_better": after.higher_is_better,
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
+        "steps_seconds": sum(timer.seconds),  # of these, without data, measurements, evaluation and checkpoints
         "seconds_per_step": timer.median(),
+        "waited_share": timer.waited_share(),
         "peak_memory_bytes": peak_memory(),
         "held_bytes": held.found,
         "trainable_parameters": trainable,

@@ -90,7 +90,7 @@ def read_training(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _OURS:
             raise ValueError(f"{name} is decided by scalora itself (output, --resume): leave it out")
         if name not in known and name not in _REFUSED:
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, known, n=1, cutoff=0.7)
             raise ValueError(f"TrainingArguments has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in _REFUSED:
             # remove_unused_columns is False in recipes.

@@ -70,6 +70,7 @@ class ClassificationTask(LabelTask):
             self.spec.labels,
             lambda: (row[self.spec.label] for row in self.rows("train")),
             "task.label",
+            self.spec.label,
             "; set regression: true",
         )
 

@@ -45,7 +45,8 @@ class ImageClassificationTask(LabelTask):
         return (self.spec.image, self.spec.label)
 
     def read_labels(self) -> Labels:
-        return Labels(self.spec.labels, lambda: (row[self.spec.label] for row in self.rows("train")), "task.label")
+        column = self.spec.label
+        return Labels(self.spec.labels, lambda: (row[column] for row in self.rows("train")), "task.label", column)
 
     def check(self, row: PlacedRow) -> None:
         fixed = self.spec.labels is not None

@@ -15,6 +15,8 @@ from .data.rows import PlacedRow
 from .data.values import flaw, is_missing, label_key, label_text, lookalike, number, shown
 from .task import Prediction, Task
 
+_FEW = 20  # labels that any data may have, however few its rows
+
 
 class Labels:
     """All labels of a task, in the order of the head's outputs: those that are given, else those found, sorted.
@@ -23,17 +25,26 @@ class Labels:
         given: the recipe's `task.labels`.
         find: gives the labels of the training rows, where none are given; numbers are sorted as numbers.
         field: the recipe's name of their column, for messages.
+        column: its own name.
         instead: what to do where they are no labels but numbers, as the end of a message.
 
     Raises:
-        ScaloraError: there are fewer than two, or two that are the same or look alike.
+        ScaloraError: there are fewer than two, two that are the same or look alike, or so many that they are texts.
     """
 
     def __init__(
-        self, given: Sequence[Any] | None, find: Callable[[], Iterable[Any]], field: str, instead: str = ""
+        self,
+        given: Sequence[Any] | None,
+        find: Callable[[], Iterable[Any]],
+        field: str,
+        column: str,
+        instead: str = "",
     ) -> None:
         self.given, self.field = given is not None, field
-        self.names = [label_text(label) for label in given] if given is not None else _sorted(find(), field, instead)
+        if given is None:
+            self.names = _sorted(list(find()), field, column, instead)
+        else:
+            self.names = [label_text(label) for label in given]
         self._places = {label_key(name): place for place, name in enumerate(self.names)}
         if len(self._places) < max(2, len(self.names)):
             raise ScaloraError(f"task.labels: a task needs two or more different labels, found {self.names}")
@@ -87,10 +98,15 @@ class LabelTask(Task):
         return self.labels
 
 
-def _sorted(found: Iterable[Any], field: str, instead: str) -> list[str]:
+def _sorted(found: Sequence[Any], field: str, column: str, instead: str) -> list[str]:
     # Of True and true, which are the same, one is shown.
     texts = sorted({label_text(label) for label in found}, reverse=True)
     labels = sorted({label_key(label): label for label in texts}.values())
+    if len(labels) > max(_FEW, len(found) / 2) and not all(number(label) is not None for label in labels):
+        raise ScaloraError(
+            f"{field}: column {column!r} has {len(labels)} different values in {len(found)} training rows: is it the "
+            "label? Name another column, or list all labels in task.labels"
+        )
     for i, label in enumerate(labels):
         if near := lookalike(label, labels[:i]):
             raise ScaloraError(

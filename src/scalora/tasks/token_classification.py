@@ -48,7 +48,10 @@ class TokenClassificationTask(LabelTask):
 
     def read_labels(self) -> Labels:
         labels = Labels(
-            self.spec.labels, lambda: (tag for row in self.rows("train") for tag in self._tags(row)), "task.tags"
+            self.spec.labels,
+            lambda: (tag for row in self.rows("train") for tag in self._tags(row)),
+            "task.tags",
+            self.spec.tags,
         )
         has_prefixes(labels.names)
         if not labels.given and self.spec.metric == "f1" and all(map(_is_code, labels.names)):

@@ -172,7 +172,8 @@ def _whole_state(model: PeftModel, state: dict[str, Any]) -> dict[str, Any]:
                         f"state_dict: {key} holds {given.shape[dim]} columns, the model {all_columns}: it is "
                         "of another time; leave state_dict out, or pass model.state_dict()"
                     )
-                if not gathered and not torch.equal(given.to(now), now):
+                alike = gathered or torch.allclose(given.to(now), now, rtol=0.0, atol=0.0, equal_nan=True)
+                if not alike:
                     raise ScaloraError(
                         f"state_dict: {key} holds trained columns of another time, to which the accumulated ones of "
                         "now do not belong: leave state_dict out, or pass model.state_dict()"

@@ -101,10 +101,14 @@ class Artefact:
 
     @property
     def base(self) -> str | None:
-        """The base model by name or path."""
-        if self.recipe is not None:
-            return self.recipe["model"]
-        return self.config.get("base_model_name_or_path") or self.config.get("base") or (self.export or {}).get("base")
+        """The base model by name or path; a recipe's relative path as the run found it, where that is known."""
+        found = self.config.get("base_model_name_or_path") or self.config.get("base") or (self.export or {}).get("base")
+        if self.recipe is None:
+            return found
+        named = self.recipe["model"]
+        if found is None or expand_user(named).exists() or not Path(found).is_absolute():
+            return named
+        return found if Path(found).name == Path(named).name else named
 
     @property
     def method(self) -> str:

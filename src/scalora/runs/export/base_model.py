@@ -66,7 +66,11 @@ class Base:
         try:
             model, tokenizer = self._loaded()
         except ScaloraError as error:
-            raise ScaloraError(f"{error}; a base model that has moved is named by --base (Python: base=)") from error
+            raise ScaloraError(
+                f"{error}; the base model is named {self.source!r} in {str(self.artefact.folder)!r}: where it has "
+                f"moved, or a relative path was for another folder than {str(Path.cwd())!r}, name it with --base "
+                "(Python: base=)"
+            ) from error
         self.fingerprint = fingerprint_as(model, self.quantization)
         if self.artefact.fingerprint not in (None, self.fingerprint):
             raise ScaloraError(

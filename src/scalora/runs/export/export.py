@@ -264,7 +264,7 @@ def _record(
         "from": str(artefact.folder.resolve()),
         "method": artefact.method,
         "steps": artefact.step,
-        "base": base.source,
+        "base": os.path.abspath(expand_user(base.source)) if expand_user(base.source).is_dir() else base.source,
         "base_fingerprint": base.fingerprint,
         "class_names": base.class_names,
         "recipe": artefact.recipe,
