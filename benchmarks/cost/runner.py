@@ -25,6 +25,7 @@ from scalora.models.load import load_model
 
 from .clock import now
 
+OPTIONS: dict[str, dict[str, Any]] = {"base": {"accumulate": "base"}, "kept": {"keep_sums": True}}
 _MEASURED_EVENTS = 3 * SLOTS
 
 
@@ -36,7 +37,7 @@ class Runner:
         method, _, option = name.partition(":")
         method, _, larger = method.partition("@")
         r = rank * (4 if larger else 1)
-        spec = MethodSpec(name=method, rank=r, options={"accumulate": option} if option == "base" else {})
+        spec = MethodSpec(name=method, rank=r, options=OPTIONS.get(option, {}))
         torch.manual_seed(0)
         self.adapted = build_method(spec).adapt(model.train(), head)  # pyright: ignore[reportArgumentType]
         self.model = self.adapted.model

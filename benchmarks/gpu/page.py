@@ -24,7 +24,8 @@ def tables(content: Mapping[str, Any]) -> str:
 
 
 def _steps(cells: list[dict[str, Any]]) -> str:
-    names = [name for name in METHODS if name != REFERENCE]
+    measured = {name for cell in cells for name in cell["methods"]} - {REFERENCE}
+    names = [name for name in METHODS if name in measured]
     columns = ["billions", "precision", "r", "tokens", "LoRA (PEFT), ms", *names]
     rows = [[*_place(cell), str(cell["tokens"]), *_ratios(cell["methods"], names)] for cell in cells]
     return TextTable("Ratio to PEFT's LoRA: time (memory)", columns, rows).markdown()

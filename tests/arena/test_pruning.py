@@ -11,7 +11,7 @@ from helpers import comparisons
 from scalora.arena import run
 from scalora.arena.contender import parse_contender
 from scalora.arena.plan import Trial
-from scalora.arena.pruning import bars, given_up_sentence
+from scalora.arena.pruning import MARGINS, bars, given_up_sentence
 from scalora.arena.queue import TrialQueue
 from scalora.arena.results import read_comparison
 from scalora.runs.giving_up import Bar, GivenUp, GiveUp, level
@@ -44,11 +44,13 @@ def test_a_trial_is_held_against_the_best_of_its_contender_at_its_seed(compariso
     low, high = Trial("tune", LORA, 1e-3, 0), Trial("tune", LORA, 1e-2, 0)
     steep = [[step, 5.0 - step / 6] for step in range(1, 31)]
     results = {low: _finished(comparison, low, accuracy=0.9), high: _finished(comparison, high, steep, accuracy=0.8)}
-    third, two_thirds = bars(comparison, results, Trial("tune", LORA, 1e-4, 0))
+    margins = {1 / 3: 0.2, 2 / 3: 0.1}
+    third, two_thirds = bars(comparison, results, Trial("tune", LORA, 1e-4, 0), margins)
     at, gained = 5.0 - 9 / 10, 9 / 10 - 1 / 10  # steps 8 to 10 of the curve with the better score
     assert third == pytest.approx((1 / 3, at + 0.2 * gained))
     at, gained = 5.0 - 18 / 10, 18 / 10 - 1 / 10
     assert two_thirds == pytest.approx((2 / 3, at + 0.1 * gained))
+    assert [bar.share for bar in bars(comparison, results, Trial("tune", LORA, 1e-4, 0))] == list(MARGINS)
     assert bars(comparison, results, Trial("tune", LORA, 1e-4, 1)) == []
     assert bars(comparison, results, Trial("tune", SCALORA, 1e-3, 0)) == []
     assert bars(comparison, results, Trial("final", LORA, 1e-3, 0)) == []

@@ -1,7 +1,7 @@
 """Which tuning trials are given up: those far behind the best finished one of their contender, at the same point.
 
 The measure is the training loss, which every trial logs. What counts is how far a trial is behind, as a share of what
-the best one had gained by then. Both shares were set by a replay over recorded trials of one ground
+the best one had gained by then. The shares were set by a replay over recorded trials of four grounds
 (``python -m benchmarks.studies.pruning``).
 """
 
@@ -15,7 +15,7 @@ from .plan import Comparison, Trial
 from .statistics import Results
 
 # Share of a run → how far behind the best a trial may be there, as a share of what the best has gained.
-MARGINS = {1 / 3: 0.2, 2 / 3: 0.1}
+MARGINS = {1 / 5: 0.5, 1 / 3: 0.15, 2 / 3: 0.1}
 
 
 def bars(comparison: Comparison, results: Results, trial: Trial, margins: Mapping[float, float] = MARGINS) -> list[Bar]:
