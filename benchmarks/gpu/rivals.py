@@ -16,15 +16,6 @@ from .models import random_batch, random_model, sharing_weights, weight_bytes
 METHODS = (
     REFERENCE, "scalora-i", "scalora-i:kept", "scalora", "scalora-i:base", "scalora-refresh", "white-lora", "hira",
 )  # fmt: skip
-    REFERENCE,
-    "scalora-i",
-    "scalora-i:kept",
-    "scalora",
-    "scalora-i:base",
-    "scalora-refresh",
-    "white-lora",
-    "hira",
-)
 PRECISIONS = {"bf16 base": torch.bfloat16, "autocast": torch.float32}  # of the base; autocast is to bf16
 FEW = 512  # tokens, at most, where their number does not matter
 
