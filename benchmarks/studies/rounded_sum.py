@@ -28,6 +28,7 @@ from scalora.models.load import load_model
 from .. import record
 
 WAYS = ("thin products", "nearest", "by chance", "left out")
+MODEL, TOKENS = "smollm2-135m-instruct", (1000, 20_000)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
@@ -59,7 +60,7 @@ def short(way: str) -> Any:
 
 def trained_model(lr: float, steps: int, ids: Tensor) -> Any:
     """SmolLM2 in bf16 after so many steps of ScaLoRA-I."""
-    model, _ = load_model("smollm2-135m-instruct", head="causal-lm", dtype="bfloat16")
+    model, _ = load_model(MODEL, head="causal-lm", dtype="bfloat16")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))  # pyright: ignore
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--lr", default="1e-5,1e-4,1e-3")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
-    ids = torch.randint(1000, 20_000, (4, 4, 48), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(*TOKENS, (4, 4, 48), generator=torch.Generator().manual_seed(0))
     shares = {}
     for lr in options.lr.split(","):
         shares[lr] = errors(trained_model(float(lr), options.steps, ids), ids[0])

@@ -42,7 +42,7 @@ def test_every_trial_runs_once_and_the_test_split_only_at_the_chosen_rate(compar
     assert page.count("<svg") == 6
     assert f"<title>{escape(comparison.recipe.model)} on {escape(comparison.recipe.task.data.train)}</title>" in page
     assert "src=" not in page  # self-contained
-    assert "scalora@2: +0.0500" in page
+    assert "scalora@2: gain over lora@2 +0.0500" in page
     again = run.run_comparison(comparison, tmp_path / "out", command="x", log=lambda line: None)
     assert len(calls) == 12  # nothing is run twice
     assert again.results == record.results

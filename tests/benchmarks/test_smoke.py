@@ -140,7 +140,7 @@ def pruning(patch, module):
 
 
 def _lay_comparison(folder):
-    """1e-2 ends better than 1e-3 in all its trials, and is ahead from the first third on where it comes first."""
+    """1e-2 ends better than 1e-3 in all its trials, and is ahead from the first look on where it comes first."""
     folder.mkdir()
     comparison = comparisons.small(Path())
     results = {}
@@ -165,7 +165,7 @@ def test_a_replay_counts_what_giving_up_saves_and_changes(tmp_path, monkeypatch)
             results[trial] = results[trial._replace(lr=1e-3)] | {"losses": [[s, 5.0] for s in range(1, 31)]}
     cases = module.replay(dataclasses.replace(record, comparison=turned, results=results))
     assert [case[1:3] for case in cases] == [(3, 1)] * 3
-    assert all(case.same and case.saved == pytest.approx(2 / 9) for case in cases)
+    assert all(case.same and case.saved == pytest.approx((1 - min(module.MARGINS)) / 3) for case in cases)
 
 
 def loss_figures(patch, module):
@@ -181,6 +181,11 @@ def loss_figures(patch, module):
 def refresh_lab(patch, module):
     small(patch, module, RATES=(1e-2,), SEEDS=2, NOISE={"noisy": (2, 26)})
     return [], "refresh_lab.json"
+
+
+def rounded_sum(patch, module):
+    small(patch, module, MODEL="llama", TOKENS=(5, 20))
+    return ["--lr", "1e-3", "--steps", "4"], "rounded_sum.json"
 
 
 def truncation(patch, module):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 class Watched(TrainerCallback):
-    """What each event changes in the outputs."""
+    """What each event changes in the outputs, where these exceed 1 as a share of the greatest."""
 
     def __init__(self, ours, family):
         self.ours, self.family, self.changes = ours, family, []
@@ -28,7 +28,8 @@ class Watched(TrainerCallback):
         def event():
             before = self.family.outputs(model)
             inner()
-            self.changes.append((self.family.outputs(model) - before).abs().max().item())
+            size = max(1.0, before.abs().max().item())
+            self.changes.append((self.family.outputs(model) - before).abs().max().item() / size)
 
         self.ours.handle.rescale = event
 
