@@ -18,7 +18,6 @@ from scalora.engine.white.moments import EVERY
 from scalora.layers import kept_sum
 from scalora.layers.hira_forward import HiraForward
 from scalora.layers.lora_forward import LoraForward
-from scalora.layers.products import summed
 from scalora.methods import MethodSpec, build_method
 from scalora.models.heads import Head
 from scalora.models.load import load_model
@@ -154,14 +153,15 @@ class Runner:
 def _forming() -> Iterator[list[float]]:
     """The seconds of each sum that a layer forms within, to keep it."""
     found: list[float] = []
+    formed = kept_sum.formed
 
     def timed(*arguments: Any) -> Any:
         started = now()
-        result = summed(*arguments)
+        result = formed(*arguments)
         found.append(now() - started)
         return result
 
-    with patch.object(kept_sum, "summed", timed):
+    with patch.object(kept_sum, "formed", timed):
         yield found
 
 

@@ -80,7 +80,7 @@ def test_a_model_computes_what_it_computes_without(kind, autocast):
 @pytest.mark.parametrize("settings", [{"interval": 3}, {"interval": None, "refresh": 3}, {"interval": 2, "refresh": 3}])
 def test_it_is_formed_once_for_the_steps_between_two_events(settings, monkeypatch):
     formed, wanted, before = [], 0, None
-    monkeypatch.setattr(kept_sum, "summed", lambda *a: formed.append(1) or torch.zeros_like(a[0]))
+    monkeypatch.setattr(kept_sum, "formed", lambda *a: formed.append(1) or torch.zeros_like(a[0]))
     model, optimizer = _attached(**settings)
     held = [module.accumulated["default"] for module in model.modules() if isinstance(module, LoraForward)]
     for _ in range(9):
@@ -116,8 +116,7 @@ def test_a_base_that_is_loaded_in_mid_run_is_computed_with():
     other = {name: torch.randn_like(t) if "base_layer" in name else t for name, t in model.state_dict().items()}
     model.load_state_dict(other)
     found = model(**models.batch("llama")).logits
-    with torch.no_grad():
-        wanted = model(**models.batch("llama")).logits  # forms its own
+    wanted = model.eval()(**models.batch("llama")).logits  # forms its own
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -152,6 +151,21 @@ def test_a_base_in_half_precision_keeps_none_unless_told():
         scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1, keep_sums=keep_sums))
         models.train(model, optimizer, "llama", 3)
         assert all((kept._made is not None) == bool(keep_sums) for kept in _sums(model))
+
+
+def test_a_pass_without_gradients_computes_the_same_and_one_in_inference_mode_leaves_nothing():
+    """The first pass of a reentrant checkpoint has no gradients, and is made again with them."""
+    model, optimizer = _attached(interval=2)
+    models.train(model, optimizer, "llama", 2)
+    model.eval().train()  # empties them
+    with torch.inference_mode():
+        model(**models.batch("llama"))
+    assert all(kept._made is None for kept in _sums(model))
+    with torch.no_grad():
+        first = model(**models.batch("llama")).logits
+    again = model(**models.batch("llama"))
+    assert torch.equal(first, again.logits)
+    again.loss.backward()
 
 
 def test_it_can_be_switched_off_and_only_by_true_or_false():

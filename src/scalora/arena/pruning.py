@@ -1,8 +1,8 @@
 """Which tuning trials are given up: those far behind the best finished one of their contender, at the same point.
 
 The measure is the training loss, which every trial logs. What counts is how far a trial is behind, as a share of what
-the best one had gained by then. The shares were set by a replay over recorded trials of four grounds
-(``python -m benchmarks.studies.pruning``).
+the best one had gained by then. The shares were set by a replay over recorded trials
+(``python -m benchmarks.studies.pruning``, docs/compare.md).
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ def was_stopped(error: BaseException) -> bool:
 
 def led_to(error: BaseException) -> list[BaseException]:
     """The error, and those that it was raised from or while handling."""
-    found: list[BaseException | None] = [error]
+    found = [error]
     for each in found:
-        if each is not None:
-            found += [cause for cause in (each.__cause__, each.__context__) if cause not in found]
-    return [each for each in found if each is not None]
+        found += [cause for cause in (each.__cause__, each.__context__) if cause is not None and cause not in found]
+    return found

@@ -51,9 +51,7 @@ class KeptSum:
         made = self._made
         if made is None or made[0] != key:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                wide = tensors[0].dtype.itemsize >= 4
-                formed = summed(tensors[0], frozen, x) if wide else _rounded(tensors[0], frozen)
-                made = self._made = key, formed, tensors
+                made = self._made = key, formed(tensors[0], frozen, x), tensors
         return made[1]
 
     def drop(self) -> None:
@@ -64,7 +62,9 @@ class KeptSum:
         return KeptSum, (self.steps, self.half)
 
 
-def _rounded(W: Tensor, frozen: Sequence[Adapter]) -> Tensor:
-    """The sum in float32, and rounded once."""
+def formed(W: Tensor, frozen: Sequence[Adapter], x: Tensor) -> Tensor:
+    """The sum in the dtype of `x`; with a weight in half precision it is made in float32, and rounded once."""
+    if W.dtype.itemsize >= 4:
+        return summed(W, frozen, x)
     exact = W.float()
-    return summed(exact, frozen, exact).to(W.dtype)
+    return summed(exact, frozen, exact).to(x.dtype)

@@ -62,9 +62,9 @@ class LoraForward(nn.Module, LoraLayer):
 
     @property
     def _kept_sum(self) -> KeptSum | None:
-        """What this pass may keep, and find again in the next."""
-        now = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return self.kept_sum if now else None
+        """What this pass may keep for the next; without gradients too, as reentrant checkpoints begin."""
+        apart = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()  # autograd takes nothing made there
+        return self.kept_sum if self.training and not apart else None
 
     @property
     def is_linear(self) -> bool:
