@@ -5,6 +5,7 @@ import math
 import pytest
 
 from helpers import tokenized, training, workspace
+from scalora import ScaloraError
 from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train
 from scalora.tasks import build_task
@@ -33,3 +34,10 @@ def test_a_recipe_names_a_method(name, task, tmp_path):
     assert result.metrics["rank"]["mean"] >= 2
     again = build_task(recipe.task).score(training.run_lines(result.loading), tokenized.tokenizer())
     assert again.metrics["nll"] == pytest.approx(result.metrics["after"]["nll"], abs=1e-5)
+
+
+def test_a_penalty_that_would_count_for_every_batch_is_refused(tmp_path):
+    path = workspace.lay(tmp_path)
+    method = "method={name: 'peft:ADALORA', options: {total_step: 9}}"
+    with pytest.raises(ScaloraError, match="gradient_accumulation_steps is 2, so many times"):
+        train(load_recipe(path, [method, "training.gradient_accumulation_steps=2"]))

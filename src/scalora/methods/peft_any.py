@@ -74,7 +74,19 @@ class PeftMethod(Method):
 
 
 class _Allocate(TrainerCallback):
-    """AdaLoRA and its like move their budget after each step, while the gradients are still there."""
+    """AdaLoRA and its like move their budget after each step, while the gradients are still there.
+
+    Raises:
+        ScaloraError: gradients are accumulated. PEFT adds its penalty to the loss of every batch, and Trainer divides by
+            labels, so that it would count once for each of them.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.gradient_accumulation_steps > 1:
+            raise ScaloraError(
+                f"training.gradient_accumulation_steps is {args.gradient_accumulation_steps}, so many times this "
+                "method's penalty would count: set it to 1, or choose another method"
+            )
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         kwargs["model"].base_model.update_and_allocate(state.global_step)
