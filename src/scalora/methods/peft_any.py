@@ -77,7 +77,7 @@ class _Allocate(TrainerCallback):
     """AdaLoRA and its like move their budget after each step, while the gradients are still there.
 
     Raises:
-        ScaloraError: gradients are accumulated. PEFT adds its penalty to the loss of every batch, and Trainer divides by
+        ScaloraError: gradients are accumulated. PEFT adds its penalty to the loss of each batch, and Trainer divides by
             labels, so that it would count once for each of them.
     """
 
