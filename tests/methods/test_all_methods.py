@@ -14,7 +14,7 @@ from scalora.methods.peft_any import peft_types
 NAMED = {
     "lora", "rslora", "dora", "pissa", "full", "scalora", "scalora-i", "scalora-nonnegative", "scalora-scalar",
     "scalora-normalize", "scalora-refresh", "scalora-oracle", "relora", "mora", "hira", "lora-ga", "alpha-lora",
-    "white-lora", "white-scalora", "lora+", "lora-fa", "lora-muon", "riemannian",
+    "white-lora", "white-scalora", "white-refresh", "lora+", "lora-fa", "lora-muon", "riemannian",
     "loft", "lora-pro", "lora-rite",
     "reflora", "reflora-s", "balora", "stable-lora", "polar",
     "apollo-mini", "fira", "flora", "loftq",
@@ -25,7 +25,7 @@ FROM_PEFT = {
     "peft:LORA": {"use_dora": True}, "peft:OSF": {}, "peft:SHIRA": {},
     "peft:GRALORA": {}, "peft:DELORA": {},
 }  # fmt: skip
-OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}}
+OPTIONS = {**FROM_PEFT, "scalora-refresh": {"refresh": 2}, "white-refresh": {"refresh": 2}}
 RESUMED = [
     "relora", "lora-ga", "scalora-oracle", "mora", "alpha-lora", "full", "pissa", "dora",
     "lora+", "lora-fa", "lora-muon", "riemannian", "loft", "lora-pro", "lora-rite",

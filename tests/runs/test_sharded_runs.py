@@ -27,6 +27,7 @@ METHODS = {
     "scalora-refresh": ["method.options.refresh=4"],
     "white-lora": [],
     "white-scalora": [],
+    "white-refresh": ["method.options.refresh=4"],
 }
 WRITES = ["task={kind: completion, prompt: '{text}', completion: ' yes', answer: '[a-z]+', max_new_tokens: 3, "
           "data: {train: %s/data.jsonl, test_size: 19, columns: {id: id}}}"]  # fmt: skip

@@ -18,7 +18,7 @@ from scalora.runs import loading, training
 
 METHODS = {
     "lora": [], "scalora": [], "scalora-i": [], "scalora-refresh": ["method.options.refresh=4"], "white-lora": [],
-    "white-scalora": [],
+    "white-scalora": [], "white-refresh": ["method.options.refresh=4"],
     "hira": [], "mora": [], "alpha-lora": ["method.options.batch=4"], "lora-ga": [], "pissa": [], "loft": [],
     "relora": [], "flora": [], "loftq": ["quantization=nf4-rounded"], "peft:LOHA": [], "peft:IA3": [],
     "peft:GRALORA": [],

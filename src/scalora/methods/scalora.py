@@ -136,6 +136,14 @@ class WhiteScaLora(ScaLoraI):
     Options = _options(coordinates="white")
 
 
+class WhiteRefresh(ScaLoraI):
+    """Both: other steps, and new adapters along the directions that these steps gain most by."""
+
+    name = "white-refresh"
+    summary = "white-lora with new adapters every 25 steps, by Theorem 1 of 2510.23818 in the metric of the steps"
+    Options = _options(interval=None, refresh=25, coordinates="white")
+
+
 @torch.no_grad()
 def _whole_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """What the layers multiply by: the base as it is, plus the adapter's product."""
@@ -164,4 +172,5 @@ METHODS = (
     ScaLoraRefresh,
     WhiteLora,
     WhiteScaLora,
+    WhiteRefresh,
 )
