@@ -42,6 +42,7 @@ METHODS = (
     "scalora-i",
     "white-lora",
     "white-scalora",
+    "white-refresh",
     "scalora:base",
     "scalora-i:base",
     "scalora-refresh",

@@ -26,19 +26,31 @@ class ScaloraArgs(BaseModel):
 
 
 class ScaloraPlugin(BasePlugin):
-    """Adds the callback, and keeps axolotl from switching its fused LoRA kernels on."""
+    """Adds the callback, and keeps axolotl from switching its fused LoRA kernels on.
+
+    `adapter: scalora` means LoRA with this plugin. Where axolotl cannot load a plugin it says so in one line and goes
+    on without it; an adapter that it does not know stops it.
+    """
 
     def get_input_args(self) -> str:
         return f"{__name__}.ScaloraArgs"
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Raises ValueError where what cannot be rescaled is asked for; axolotl's own choice of kernels is no."""
+        """Raises ValueError where what is asked for cannot be rescaled or saved; kernels that are not are switched off."""
+        for name in ("fsdp_config", "fsdp_version", "fsdp"):
+            if cfg.get(name):
+                raise ValueError(
+                    f"{name} is {cfg[name]!r}: axolotl's last save under FSDP leaves out what ScaLoRA has accumulated; "
+                    "use DDP, or scalora train with FSDP2"
+                )
         for name in (*KERNELS, *OTHERS):
             if cfg.get(name):
                 raise ValueError(f"{name} is {cfg[name]!r}, which ScaLoRA cannot go with: leave it out or set it false")
         for name in KERNELS:
             cfg[name] = False  # unset, axolotl sets it true
+        if cfg.get("adapter") == "scalora":
+            cfg["adapter"] = "lora"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """Before the trainer, so that FSDP2 shards the accumulated columns too."""
+        """Before the trainer, which may wrap the model."""
         return [scalora.ScaLoraCallback(dict(cfg.scalora or {}))]

@@ -64,6 +64,7 @@ def test_axolotls_plugin_adds_the_callback(plugin, tmp_path):
     module, name = content["plugins"][0].rsplit(".", 1)
     assert (type(plugin).__module__, type(plugin).__name__) == (module, name)
     plugin.register(content)
+    assert content["adapter"] == "lora"  # where nobody has registered the plugin, axolotl knows no scalora
     arguments_module, arguments = plugin.get_input_args().rsplit(".", 1)
     own = getattr(sys.modules[arguments_module], arguments)(**content).scalora
     (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(scalora=own), None)
@@ -80,6 +81,12 @@ def test_axolotls_fused_kernels_stay_off_and_are_refused(plugin):
     for name in (*kernels, "peft_use_dora", "relora"):
         with pytest.raises(ValueError, match=f"{name} is True.*set it false"):
             plugin.register({name: True})
+
+
+@pytest.mark.parametrize("given", [{"fsdp_version": 2}, {"fsdp_config": {"reshard_after_forward": True}}])
+def test_axolotls_save_under_fsdp_would_lose_columns(plugin, given):
+    with pytest.raises(ValueError, match="leaves out what ScaLoRA has accumulated; use DDP"):
+        plugin.register(given)
 
 
 def test_llamafactory_is_given_the_callback(stand_in, monkeypatch, tmp_path):

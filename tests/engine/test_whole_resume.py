@@ -185,3 +185,12 @@ def test_every_trial_of_a_search_keeps_its_state_in_its_own_folder(accumulate, t
     again = _trainer(tmp_path / "again", accumulate, max_steps=5)
     again.train(resume_from_checkpoint=str(tmp_path / "run-1" / "checkpoint-4"))
     assert again.state.global_step == 5
+
+
+def test_float16_on_a_cpu_resumes_without_a_scaler(tmp_path):
+    trainer = _trainer(tmp_path / "out", fp16=True)
+    trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-4" / "scaler.pt").exists()
+    again = _trainer(tmp_path / "out", fp16=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert torch.equal(KIND.output(again.model), KIND.output(trainer.model))

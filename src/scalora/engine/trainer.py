@@ -155,7 +155,8 @@ def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
     rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
     # FSDP's two forms, and DeepSpeed's
     sharded = any(any(folder.glob(name)) for name in ("pytorch_model_fsdp*", "optimizer_0*", "global_step*/*optim*"))
-    needed = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", rng, *(["scaler.pt"] if args.fp16 else [])]
+    scaled = args.fp16 and args.device.type != "cpu"  # there accelerate scales no loss
+    needed = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", rng, *(["scaler.pt"] if scaled else [])]
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise ScaloraError(
             f"checkpoint {folder} lacks {', '.join(missing)}, without which a resumed run is another one: take a whole "
