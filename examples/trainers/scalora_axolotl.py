@@ -36,7 +36,7 @@ class ScaloraPlugin(BasePlugin):
         return f"{__name__}.ScaloraArgs"
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Raises ValueError where what is asked for cannot be rescaled or saved; kernels that are not are switched off."""
+        """Raises ValueError where what is asked for cannot be rescaled or saved; other kernels are switched off."""
         for name in ("fsdp_config", "fsdp_version", "fsdp"):
             if cfg.get(name):
                 raise ValueError(
