@@ -207,3 +207,19 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path, me
     assert "could not be written" in said.read_text()
     assert "make room" in said.read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["{name: lora}", "{name: white-refresh, rank: 2, options: {refresh: 2}}"])
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_other(method, tmp_path):
+    """Trainer itself would take one more where `max_steps` counts."""
+    recipe = workspace.lay(tmp_path)
+    overrides = [
+        f"method={method}", "training.max_steps=6", "training.save_steps=3",
+        "training.lr_scheduler_type=constant", "training.num_train_epochs=3",
+    ]  # fmt: skip
+    whole = train(load_recipe(recipe, overrides)).metrics
+    (tmp_path / "run" / "metrics.json").unlink()
+    resumed = train(load_recipe(recipe, overrides), resume=True).metrics
+    assert resumed["steps"] == whole["steps"] == 6
+    assert resumed["after"] == whole["after"]
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-6"

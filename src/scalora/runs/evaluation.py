@@ -59,6 +59,13 @@ class RecipeTrainer(Trainer):
             )
         return bool(of_one != of_two)
 
+    def _run_epoch(self, *args: Any, **options: Any) -> Any:
+        # Resumed from its last checkpoint, a run of `max_steps` would take one step more: Trainer counts after a step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **options)
+
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
         with torch.random.fork_rng(devices, device_type=self.args.device.type):
