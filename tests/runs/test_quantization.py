@@ -179,6 +179,12 @@ def test_methods_that_need_floats_are_refused(quantization, name, possible, grou
         load_inputs(load_recipe(ground, [f"quantization={quantization}", f"method={name}"]))
 
 
+def test_what_is_packed_is_not_added_to(ground):
+    method = "method={name: scalora-i, options: {accumulate: base}}"
+    with pytest.raises(ScaloraError, match=r"accumulate is 'base', but quantization 'nf4' packs the base.*adapter"):
+        load_inputs(load_recipe(ground, ["quantization=nf4", method]))
+
+
 def test_the_former_name_of_the_field(ground):
     with pytest.raises(ScaloraError, match="base_weights is called quantization now"):
         load_recipe(ground, ["base_weights=nf4"])

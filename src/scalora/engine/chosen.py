@@ -13,8 +13,8 @@ from ..layers.peft_lora import AdapterLayer, sort_layers
 from .config import Unsupported
 
 _UNSEEN = (
-    "adapts a bare parameter, as experts are, of which refresh and coordinates='white' do not see what it is "
-    "multiplied with: leave both out, or set no target_parameters"
+    "adapts a bare parameter, as experts and their routers are, of which refresh and coordinates='white' do not see "
+    "what it is multiplied with: leave both out, or name other layers in target_modules and target_parameters"
 )
 
 

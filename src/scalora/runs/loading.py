@@ -134,6 +134,11 @@ def _check_packed(recipe: Recipe) -> None:
             f"quantization is {recipe.quantization!r}, on which method.name {recipe.method.name!r} cannot train: set "
             f"quantization: {possible}, or choose another method"
         )
+    if is_packed(recipe.quantization) and recipe.method.options.get("accumulate") == "base":
+        raise ScaloraError(
+            f"method.options.accumulate is 'base', but quantization {recipe.quantization!r} packs the base, so that "
+            "nothing can be added to it: choose accumulate: adapter, or quantization: nf4-rounded"
+        )
 
 
 def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
