@@ -40,7 +40,7 @@ FIGURES = {
             "mora@8": ("MoRA, r = 8", "tab:orange"),
             "full@8": ("full fine-tuning", "tab:green"),
             "hira@8": ("HiRA, r = 8", "tab:blue"),
-            "white-scalora@8": ("ScaLoRA-I in white coordinates, r = 8", "tab:red"),
+            "white-refresh@8": ("refreshed in white coordinates, r = 8", "tab:red"),
         },
     ),
 }
