@@ -20,6 +20,8 @@ from ...common.numeric import numbers_only
 from .delimited import seems_separated
 from .forms import Row, adapt
 from .reading import read_source
+from .source import BadRow
+from .tally import Tally
 from .values import flaw, label_key, lookalike, shown
 
 
@@ -63,16 +65,17 @@ class DataSpec(BaseModel):
 
 
 class PlacedRow(Row):
-    """A row, under our names, that knows its file and line (or number) for messages."""
+    """A row, under our names, that knows its file and line (or number) for messages, and which of them comes first."""
 
-    __slots__ = ("place",)
+    __slots__ = ("line", "place")
 
-    def __init__(self, cells: Row, place: str) -> None:
+    def __init__(self, cells: Row, place: str, line: int = 0) -> None:
         super().__init__(cells)
         self.place = place
+        self.line = line
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlacedRow, (dict(self), self.place)
+        return PlacedRow, (dict(self), self.place, self.line)
 
 
 Check = Callable[[PlacedRow], None]
@@ -93,6 +96,7 @@ def load_splits(
     check: Check | None = None,
     say: Callable[[str], None] = lambda line: None,
     optional: Sequence[str] = (),
+    tally: Tally | None = None,
 ) -> Splits:
     """The rows of every split, cut down to the `required` columns and the `optional` ones, under our names.
 
@@ -105,13 +109,14 @@ def load_splits(
         check: raises ScaloraError for a row whose values cannot be used.
         say: takes a line, with numbers, for whatever is done to the rows that was not asked for by name.
         optional: columns, under our names, that rows may lack or have empty; then they are null.
+        tally: takes how many rows are malformed, for those who find more of them.
 
     Raises:
         ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
     """
     if spec.test is None and spec.test_size is None:
         raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
-    load = partial(_load, spec, required=required, check=check, say=say, optional=optional)
+    load = partial(_load, spec, required=required, check=check, say=say, optional=optional, tally=tally or Tally())
     train = load("train", spec.train)
     read = len(train)
     if spec.test is None or (spec.validation is None and spec.validation_size):
@@ -187,14 +192,15 @@ def _load(
     check: Check | None,
     say: Callable[[str], None],
     optional: Sequence[str],
+    tally: Tally,
 ) -> list[PlacedRow]:
-    bad: list[ScaloraError] = []
+    bad: list[BadRow] = []
     table = read_source(
         name, source, folder=spec.folder, theirs=spec.columns.values(), split=getattr(spec, f"{name}_split"),
         bad=bad if spec.max_bad_rows else None,
     )  # fmt: skip
     if not table.rows:
-        raise bad[0] if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
+        raise bad[0].error if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
     wanted = {ours: theirs for ours, theirs in wanted.items() if ours not in optional}
     published = spec.form == "published"
@@ -204,22 +210,23 @@ def _load(
         if not any(theirs in row for row in rows):
             raise _no_column(rows[0], ours, theirs, source)
     total, kept = len(bad) + len(rows), []
+    tally.count(name, total)
     for number, row in enumerate(rows, 1):
-        place = table.place(source, number)
+        place, line = table.place(source, number), table.lines[number - 1] if table.lines else number
         try:
             _check_cells(spec, name, row, wanted, allowed, place)
             cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
-            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place)
+            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place, line)
             if check:
                 check(placed)
         except ScaloraError as error:
             if not spec.max_bad_rows:
                 raise
-            bad.append(error)
+            bad.append(BadRow(line, error))
         else:
             kept.append(placed)
     if bad:
-        say(note_bad(f"task.data.{name}", bad, total, spec.max_bad_rows))
+        say(tally.leave_out(name, name, bad, total, spec.max_bad_rows))
     return _short_enough(spec, name, source, kept, say)
 
 
@@ -259,24 +266,6 @@ def _short_enough(
             "(max_characters) and are left out"
         )
     return short
-
-
-def note_bad(what: str, bad: Sequence[ScaloraError], total: int, allowed: int) -> str:
-    """What to say of rows that are left out since they are malformed.
-
-    Args:
-        what: where they are from.
-        bad: what is wrong with each.
-        total: how many there are, with the others.
-        allowed: how many may be left out.
-
-    Raises:
-        ScaloraError: these are more, or all.
-    """
-    malformed = f"{len(bad)} of {total} rows are malformed"
-    if len(bad) > allowed or len(bad) == total:
-        raise ScaloraError(f"{what}: {malformed}, and max_bad_rows is {allowed}; the first: {bad[0]}")
-    return f"{what}: {malformed} and are left out (max_bad_rows); the first: {bad[0]}"
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
