@@ -110,9 +110,9 @@ class Task(ABC):
         """The columns, under our names, that every row must have."""
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        """Columns that rows may lack, or have empty."""
-        return ()
+    def optional(self) -> dict[str, bool]:
+        """Columns that rows may lack, or have empty; and whether the recipe asks for it, so that some row has it."""
+        return {}
 
     @property
     def num_labels(self) -> int | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -95,7 +96,7 @@ def load_splits(
     required: Sequence[str],
     check: Check | None = None,
     say: Callable[[str], None] = lambda line: None,
-    optional: Sequence[str] = (),
+    optional: Mapping[str, bool] = MappingProxyType({}),
     tally: Tally | None = None,
 ) -> Splits:
     """The rows of every split, cut down to the `required` columns and the `optional` ones, under our names.
@@ -108,7 +109,8 @@ def load_splits(
         required: columns, under our names.
         check: raises ScaloraError for a row whose values cannot be used.
         say: takes a line, with numbers, for whatever is done to the rows that was not asked for by name.
-        optional: columns, under our names, that rows may lack or have empty; then they are null.
+        optional: columns, under our names, that rows may lack or have empty; then they are null. True: some row of
+            train must have it, as one must where `spec` names it.
         tally: takes how many rows are malformed, for those who find more of them.
 
     Raises:
@@ -191,7 +193,7 @@ def _load(
     required: Sequence[str],
     check: Check | None,
     say: Callable[[str], None],
-    optional: Sequence[str],
+    optional: Mapping[str, bool],
     tally: Tally,
 ) -> list[PlacedRow]:
     bad: list[BadRow] = []
@@ -208,7 +210,12 @@ def _load(
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
     for ours, theirs in wanted.items():
         if not any(theirs in row for row in rows):
-            raise _no_column(rows[0], ours, theirs, source)
+            raise _no_column(_all_columns(rows), ours, theirs, source)
+    for ours, theirs in {ours: spec.columns.get(ours, ours) for ours in optional}.items():
+        if (optional[ours] or ours in spec.columns) and not any(theirs in row for row in rows):
+            if name == "train":
+                raise _no_column(_all_columns(rows), ours, theirs, source)
+            say(f"task.data.{name}: no row of {source} has the column {theirs!r}")
     total, kept = len(bad) + len(rows), []
     tally.count(name, total)
     for number, row in enumerate(rows, 1):
@@ -266,6 +273,11 @@ def _short_enough(
             "(max_characters) and are left out"
         )
     return short
+
+
+def _all_columns(rows: Sequence[Row]) -> Row:
+    """The first row, with what others have besides."""
+    return {name: value for row in reversed(rows) for name, value in row.items() if name not in rows[0]} | rows[0]
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:
