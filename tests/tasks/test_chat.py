@@ -98,6 +98,21 @@ def test_tools_reach_the_template_and_rows_may_lack_them(tmp_path):
     assert [text.startswith("look") for text in texts] == [True, False, False]
 
 
+def test_tools_that_no_row_has_are_refused(tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "tools": [{"name": "look"}]}]
+    message = r"no column 'toolz' in .*rows\.jsonl; it has .*tools.* — did you mean 'tools'\?"
+    for fields in ({"tools": "toolz"}, {"tools": "tools", "data": {"columns": {"tools": "toolz"}}}):
+        with pytest.raises(ScaloraError, match=message):
+            _ = task(tmp_path, rows, **fields).splits
+
+
+def test_a_test_split_without_tools_is_told(tmp_path):
+    path = tokenized.write_jsonl(tmp_path / "test.jsonl", ROWS)
+    built = task(tmp_path, [{**ROWS[0], "tools": [{"name": "look"}]}], {"test": path}, tools="tools")
+    assert len(built.rows("test")) == 3
+    assert f"task.data.test: no row of {path} has the column 'tools'" in built.notes
+
+
 def test_sharegpt_by_its_own_column(tmp_path):
     tokenizer = chats.tokenizer()
     rows = [{"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]}]

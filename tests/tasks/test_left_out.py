@@ -1,5 +1,7 @@
 """Rows that are too long or malformed: left out, counted and named once, in every kind of task and form of file."""
 
+import re
+
 import pytest
 from tokenizers import normalizers
 
@@ -26,6 +28,7 @@ LATE = {
     "seq2seq": {"b": "\u0001"},
     "token_classification": {"tags": ["O", "B-NEW"]},
 }
+REFUSING = "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}" + chats.CHATML
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +114,7 @@ def test_one_long_row_does_not_lose_a_run(tmp_path, kind):
 
 
 def test_conversations_that_a_template_refuses_are_malformed(tmp_path):
-    template = "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}" + chats.CHATML
-    tokenizer = chats.tokenizer(template)
+    tokenizer = chats.tokenizer(REFUSING)
     content = rows("chat", {"messages": CHAT + CHAT})
     with pytest.raises(ScaloraError, match=r"no such conversation as that in .*line 5, row 5 \(too many\)"):
         task(tmp_path, "chat", content).train_dataset(tokenizer)
@@ -148,3 +150,59 @@ def test_lines_that_are_no_rows_are_malformed(tmp_path, name):
         load(2)
     assert [row["text"] for row in load(3).test] == ["a", "e"]
     assert sum("3 of 5 rows are malformed and are left out" in note and line in note for note in notes) == 2
+
+
+def test_malformed_rows_are_counted_by_their_source(tmp_path):
+    """Whatever finds them, and whatever splits they are in."""
+    tokenizer = chats.tokenizer(REFUSING)
+    content = rows("chat", {"messages": CHAT[:1]}, *({"messages": CHAT + CHAT} for _ in range(6)))
+    for number, row in enumerate(content):  # none repeats another
+        row["messages"] = [{**each, "content": f"{each['content']} {number}"} for each in row["messages"]]
+
+    def learnt(allowed, **data):
+        data = {"columns": {}, "test": None, "test_size": 8, "max_bad_rows": allowed, **data}
+        built = task(tmp_path, "chat", content, data)
+        for split in ("train", "test"):
+            built.train_dataset(tokenizer, split)
+        return [int(note.split(": ")[1].split()[0]) for note in built.notes if "are malformed" in note]
+
+    counts = learnt(7)
+    assert len(counts) == 3, "the reader finds one, the template others in train and in test"
+    assert sum(counts) == 7
+    message = r"task\.data\.train: 7 of 16 rows are malformed, and max_bad_rows is 6; the first: .*line 5, row 5"
+    with pytest.raises(ScaloraError, match=message):
+        learnt(6)
+    own = tokenized.write_jsonl(tmp_path / "own.jsonl", content)
+    assert learnt(7, test=own, test_size=None) == [1, 1, 6, 6], "each source by itself"
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": null}\n{"te\n', "text,b\nNaN,1\nc\nd,1\n"])
+def test_the_first_malformed_row_is_the_first_of_the_file(tmp_path, content):
+    """Though lines that are no rows are found before cells that cannot be used."""
+    path = tmp_path / ("x.csv" if "," in content.splitlines()[0] else "x.jsonl")
+    path.write_text(content)
+    first = rf"the first: task.* in .*{path.name}, line 2, row"
+
+    def built(allowed):
+        data = {"train": str(path), "test": str(path), "columns": {"a": "text"}, "max_bad_rows": allowed}
+        return task(tmp_path, "text", [], data)
+
+    kept = built(2)
+    assert len(kept.rows("test")) == 1
+    assert re.search(rf"2 of 3 rows are malformed and are left out \(max_bad_rows\); {first}", kept.notes[0])
+    with pytest.raises(ScaloraError, match=f"2 of 3 rows are malformed, and max_bad_rows is 1; {first}"):
+        _ = built(1).splits
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_shuffled_rows_the_first_is_the_first_of_the_file(tmp_path, seed):
+    bad = [{"messages": CHAT + CHAT, "a": f"bad {number}"} for number in range(3)]
+    long = [{"messages": [CHAT[0], {**CHAT[1], "content": "sat on " * 30}], "a": f"long {i}"} for i in range(3)]
+    data = {"train_size": 15, "max_bad_rows": 3, "seed": seed}
+    data |= {"test": tokenized.write_jsonl(tmp_path / "test.jsonl", rows("chat")), "columns": {"id": "a"}}
+    built = task(tmp_path, "chat", rows("chat", *bad, *long), data, max_length=60)
+    assert len(built.train_dataset(chats.tokenizer(REFUSING))) == 9
+    malformed, too_long = (note for note in built.notes if "left out" in note)
+    assert "3 of 15 rows are malformed and are left out (max_bad_rows); the first: task" in malformed
+    assert "line 5, row 5 (too many)" in malformed
+    assert "line 8, row 8, needs" in too_long

@@ -201,6 +201,17 @@ def test_rows_that_cannot_be_read(tmp_path, change, message):
     assert len(task(tmp_path, content, {"max_bad_rows": 1}).rows("test")) == 9
 
 
+def test_a_prompt_that_is_asked_for_is_a_column(tmp_path):
+    """Though whole conversations need none: what no row has is a mistake."""
+    content = [{"id": 1, "ask": "a", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}] * 3
+    for fields in ({"prompt": "asks"}, {"data": {"columns": {"id": "id", "prompt": "asks"}}}):
+        with pytest.raises(
+            ScaloraError, match=r"no column 'asks' in .*; it has id, ask, chosen, rejected — did you mean"
+        ):
+            _ = task(tmp_path, content, **fields).splits
+    assert len(task(tmp_path, content).rows("test")) == 3
+
+
 def test_a_score_needs_a_reference(tmp_path):
     with pytest.raises(ScaloraError, match="the base model has not been measured"):
         task(tmp_path, rows(4)).score(tokenized.llama(), tokenized.tokenizer())
@@ -255,4 +266,4 @@ def test_mistakes_get_one_line(recipe):
     assert "no column 'good' in" in whole_runs.refused(recipe, "task.chosen=good")
     assert "did you mean 'rejected'?" in whole_runs.refused(recipe, "task.rejectd=x")
     assert "task.beta is 0" in whole_runs.refused(recipe, "task.beta=0")
-    assert "there is no column 'ask'" in whole_runs.refused(recipe, "task.prompt=ask")
+    assert "no column 'ask' in" in whole_runs.refused(recipe, "task.prompt=ask")

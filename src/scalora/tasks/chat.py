@@ -28,7 +28,7 @@ class ChatSpec(BaseTaskSpec, frozen=True):
     """With `completion`: texts, of the user and the assistant, or lists of messages. Only the completion is learnt."""
     completion: str | None = None
     tools: str | None = None
-    """A column with the tools of each row, JSON schemas in a list; a row may have none."""
+    """A column with the tools of each row, JSON schemas in a list; a row may have none, but not all."""
     system: str | None = None
     """A template with {column} fields: the system message of conversations that have none."""
     chat_template: str | None = None
@@ -66,8 +66,8 @@ class ChatTask(Task):
         return tuple(dict.fromkeys((*self.conversations, *(self.system.columns if self.system else ()))))
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        return () if self.spec.tools is None else (self.spec.tools,)
+    def optional(self) -> dict[str, bool]:
+        return {} if self.spec.tools is None else {self.spec.tools: True}
 
     def check(self, row: PlacedRow) -> None:
         if self.system:

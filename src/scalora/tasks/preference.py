@@ -62,8 +62,9 @@ class PreferenceTask(Task):
         return (self.spec.chosen, self.spec.rejected)
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        return (self.spec.prompt,)
+    def optional(self) -> dict[str, bool]:
+        asked = self.spec.prompt != type(self.spec).model_fields["prompt"].default
+        return {self.spec.prompt: asked}
 
     def check(self, row: PlacedRow) -> None:
         self._answers(row)

@@ -16,7 +16,9 @@ from pydantic import BaseModel, model_validator
 from ..common.errors import ScaloraError
 from ..common.numeric import numbers_only
 from ..models.heads import Head
-from .data.rows import DataSpec, PlacedRow, Splits, load_splits, note_bad
+from .data.rows import DataSpec, PlacedRow, Splits, load_splits
+from .data.source import BadRow
+from .data.tally import Tally
 from .data.values import flaw
 from .examples import Collator, TokenDataset
 from .scoring import Progress
@@ -93,6 +95,7 @@ class Task(ABC):
     def __init__(self, spec: Any) -> None:
         self.spec = spec
         self.data = spec.data
+        self.tally = Tally()
         self.notes: list[str] = []
         """What was done to the rows that was not asked for by name, a line each; complete once examples are made."""
 
@@ -107,9 +110,9 @@ class Task(ABC):
         """The columns, under our names, that every row must have."""
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        """Columns that rows may lack, or have empty."""
-        return ()
+    def optional(self) -> dict[str, bool]:
+        """Columns that rows may lack, or have empty; and whether the recipe asks for it, so that some row has it."""
+        return {}
 
     @property
     def num_labels(self) -> int | None:
@@ -129,7 +132,7 @@ class Task(ABC):
     @cached_property
     def splits(self) -> Splits:
         """The rows, loaded at the first look; raises ScaloraError where a source or a column is missing."""
-        return load_splits(self.data, self.columns, self.check, self.notes.append, self.optional)
+        return load_splits(self.data, self.columns, self.check, self.notes.append, self.optional, self.tally)
 
     def check(self, row: PlacedRow) -> None:
         """Raise ScaloraError, with the row's place, where it holds what cannot be trained on or scored."""
@@ -152,19 +155,20 @@ class Task(ABC):
         They are none of its rows from now on, which is said once.
 
         Raises:
-            ScaloraError: all rows are malformed, or more than `max_bad_rows`.
+            ScaloraError: all rows are malformed, or of their source more than `max_bad_rows`.
         """
         found: list[tuple[PlacedRow, T]] = []
-        bad: list[ScaloraError] = []
+        bad: list[BadRow] = []
         for row in (rows := self.rows(split)):
             try:
                 found.append((row, read(row)))
             except ScaloraError as error:
                 if not self.data.max_bad_rows:
                     raise
-                bad.append(error)
+                bad.append(BadRow(row.line, error))
         if bad:
-            self.tell(note_bad(f"task.data.{split}", bad, len(rows), self.data.max_bad_rows))
+            source = "train" if getattr(self.data, split) is None else split
+            self.tell(self.tally.leave_out(split, source, bad, len(rows), self.data.max_bad_rows))
             self.splits = self.splits._replace(**{split: [row for row, _ in found]})
         return [each for _, each in found]
 
@@ -195,7 +199,7 @@ class Task(ABC):
         fits = [number for number, tokens in enumerate(needed) if tokens <= max_length]
         if not (long := len(rows) - len(fits)):
             return fits
-        first = next(number for number, tokens in enumerate(needed) if tokens > max_length)
+        first = min((n for n, tokens in enumerate(needed) if tokens > max_length), key=lambda n: rows[n].line)
         what = f"{long} of {len(rows)} {split} rows need more tokens than {field}, {max_length}"
         example = f"the first, {rows[first].place}, needs {needed[first]}"
         if not fits or (allowed is not None and long > allowed):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...common.errors import ScaloraError
-from .source import SourceTable, check_distinct, read_lines, read_text, refuse_row
+from .source import BadRow, SourceTable, check_distinct, read_lines, read_text, refuse_row
 
 Cells = tuple[int, list[str]]
 """A row, after the line that it starts on."""
@@ -20,7 +20,7 @@ _SEPARATORS = {"\t": ("tabs", "name it .tsv"), "|": ("|", "separate its cells by
 )
 
 
-def read_csv(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
+def read_csv(path: Path, positions: Collection[str] = (), bad: list[BadRow] | None = None) -> SourceTable:
     """Comma-separated text, or separated by semicolons as Excel writes it, or as a first line `sep=;` says."""
     text, declared = _declared(read_text(path))
     head = re.sub(r'"[^"]*"', "", next((line for _, line in read_lines(text)), ""))
@@ -28,7 +28,7 @@ def read_csv(path: Path, positions: Collection[str] = (), bad: list[ScaloraError
     return _table(path, _quoted(path, text, delimiter), positions, bad)
 
 
-def read_tsv(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
+def read_tsv(path: Path, positions: Collection[str] = (), bad: list[BadRow] | None = None) -> SourceTable:
     """Tab-separated text. Quotes enclose cells, as in a .csv, unless some of the file's cannot, as in GLUE's.
 
     Then no quote has a meaning; but a row that is too short and has one open goes on in the next line.
@@ -109,9 +109,7 @@ def _plain(lines: list[tuple[int, str]]) -> Iterator[Cells]:
         yield number, cells
 
 
-def _table(
-    path: Path, lines: Iterable[Cells], positions: Collection[str], bad: list[ScaloraError] | None
-) -> SourceTable:
+def _table(path: Path, lines: Iterable[Cells], positions: Collection[str], bad: list[BadRow] | None) -> SourceTable:
     """Rows under the names of the first line, or under their positions where `positions` are asked for, not named.
 
     A row of another width is added to `bad`, or refused where that is None.
@@ -131,7 +129,7 @@ def _table(
             raise ScaloraError(f"{path}, line {number}: the first line with the names is there again; remove it")
         if len(cells) != len(names):
             message = f"{path}, line {number}: {len(cells)} fields, but the first line has {len(names)}"
-            refuse_row(f"{message}; mend or remove it{seems_separated(first)}", bad)
+            refuse_row(number, f"{message}; mend or remove it{seems_separated(first)}", bad)
             continue
         # A column without a name, as that of pandas' index, cannot be asked for.
         table.rows.append({name: cell for name, cell in zip(names, cells, strict=True) if name.strip()})

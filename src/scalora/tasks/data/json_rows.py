@@ -9,12 +9,12 @@ from typing import Any
 
 from ...common.errors import ScaloraError
 from .forms import Row
-from .source import SourceTable, check_distinct, read_lines, read_text, refuse_row
+from .source import BadRow, SourceTable, check_distinct, read_lines, read_text, refuse_row
 
 _A_LIST = "; rename it to .json if it holds one list of objects"
 
 
-def read_jsonl(path: Path, bad: list[ScaloraError] | None = None) -> SourceTable:
+def read_jsonl(path: Path, bad: list[BadRow] | None = None) -> SourceTable:
     """The objects of a file that has one a line.
 
     Raises:
@@ -32,10 +32,10 @@ def read_jsonl(path: Path, bad: list[ScaloraError] | None = None) -> SourceTable
         except json.JSONDecodeError as error:
             hint = _A_LIST if number == 1 and line.lstrip().startswith("[") else ""
             message = f"{where}: not valid JSON ({error.msg}); mend or remove it{hint}"
-            refuse_row(message, None if hint else bad, error)
+            refuse_row(number, message, None if hint else bad, error)
             continue
         except ScaloraError as error:
-            refuse_row(str(error), bad, error)
+            refuse_row(number, str(error), bad, error)
             continue
         if isinstance(value, dict):
             table.rows.append(value)
@@ -43,7 +43,7 @@ def read_jsonl(path: Path, bad: list[ScaloraError] | None = None) -> SourceTable
         elif isinstance(value, list) and number == 1:
             raise ScaloraError(f"{where}: expected an object with named columns, got list{_A_LIST}")
         else:
-            refuse_row(_no_object(value, where), bad)
+            refuse_row(number, _no_object(value, where), bad)
     return table
 
 

@@ -12,7 +12,7 @@ from .documents import STDLIB, read_folder, read_matching, stdlib_documents
 from .forms import Row
 from .images import read_image_folder
 from .json_rows import read_jsonl
-from .source import SourceTable
+from .source import BadRow, SourceTable
 from .tables import ENDINGS, read_table
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -26,7 +26,7 @@ def read_source(
     folder: str,
     theirs: Collection[str],
     split: str,
-    bad: list[ScaloraError] | None = None,
+    bad: list[BadRow] | None = None,
 ) -> SourceTable:
     """The rows of one source, as they stand there.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,6 +21,8 @@ from ...common.numeric import numbers_only
 from .delimited import seems_separated
 from .forms import Row, adapt
 from .reading import read_source
+from .source import BadRow
+from .tally import Tally
 from .values import flaw, label_key, lookalike, shown
 
 
@@ -63,16 +66,17 @@ class DataSpec(BaseModel):
 
 
 class PlacedRow(Row):
-    """A row, under our names, that knows its file and line (or number) for messages."""
+    """A row, under our names, that knows its file and line (or number) for messages, and which of them comes first."""
 
-    __slots__ = ("place",)
+    __slots__ = ("line", "place")
 
-    def __init__(self, cells: Row, place: str) -> None:
+    def __init__(self, cells: Row, place: str, line: int = 0) -> None:
         super().__init__(cells)
         self.place = place
+        self.line = line
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlacedRow, (dict(self), self.place)
+        return PlacedRow, (dict(self), self.place, self.line)
 
 
 Check = Callable[[PlacedRow], None]
@@ -92,7 +96,8 @@ def load_splits(
     required: Sequence[str],
     check: Check | None = None,
     say: Callable[[str], None] = lambda line: None,
-    optional: Sequence[str] = (),
+    optional: Mapping[str, bool] = MappingProxyType({}),
+    tally: Tally | None = None,
 ) -> Splits:
     """The rows of every split, cut down to the `required` columns and the `optional` ones, under our names.
 
@@ -104,14 +109,16 @@ def load_splits(
         required: columns, under our names.
         check: raises ScaloraError for a row whose values cannot be used.
         say: takes a line, with numbers, for whatever is done to the rows that was not asked for by name.
-        optional: columns, under our names, that rows may lack or have empty; then they are null.
+        optional: columns, under our names, that rows may lack or have empty; then they are null. True: some row of
+            train must have it, as one must where `spec` names it.
+        tally: takes how many rows are malformed, for those who find more of them.
 
     Raises:
         ScaloraError: a source is missing or malformed, lacks a column, or holds fewer rows than asked for.
     """
     if spec.test is None and spec.test_size is None:
         raise ScaloraError("task.data.test: there is no test data; name a source, or set test_size to split it off")
-    load = partial(_load, spec, required=required, check=check, say=say, optional=optional)
+    load = partial(_load, spec, required=required, check=check, say=say, optional=optional, tally=tally or Tally())
     train = load("train", spec.train)
     read = len(train)
     if spec.test is None or (spec.validation is None and spec.validation_size):
@@ -186,15 +193,16 @@ def _load(
     required: Sequence[str],
     check: Check | None,
     say: Callable[[str], None],
-    optional: Sequence[str],
+    optional: Mapping[str, bool],
+    tally: Tally,
 ) -> list[PlacedRow]:
-    bad: list[ScaloraError] = []
+    bad: list[BadRow] = []
     table = read_source(
         name, source, folder=spec.folder, theirs=spec.columns.values(), split=getattr(spec, f"{name}_split"),
         bad=bad if spec.max_bad_rows else None,
     )  # fmt: skip
     if not table.rows:
-        raise bad[0] if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
+        raise bad[0].error if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
     wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
     wanted = {ours: theirs for ours, theirs in wanted.items() if ours not in optional}
     published = spec.form == "published"
@@ -202,24 +210,30 @@ def _load(
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
     for ours, theirs in wanted.items():
         if not any(theirs in row for row in rows):
-            raise _no_column(rows[0], ours, theirs, source)
+            raise _no_column(_all_columns(rows), ours, theirs, source)
+    for ours, theirs in {ours: spec.columns.get(ours, ours) for ours in optional}.items():
+        if (optional[ours] or ours in spec.columns) and not any(theirs in row for row in rows):
+            if name == "train":
+                raise _no_column(_all_columns(rows), ours, theirs, source)
+            say(f"task.data.{name}: no row of {source} has the column {theirs!r}")
     total, kept = len(bad) + len(rows), []
+    tally.count(name, total)
     for number, row in enumerate(rows, 1):
-        place = table.place(source, number)
+        place, line = table.place(source, number), table.lines[number - 1] if table.lines else number
         try:
             _check_cells(spec, name, row, wanted, allowed, place)
             cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
-            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place)
+            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place, line)
             if check:
                 check(placed)
         except ScaloraError as error:
             if not spec.max_bad_rows:
                 raise
-            bad.append(error)
+            bad.append(BadRow(line, error))
         else:
             kept.append(placed)
     if bad:
-        say(note_bad(f"task.data.{name}", bad, total, spec.max_bad_rows))
+        say(tally.leave_out(name, name, bad, total, spec.max_bad_rows))
     return _short_enough(spec, name, source, kept, say)
 
 
@@ -261,22 +275,9 @@ def _short_enough(
     return short
 
 
-def note_bad(what: str, bad: Sequence[ScaloraError], total: int, allowed: int) -> str:
-    """What to say of rows that are left out since they are malformed.
-
-    Args:
-        what: where they are from.
-        bad: what is wrong with each.
-        total: how many there are, with the others.
-        allowed: how many may be left out.
-
-    Raises:
-        ScaloraError: these are more, or all.
-    """
-    malformed = f"{len(bad)} of {total} rows are malformed"
-    if len(bad) > allowed or len(bad) == total:
-        raise ScaloraError(f"{what}: {malformed}, and max_bad_rows is {allowed}; the first: {bad[0]}")
-    return f"{what}: {malformed} and are left out (max_bad_rows); the first: {bad[0]}"
+def _all_columns(rows: Sequence[Row]) -> Row:
+    """The first row, with what others have besides."""
+    return {name: value for row in reversed(rows) for name, value in row.items() if name not in rows[0]} | rows[0]
 
 
 def _no_column(row: Row, ours: str, theirs: str, where: str) -> ScaloraError:

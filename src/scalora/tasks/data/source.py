@@ -27,6 +27,13 @@ class SourceTable(NamedTuple):
         return f"{source}{line}, row {number}"
 
 
+class BadRow(NamedTuple):
+    """What is wrong with a row that is malformed, and its line, or its number where rows have no lines."""
+
+    line: int
+    error: ScaloraError
+
+
 _STARTS = {
     b"PAR1": "parquet", b"\x1f\x8b": "gz", b"PK\3\4": "zip or xlsx", b"BZh": "bz2", b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zst", b"\xd0\xcf\x11\xe0": "xls",
@@ -83,12 +90,12 @@ def read_lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line.removesuffix("\n")) for number, line in enumerate(lines, 1) if line != "\n")
 
 
-def refuse_row(message: str, bad: list[ScaloraError] | None, cause: Exception | None = None) -> None:
-    """Add what is wrong with a row to those that are bad; raise it as ScaloraError where no row may be."""
+def refuse_row(line: int, message: str, bad: list[BadRow] | None, cause: Exception | None = None) -> None:
+    """Add what is wrong with a line's row to those that are bad; raise it as ScaloraError where no row may be."""
     error = ScaloraError(message)
     if bad is None:
         raise error from cause
-    bad.append(error)
+    bad.append(BadRow(line, error))
 
 
 def check_distinct(where: str, names: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from ...common.errors import ScaloraError
 from .delimited import read_csv, read_tsv
 from .documents import read_txt
 from .json_rows import read_json, read_jsonl
-from .source import SourceTable, check_distinct
+from .source import BadRow, SourceTable, check_distinct
 
 
 def read_parquet(path: Path) -> SourceTable:
@@ -42,7 +42,7 @@ ENDINGS = (".json", ".jsonl", ".parquet", ".txt", *_DELIMITED)
 """Of files that can be read, in lower case; upper case is the same."""
 
 
-def read_table(path: Path, positions: Collection[str] = (), bad: list[ScaloraError] | None = None) -> SourceTable:
+def read_table(path: Path, positions: Collection[str] = (), bad: list[BadRow] | None = None) -> SourceTable:
     """The rows of a file with one of ``ENDINGS``.
 
     Args:
