@@ -99,6 +99,8 @@ BAD = {
     "output of nobody": (["RECIPE", "--set", "output=~nobody-here/run"], "of a user that there is not"),
     "model of nobody": (["RECIPE", "--set", "model=~nobody-here/llama"], "of a user that there is not"),
     "data of nobody": (["RECIPE", "--set", "task.data.folder=~nobody-here"], "of a user that there is not"),
+    "output that is no path": (["RECIPE", "--set", 'output="a\\0b"'], "output: 'a\\x00b' holds a null character"),
+    "half a character": (["RECIPE", "--set", 'task.prompt="\\ud800"'], "holds half a character"),
     "nothing to resume": (["RECIPE", "--resume"], "no checkpoint"),
     "dtype": (["RECIPE", "--set", "dtype=float8"], "dtype"),
 }

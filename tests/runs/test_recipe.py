@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from scalora import ScaloraError
-from scalora.runs.recipe import load_recipe, parse_recipe
+from scalora.runs.recipe import load_recipe, parse_recipe, read_value
 
 GOOD = {
     "model": "somewhere/model",
@@ -55,6 +55,12 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ({"head_learning_rate": 0}, "head_learning_rate is 0"),
         ({"head_learning_rate": float("inf")}, "head_learning_rate is inf"),
         ({"output": None}, "output is None"),
+        ({"output": "a\0b"}, r"recipe.yaml: output: 'a\\x00b' holds a null character"),
+        ({"model": "a\0b"}, "recipe.yaml: model: 'a"),
+        ({"task": {**GOOD["task"], "data": {"train": "a\0b"}}}, "task.data.train: 'a"),
+        ({"task": {**GOOD["task"], "data": {"train": "x", "test": "a\0b"}}}, "task.data.test: 'a"),
+        ({"task": {**GOOD["task"], "data": {"train": "x", "validation": "a\0b"}}}, "task.data.validation: 'a"),
+        ({"task": {**GOOD["task"], "data": {"train": "x", "folder": "a\0b"}}}, "task.data.folder: 'a"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change, words):
@@ -92,3 +98,11 @@ def test_missing_file_and_bad_overrides(tmp_path):
     ):
         with pytest.raises(ScaloraError, match=words):
             load_recipe(_write(tmp_path, GOOD), [override])
+
+
+def test_half_a_character_is_no_path_and_no_text():
+    with pytest.raises(ScaloraError, match=r"output: .*half a character"):
+        parse_recipe({**GOOD, "output": "a\ud800b"})
+    with pytest.raises(ScaloraError, match=r"the text .* of line 1 holds half a character"):
+        read_value('{prompt: ["\\ud800"]}', ["task"])
+    assert read_value('"\\U0001F600"') == "\U0001f600"

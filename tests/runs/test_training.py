@@ -8,8 +8,9 @@ import torch
 
 from helpers import tokenized, workspace
 from scalora import ScaloraError
+from scalora.runs.folder import last_checkpoint
 from scalora.runs.recipe import load_recipe
-from scalora.runs.training import Interrupted, train
+from scalora.runs.training import Interrupted, Watcher, train
 
 
 @pytest.mark.parametrize("task", ["multiple_choice", "classification"])
@@ -80,11 +81,125 @@ def test_output_folders_are_not_trampled_on(tmp_path):
     assert (tmp_path / "run.previous" / "metrics.json").read_text() == first
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(ScaloraError, match="not a run of scalora"):
-        train(load_recipe(path, [f"output={tmp_path / 'mine'}"]), overwrite=True)
+    for overwrite in (True, False):  # a run named neither: the way out is another folder
+        with pytest.raises(ScaloraError, match=r"mine.*not a run of scalora.*choose another \(--set output") as error:
+            train(load_recipe(path, [f"output={tmp_path / 'mine'}"]), overwrite=overwrite)
+        assert ("replaced" in str(error.value)) == overwrite
+        assert "--overwrite" not in str(error.value)
     with pytest.raises(ScaloraError, match="no checkpoint"):
         train(load_recipe(path, [f"output={tmp_path / 'new'}"]), resume=True)
     assert not (tmp_path / "new").exists()
+
+
+def _tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_the_users_own_is_never_removed(tmp_path):
+    path = workspace.lay(tmp_path)
+    train(load_recipe(path))
+    previous = tmp_path / "run.previous"
+    previous.mkdir()
+    for name in ("thesis.txt", "recipe.yaml"):  # a recipe alone is what its author wrote
+        (previous / name).write_text("precious")
+        before = _tree(tmp_path)
+        with pytest.raises(ScaloraError, match=r"run\.previous' is not a run.*rename it, or choose another output"):
+            train(load_recipe(path), overwrite=True)
+        assert _tree(tmp_path) == before
+        (previous / name).unlink()
+    previous.rmdir()
+    (tmp_path / "precious").mkdir()
+    previous.symlink_to(tmp_path / "precious")  # an empty folder elsewhere, which stays
+    train(load_recipe(path), overwrite=True)
+    assert (previous / "metrics.json").is_file()
+    assert list((tmp_path / "precious").iterdir()) == []
+
+
+def test_a_recipe_in_its_own_output_folder_is_neither_overwritten_nor_removed(tmp_path):
+    path = workspace.lay(tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "recipe.yaml").write_text(path.read_text() + "# by hand\n")
+    for overrides in ([], ["task.data.train=/nope.jsonl"]):
+        with pytest.raises(ScaloraError, match="not empty and not a run of scalora"):
+            train(load_recipe(own / "recipe.yaml", [f"output={own}", *overrides]))
+    assert [file.name for file in own.iterdir()] == ["recipe.yaml"]
+    assert (own / "recipe.yaml").read_text().endswith("# by hand\n")
+
+
+def test_a_run_that_comes_to_nothing_leaves_the_earlier_ones_where_they_were(tmp_path, monkeypatch):
+    path = workspace.lay(tmp_path)
+    for seed in (1, 2):
+        train(load_recipe(path, [f"training.seed={seed}"]), overwrite=True)
+    before = _tree(tmp_path)
+    with pytest.raises(ScaloraError, match="no file /nope"):
+        train(load_recipe(path, ["task.data.train=/nope.jsonl"]), overwrite=True)
+    assert _tree(tmp_path) == before
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scalora.runs.folder.write_text", full)
+        with pytest.raises(ScaloraError, match="cannot be written: No space"):
+            train(load_recipe(path), overwrite=True)
+    assert _tree(tmp_path) == before
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path / "run")
+        with pytest.raises(ScaloraError, match="the folder that you are in"):
+            train(load_recipe(path, ["output=."]), overwrite=True)
+    assert _tree(tmp_path) == before
+
+
+def test_an_unfinished_run_does_not_take_a_finished_ones_place(tmp_path):
+    path, run, previous = workspace.lay(tmp_path), tmp_path / "run", tmp_path / "run.previous"
+    told = []
+
+    class Listener(Watcher):
+        def say(self, text):
+            told.extend([text] if "the run that was in" in text else [])
+
+    def stopped(step):
+        with workspace.stopped_at(step), pytest.raises(Interrupted):
+            train(load_recipe(path), overwrite=True, watcher=Listener())
+
+    first = train(load_recipe(path)).metrics
+    for step in (3, 2):
+        stopped(step)
+        assert (
+            last_checkpoint(run) == run / "checkpoints" / f"checkpoint-{step}"
+        )  # of two, the one that was stopped last
+        assert json.loads((previous / "metrics.json").read_text())["after"] == first["after"]
+    assert "is kept in" in told[0]
+    assert "was not finished, and goes" in told[1]
+    assert len(told) == 2
+    stopped_run = _tree(run)
+    with pytest.raises(ScaloraError, match="no file /nope"):
+        train(load_recipe(path, ["task.data.train=/nope.jsonl"]), overwrite=True)
+    assert _tree(run) == stopped_run
+    train(load_recipe(path, ["training.seed=7"]), overwrite=True)
+    assert json.loads((previous / "metrics.json").read_text())["after"] == first["after"]
+    assert not (tmp_path / ".run.overwritten").exists()
+    train(load_recipe(path), overwrite=True, watcher=Listener())
+    assert "in place of the run that was there" in told[-1]
+    assert "seed: 7" in (previous / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_a_process_killed_between_two_moves_loses_nothing(tmp_path, moved):
+    path, run, previous = workspace.lay(tmp_path), tmp_path / "run", tmp_path / "run.previous"
+    for seed in (1, 2):
+        train(load_recipe(path, [f"training.seed={seed}"]), overwrite=True)
+    previous.rename(tmp_path / ".run.overwritten")
+    if moved == 2:
+        run.rename(previous)
+    else:
+        with pytest.raises(ScaloraError, match="no file /nope"):
+            train(load_recipe(path, ["task.data.train=/nope.jsonl"]), overwrite=True)
+        assert "seed: 1" in (previous / "recipe.yaml").read_text()
+    train(load_recipe(path, ["training.seed=3"]), overwrite=True)
+    assert "seed: 2" in (previous / "recipe.yaml").read_text()
+    assert not (tmp_path / ".run.overwritten").exists()
 
 
 def test_several_processes_that_cannot_find_one_another_are_refused(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def train_verb(
         bool, typer.Option("--resume", help="Continue from the output folder's last checkpoint.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run; it is kept as <output>.previous.")
+        bool, typer.Option("--overwrite", help="Replace an earlier run; a finished one is kept as <output>.previous.")
     ] = False,
 ) -> None:
     """Fine-tune by a recipe and score before and after.

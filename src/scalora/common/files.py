@@ -15,11 +15,27 @@ from .errors import ScaloraError
 
 
 def expand_user(path: str | Path) -> Path:
-    """A path with the home folder for ~; raises ScaloraError where ~name is no user's."""
+    """A path with the home folder for ~; raises ScaloraError where ~name is no user's, or it can be no path."""
     try:
-        return Path(path).expanduser()
+        return Path(path_text(str(path))).expanduser()
+    except ValueError as error:
+        raise ScaloraError(str(error)) from error
     except RuntimeError as error:
         raise ScaloraError(f"{str(path)!r} begins with the home of a user that there is not: write it out") from error
+
+
+def path_text(text: str) -> str:
+    """The text where a system can take it for a path; raises ValueError for one that none takes."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        half = True
+    else:
+        half = False
+    if half or "\0" in text:
+        what = "half a character (a lone surrogate)" if half else "a null character"
+        raise ValueError(f"{text!r} holds {what}, which no path can: write the path without it")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:

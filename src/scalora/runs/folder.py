@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -12,65 +11,68 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..common import processes
 from ..common.disk_layout import ADAPTER, CHECKPOINTS, INPUTS, METRICS, RECIPE
 from ..common.errors import ScaloraError
 from ..common.files import damage, expand_user, is_sealed, write_json, write_text
+from .making_room import Room, is_free, is_run, lock
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from .inputs import Inputs
     from .precision import Precision
     from .recipe import Recipe  # itself slow to import
 
-_LOCK = ".lock"
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # what torch.save's errors name
 
 
 class RunFolder:
     """A writable folder that holds nothing, or just what is to be resumed; ours until :meth:`release`.
 
-    With ``overwrite`` an earlier run's folder is kept as ``<output>.previous``.
+    With ``overwrite`` an earlier run makes room as :class:`~scalora.runs.making_room.Room` says.
 
     Raises:
-        ScaloraError: it holds another run, another process works in it, there is nothing to resume, what is to be
-            resumed is damaged, or it cannot be written.
+        ScaloraError: it holds another run or other things, another process works in it, there is nothing to resume,
+            what is to be resumed is damaged, or it cannot be written.
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         self.path = expand_user(recipe.output)
-        self.previous: Path | None = None  # an earlier run that made room for this one
         self.checkpoint: Path | None = None  # to resume from
+        self._room = Room(self.path)
+        self._held: FileLock | None = None
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         try:
             if resume:
                 _check_resumable(self.path, recipe)
-            elif not _is_free(self.path):
+            elif not is_free(self.path):
                 if not overwrite:
-                    raise ScaloraError(
-                        f"output is {str(self.path)!r}, which is not empty: choose another (--set output=...), "
-                        "continue it (--resume), or replace it (--overwrite keeps it as .previous)"
-                    )
-                self.previous = _set_aside(self.path)
+                    raise _taken(self.path)
+                self._room.make()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._held = _lock(self.path)
+            self._held = lock(self.path)
             if resume:
                 self.checkpoint = _sound_checkpoint(self.path)
             write_text(self.path / RECIPE, text)
-        except OSError as error:
-            raise ScaloraError(
-                f"output is {str(self.path)!r}, which cannot be written: {error.strerror or error}"
-            ) from error
+        except BaseException as error:
+            if not resume:
+                self._vanish()
+            if isinstance(error, OSError):
+                raise ScaloraError(
+                    f"output is {str(self.path)!r}, which cannot be written: {error.strerror or error}"
+                ) from error
+            raise
 
     def settle(self, inputs: Inputs) -> str:
-        """Note what the run reads, or see that it reads what it began with; what is to be said of that, if anything.
+        """Note what the run reads, or see that it reads what it began with; what is to be said, if anything.
 
         Raises:
             ScaloraError: data, tokenizer or base model are others than before.
         """
-        file, said = self.path / INPUTS, ""
+        file, said = self.path / INPUTS, self._room.said
         if self.checkpoint is not None and file.exists():
             try:
                 stored = json.loads(file.read_text(encoding="utf-8"))
@@ -88,10 +90,27 @@ class RunFolder:
         """Let others in. Where the run came to nothing, without checkpoint or adapter, no shell stays behind."""
         _remove_unfinished(self.path)
         if last_checkpoint(self.path) is None and not (self.path / ADAPTER).exists():
+            self._vanish()
+        else:
+            self._room.keep()
+        if self._held is not None:
+            self._held.release()
+
+    def _vanish(self) -> None:
+        if self._held is not None:  # otherwise it may be another's
             shutil.rmtree(self.path, ignore_errors=True)
-            if self.previous is not None and self.previous.exists():
-                os.replace(self.previous, self.path)
-        self._held.release()
+        self._room.give_back()
+
+
+def _taken(folder: Path) -> ScaloraError:
+    if not is_run(folder):
+        return ScaloraError(
+            f"output is {str(folder)!r}, which is not empty and not a run of scalora: choose another (--set output=...)"
+        )
+    return ScaloraError(
+        f"output is {str(folder)!r}, which is not empty: choose another (--set output=...), continue it (--resume), or "
+        "replace it (--overwrite keeps a finished one as .previous)"
+    )
 
 
 @contextmanager
@@ -142,40 +161,6 @@ def _remove_unfinished(folder: Path) -> None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether there is nothing that a run could lose: no folder, an empty one, or the shell of a run killed early."""
-    if not folder.exists():
-        return True
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
-    shell = RECIPE in names and last_checkpoint(folder) is None
-    ours = {RECIPE, INPUTS, CHECKPOINTS, f".{RECIPE}.tmp", f".{INPUTS}.tmp"}
-    return names <= ({_LOCK, *ours} if shell else {_LOCK})
-
-
-def _set_aside(folder: Path) -> Path:
-    if not folder.is_dir() or not (folder / RECIPE).exists():
-        raise ScaloraError(f"output is {str(folder)!r}, which is not a run of scalora: it will not be replaced")
-    previous = folder.with_name(folder.name + ".previous")
-    held = _lock(folder)
-    shutil.rmtree(previous, ignore_errors=True)
-    os.replace(folder, previous)
-    held.release()
-    return previous
-
-
-def _lock(folder: Path) -> FileLock:
-    """Held by this process until it releases it or ends, however it ends."""
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ScaloraError(
-            f"output is {str(folder)!r}, where another run is at work: wait for it, or choose another "
-            "(--set output=...)"
-        ) from None
-    return lock
 
 
 def _check_resumable(folder: Path, recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..common.errors import ScaloraError
+from ..common.files import path_text
 from ..common.numeric import NO_NUMBER, numbers_only
 from ..methods import MethodSpec
 from ..models.packed import Quantization
@@ -55,6 +56,11 @@ class Recipe(BaseModel):
     )  # fmt: skip
     score_batch_size: int = Field(default=32, ge=1, description="Sequences scored at a time.")
     output: str = Field(description="Folder for the results.")
+
+    @field_validator("model", "output")
+    @classmethod
+    def _can_be_paths(cls, value: str) -> str:
+        return path_text(value)
 
     @field_validator("method", mode="before")
     @classmethod

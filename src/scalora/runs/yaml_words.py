@@ -30,7 +30,7 @@ def load_yaml(text: str, within: Sequence[str] = ()) -> Any:
     was written, but for plain integers.
 
     Raises:
-        yaml.YAMLError: the text is not valid YAML, or a mapping has a key twice.
+        yaml.YAMLError: the text is not valid YAML, a mapping has a key twice, or a text has half a character.
     """
     loader = _Loader(text)
     try:
@@ -38,6 +38,7 @@ def load_yaml(text: str, within: Sequence[str] = ()) -> Any:
         if node is None:
             return None
         _check_keys(node, set())
+        _check_texts(node, set())
         _keep_words(loader, node, tuple(within))
         return loader.construct_document(node)
     except RecursionError as error:
@@ -72,6 +73,23 @@ def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
                 )
         _check_keys(key, seen)
         _check_keys(value, seen)
+
+
+def _check_texts(node: yaml.Node, seen: set[int]) -> None:
+    """Refuse what an escape like \\ud83d alone makes: no file can hold it, the run's own recipe included."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            raise yaml.YAMLError(
+                f"the text {node.value!r:.80} of line {node.start_mark.line + 1} holds half a character (a lone "
+                "surrogate): write the character itself"
+            )
+    elif isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            for each in part if isinstance(part, tuple) else (part,):
+                _check_texts(each, seen)
 
 
 def _keep_words(loader: _Loader, node: yaml.Node, place: tuple[str, ...]) -> None:

@@ -14,9 +14,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...common.errors import ScaloraError
+from ...common.files import path_text
 from ...common.numeric import numbers_only
 from .delimited import seems_separated
 from .forms import Row, adapt
@@ -63,6 +64,11 @@ class DataSpec(BaseModel):
     missing: Literal["refuse", "keep"] = "refuse"
     """What becomes of labels and texts that are empty or say NaN, None, NA, …: keep takes them as they stand."""
     seed: int = 0
+
+    @field_validator("train", "validation", "test", "folder")
+    @classmethod
+    def _can_be_paths(cls, value: str | None) -> str | None:
+        return None if value is None else path_text(value)
 
 
 class PlacedRow(Row):
