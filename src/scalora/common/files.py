@@ -26,16 +26,13 @@ def expand_user(path: str | Path) -> Path:
 
 def path_text(text: str) -> str:
     """The text where a system can take it for a path; raises ValueError for one that none takes."""
+    what = "a null character"
     try:
-        os.fsencode(text)
+        if b"\0" not in os.fsencode(text):
+            return text
     except UnicodeEncodeError:
-        half = True
-    else:
-        half = False
-    if half or "\0" in text:
-        what = "half a character (a lone surrogate)" if half else "a null character"
-        raise ValueError(f"{text!r} holds {what}, which no path can: write the path without it")
-    return text
+        what = "half a character (a lone surrogate)"
+    raise ValueError(f"{text!r} holds {what}, which no path can: write the path without it")
 
 
 def write_text(path: Path, text: str) -> None:
