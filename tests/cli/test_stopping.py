@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM, by a real signal to a real process, in every phase of a run; and what a run tells meanwhile."""
+"""Ctrl-C, SIGTERM and SIGHUP, by a real signal to a real process, in every phase of a run; and what a run tells."""
 
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -18,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from helpers import workspace
 from scalora.cli.guard import guarded
 from scalora.common.errors import ScaloraError
+from scalora.common.stopping import stop_signals
 from scalora.runs import callbacks
 from scalora.runs.callbacks import StepTimer, StopOnSignal
 
@@ -85,6 +87,44 @@ def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, num
     assert "last checkpoint" in stderr
     assert "--resume" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(laid):
+    """As when ssh is cut: the kernel sends SIGHUP, and each further line would be an error."""
+    folder, recipe, _ = laid
+    output = folder / "gone"
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-c", ON_A_TERMINAL, "train", str(recipe), "--set", "training.max_steps=100000"]
+    options = ["--set", "training.save_strategy=no", "--set", f"output={output}"]
+    process = subprocess.Popen(
+        command + options, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    said = b""
+    while b"step 5/" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=60) == 130
+    (checkpoint,) = output.glob("checkpoints/checkpoint-*")
+    assert (checkpoint / "seal.json").exists()
+
+
+# A terminal belongs to a process from when it opens it as the first of a new session.
+ON_A_TERMINAL = """
+import fcntl, sys, termios
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from scalora.__main__ import main
+main()
+"""
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_before_the_first_step_leaves_nothing_behind(laid):
@@ -208,7 +248,7 @@ def test_a_signal_that_transformers_takes_for_a_missing_module(laid, number):
 
 @pytest.fixture
 def _handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -17,7 +17,7 @@ WORKS = [
     {
         "per_device_train_batch_size": 3, "num_train_epochs": 1.0, "max_steps": 2, "learning_rate": 1e-3,
         "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}, "warmup_steps": 0.5,
-        "optim": "adamw_torch", "optim_args": "a=1", "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.9,
+        "optim": "adamw_torch", "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.9,
         "adam_epsilon": 1e-7, "gradient_accumulation_steps": 2, "average_tokens_across_devices": False,
         "max_grad_norm": 0.5, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "use_cache": False, "neftune_noise_alpha": 5.0, "torch_empty_cache_steps": 1, "bf16": False, "fp16": False,
@@ -35,7 +35,8 @@ WORKS = [
         "torch_compile_backend": None, "torch_compile_mode": None, "full_determinism": False,
     },
     {
-        "max_steps": 2, "dataloader_drop_last": True, "dataloader_num_workers": 1, "dataloader_pin_memory": False,
+        "max_steps": 2, "optim": "sgd", "optim_args": "momentum=0.5",
+        "dataloader_drop_last": True, "dataloader_num_workers": 1, "dataloader_pin_memory": False,
         "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2, "dataloader_in_order": True,
         "dataloader_multiprocessing_context": "fork", "train_sampling_strategy": "group_by_length",
     },
@@ -89,7 +90,7 @@ WRONG = [
             "train_sampling_strategy", "include_num_input_tokens_seen", "log_level_replica",
         )
     ),
-    ("optim_args", "abc"), ("gradient_checkpointing_kwargs", {"nonsense": 1}),
+    ("optim_args", "abc"), ("optim_args", "momentum=0.5"), ("gradient_checkpointing_kwargs", {"nonsense": 1}),
     ("activation_checkpointing_kwargs", {"nonsense": 1}), ("include_for_metrics", "loss"),
     ("load_best_model_at_end", 3),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM raise KeyboardInterrupt; and whether one did, although a library made an error of its own of it.
+"""Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt; and whether one did, although a library made an error of it.
 
 Python before 3.12 turns what is raised in `__set_name__`, as classes are made, into a RuntimeError. transformers' lazy
 imports make a ModuleNotFoundError of that ("Could not import module 'LlamaConfig'"), which looks like bad input.
@@ -6,25 +6,47 @@ imports make a ModuleNotFoundError of that ("Could not import module 'LlamaConfi
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
+from contextlib import suppress
 from typing import Any
 
 from .errors import AgreedError
 
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 _received: set[int] = set()
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop a run: SIGHUP, by which a terminal says that it is gone, unless nohup had it ignored."""
+    hangup = [] if _HANGUP is None or signal.getsignal(_HANGUP) == signal.SIG_IGN else [_HANGUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
 def listen() -> None:
-    """From now on both signals raise KeyboardInterrupt, and are remembered; what tidies up does so after both."""
+    """From now on all of them raise KeyboardInterrupt, and are remembered; what tidies up does so after each."""
     _received.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, stop)
 
 
 def stop(number: int, frame: Any) -> None:
     """A signal's handler."""
     _received.add(number)
+    let_go(number)
     raise KeyboardInterrupt
+
+
+def let_go(number: int) -> None:
+    """After SIGHUP, send what is still said nowhere: a terminal that is gone answers each line with an error."""
+    if number != _HANGUP:
+        return
+    with open(os.devnull, "r+b") as nowhere:
+        for standard in (0, 1, 2):
+            with suppress(OSError):  # closed
+                if stat.S_ISCHR(os.fstat(standard).st_mode):
+                    os.dup2(nowhere.fileno(), standard)
 
 
 def was_stopped(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from ..common import processes
 from ..common.environment import seconds_waited
 from ..common.errors import ScaloraError
 from ..common.files import seal
-from ..common.stopping import stop
+from ..common.stopping import let_go, stop, stop_signals
 from ..layers.sharding import local_shard
 from ..methods import Spectrum
 
@@ -156,7 +156,7 @@ class SealCheckpoints(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM or SIGHUP: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     A thread says so: Python's own handler has to wait until torch returns, which may take a whole backward pass.
     """
@@ -171,8 +171,10 @@ class StopOnSignal(TrainerCallback):
         heard, ours = socket.socketpair()
         ours.setblocking(False)
         threading.Thread(target=self._answer, args=(heard,), daemon=True).start()
+        self._previous = {s: signal.getsignal(s) for s in stop_signals()}
         self._wakeup = ours, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._previous:
+            signal.signal(number, self._receive)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if processes.any_of(self.received is not None):  # all of them stop after the same step
@@ -203,8 +205,9 @@ class StopOnSignal(TrainerCallback):
         answered = False
         with heard:
             while byte := heard.recv(1):
-                if byte[0] not in (signal.SIGINT, signal.SIGTERM):
+                if byte[0] not in self._previous:
                     continue
+                let_go(byte[0])
                 left = self._timer.remaining()
                 when = "" if left is None else f", about {max(1, round(left))} s"
                 self._say("stopping" if answered else f"stopping after this step{when}; Ctrl-C again stops at once")

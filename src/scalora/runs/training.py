@@ -96,7 +96,7 @@ def train(
 
     Raises:
         ScaloraError: bad input, with one clear message.
-        Interrupted: Ctrl-C or SIGTERM; the checkpoint to resume from is named.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the checkpoint to resume from is named.
     """
     with processes.one_run(), processes.ending_together():
         recorded = saved_precision(expand_user(recipe.output)) if resume else None

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..common.numeric import refuse_no_number
+from .optim_args import refuse_unread
 
 # What a recipe means where it is silent; TrainingArguments' own defaults hold for the rest.
 _DEFAULTS: dict[str, Any] = {
@@ -99,6 +100,9 @@ def read_training(given: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is {shown}: {_REFUSED[name]}; leave it out")
             continue
         read[name] = _value(name, value, types[name])
+    if read.get("optim_args"):
+        optim = read.get("optim", fields["optim"].default)
+        refuse_unread(str(getattr(optim, "value", optim)), read["optim_args"])
     return {**_DEFAULTS, **read}
 
 
