@@ -38,6 +38,7 @@ from scalora.cli import app
         (["--set", "task.prompt='{txet}'"], "txet"),
         (["--set", "task.data.train_size=5000"], "5000"),
         (["--set", "method.target_modules=[kwery]"], "which no linear module of this model matches"),
+        (["--set", "method.target_modules=query"], "for names write [query]"),
         (["--set", "training.warmup_steps=-1"], "warmup"),
     ],
 )

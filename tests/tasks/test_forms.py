@@ -5,6 +5,7 @@ import pytest
 from helpers import tokenized
 from helpers.published import HUB, PLAIN, load
 from scalora.common.errors import ScaloraError
+from scalora.tasks.data.rows import DataSpec, load_splits
 
 
 def plain(row, required=PLAIN):
@@ -225,6 +226,15 @@ def test_values_that_a_column_may_hold(tmp_path):
     hidden = tokenized.write_jsonl(tmp_path / "x.jsonl", [{"sentence": "a", "label": -1}])
     with pytest.raises(ScaloraError, match="the label is hidden: this split has no labels"):
         load(hidden, ("sentence", "label"), values={"label": [0, 1]})
+
+
+def test_values_hold_for_a_column_that_rows_may_lack(tmp_path):
+    path = tokenized.write_jsonl(tmp_path / "x.jsonl", [{"a": "1", "b": "x"}, {"a": "2"}, {"a": "3", "b": "z"}])
+    spec = DataSpec(train=str(path), test=str(path), values={"b": ["x", "y"]})
+    with pytest.raises(ScaloraError, match=r"column 'b' is 'z' in .*line 3, row 3; use \['x', 'y'\]"):
+        load_splits(spec, ["a"], optional={"b": False})
+    some = load_splits(spec.model_copy(update={"values": {"b": ["x", "z"]}}), ["a"], optional={"b": False})
+    assert [row["b"] for row in some.test] == ["x", None, "z"]
 
 
 def test_mathematics_gets_question_and_answer(tmp_path):

@@ -178,7 +178,8 @@ def _check_mixed(optimizer: Optimizer, rule: StateRule, one_factor: bool) -> Non
     if not one_factor:
         raise ScaloraError(
             f"optimizer is {name}, which keeps {', '.join(rule.mixed)} that mix columns: they follow only where all "
-            "columns of a matrix have one factor; set scaling='scalar' in ScaLoraConfig, or use AdamW"
+            "columns of a matrix have one factor; set scaling='scalar' in ScaLoraConfig (in a recipe "
+            "method.options.scaling: scalar), or use AdamW"
         )
     if _spread(optimizer):
         raise ScaloraError(

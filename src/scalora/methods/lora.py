@@ -80,7 +80,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, spec: MethodSpec, head: Hea
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ScaloraError(
             f"method.target_modules is {spec.target_modules!r}: {reason} Linear modules of this model: "
-            f"{', '.join(linear) or 'none'}"
+            f"{', '.join(linear) or 'none'}{spec.targets_hint}"
         ) from error
     assert isinstance(peft_model, PeftModel)
     for name in heads:

@@ -43,6 +43,13 @@ class MethodSpec(BaseModel):
     def scaled_alpha(self) -> float:
         return 2 * self.rank if self.alpha is None else self.alpha
 
+    @property
+    def targets_hint(self) -> str:
+        """What to say besides where ``target_modules`` matches nothing: a text is no list of names."""
+        if not isinstance(self.target_modules, str):
+            return ""
+        return f"; a text is a regular expression for whole paths: for names write [{self.target_modules}]"
+
 
 class Spectrum(NamedTuple):
     """Singular values of one layer's whole update so far, descending, and the weight's shape m×n."""

@@ -36,6 +36,6 @@ def find_targets(model: PreTrainedModel, spec: MethodSpec, head: Head) -> list[t
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
         raise ScaloraError(
             f"method.target_modules is {spec.target_modules!r}, which no linear module of this model matches; it has "
-            f"{', '.join(linear) or 'none'}"
+            f"{', '.join(linear) or 'none'}{spec.targets_hint}"
         )
     return found

@@ -217,7 +217,8 @@ def _load(
     for ours, theirs in wanted.items():
         if not any(theirs in row for row in rows):
             raise _no_column(_all_columns(rows), ours, theirs, source)
-    for ours, theirs in {ours: spec.columns.get(ours, ours) for ours in optional}.items():
+    spared = {ours: spec.columns.get(ours, ours) for ours in optional}
+    for ours, theirs in spared.items():
         if (optional[ours] or ours in spec.columns) and not any(theirs in row for row in rows):
             if name == "train":
                 raise _no_column(_all_columns(rows), ours, theirs, source)
@@ -227,9 +228,12 @@ def _load(
     for number, row in enumerate(rows, 1):
         place, line = table.place(source, number), table.lines[number - 1] if table.lines else number
         try:
-            _check_cells(spec, name, row, wanted, allowed, place)
-            cells = {ours: row.get(spec.columns.get(ours, ours)) for ours in optional}
-            placed = PlacedRow(cells | {ours: row[theirs] for ours, theirs in wanted.items()}, place, line)
+            given = wanted | {
+                ours: at for ours, at in spared.items() if ours in allowed and row.get(at) not in (None, "")
+            }
+            _check_cells(spec, name, row, given, allowed, place)
+            cells = {ours: row.get(theirs) for ours, theirs in (spared | wanted).items()}
+            placed = PlacedRow(cells, place, line)
             if check:
                 check(placed)
         except ScaloraError as error:
