@@ -209,8 +209,7 @@ def _load(
     )  # fmt: skip
     if not table.rows:
         raise bad[0].error if bad else ScaloraError(f"task.data.{name}: {source} holds no rows")
-    wanted = {ours: spec.columns.get(ours, ours) for ours in (*required, *spec.columns, *spec.values)}
-    wanted = {ours: theirs for ours, theirs in wanted.items() if ours not in optional}
+    wanted = {at: spec.columns.get(at, at) for at in (*required, *spec.columns, *spec.values) if at not in optional}
     published = spec.form == "published"
     rows = adapt(source, table.rows, lambda number: table.place(source, number), wanted.values(), published=published)
     allowed = {ours: {label_key(value) for value in values} for ours, values in spec.values.items()}
