@@ -97,3 +97,34 @@ def test_a_quantised_base_is_refused_by_the_base_store_only():
     with pytest.raises(ScaloraError, match=r"accumulate='base'.*quantised"):
         scalora.attach(model, optimizer, ScaLoraConfig(accumulate="base"))
     scalora.attach(model, optimizer)
+
+
+def by_autograd_grad(loss, params):
+    for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+        p.grad = g
+
+
+def by_inputs(loss, params):
+    loss.backward(inputs=params)
+
+
+@pytest.mark.parametrize("way", [by_autograd_grad, by_inputs])
+@pytest.mark.parametrize(
+    ("config", "setting"), [({"refresh": 4}, "refresh"), ({"coordinates": "white"}, "coordinates='white'")]
+)
+def test_gradients_that_sketches_cannot_see_are_refused(way, config, setting):
+    model = models.lora("llama", r=2)
+    params = models.trainable(model)
+    optimizer = torch.optim.AdamW(params)
+    scalora.attach(model, optimizer, ScaLoraConfig(interval=None, **config))
+    before = []
+
+    def train():
+        for step in range(2):  # a refresh begins to look after the first
+            way(model(**models.batch("llama", step)).loss, params)
+            before[:] = [p.detach().clone() for p in params]
+            optimizer.step()
+
+    with pytest.raises(ScaloraError, match=rf"^{setting} needs sketches .* call loss\.backward\(\)"):
+        train()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..common.errors import ScaloraError
 
 
 class Leaves:
@@ -15,6 +17,15 @@ class Leaves:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in tensors] if _several() else []
+
+    def refuse_unseen(self, trained: Iterable[Tensor], setting: str) -> None:
+        """Raise ScaloraError where what is `trained` got gradients by a pass that gave these tensors none."""
+        if any(leaf.grad is not None for leaf in self.tensors) or all(p.grad is None for p in trained):
+            return
+        raise ScaloraError(
+            f"{setting} needs sketches of the gradient, which loss.backward() makes; its gradients came without "
+            "them, as torch.autograd.grad or backward(inputs=...) gives them: call loss.backward(), or leave it out"
+        )
 
     @torch.no_grad()
     def gather(self) -> None:

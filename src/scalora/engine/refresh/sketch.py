@@ -42,8 +42,13 @@ class Sketch:
         self._leaves = Leaves([sketch.leaf for sketch in self._sketches()])
 
     def gather(self) -> None:
-        """To be called once a step. A collective where there are several processes."""
+        """To be called once a step. A collective where there are several processes.
+
+        Raises:
+            ScaloraError: the step's gradients came by a pass that sketches cannot see.
+        """
         if self.side is not None:
+            self._leaves.refuse_unseen((layer.A for layer in self.layers), "refresh")
             self._leaves.gather()
 
     def close(self) -> list[Tensor]:

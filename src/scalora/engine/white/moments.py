@@ -90,9 +90,13 @@ class Moments:
         """What was seen since joins what was known, if there was a look; whether there was one. A collective.
 
         A layer without a gradient learns nothing.
+
+        Raises:
+            ScaloraError: the step's gradients came by a pass that is not looked at.
         """
         if not self.looking:
             return False
+        self._leaves.refuse_unseen((layer.A for layer in self.layers), "coordinates='white'")
         self._leaves.gather()
         totals = self._leaves.totals()
         keep = min(self.looks / (self.looks + 1), KEEP)
