@@ -3,8 +3,10 @@
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, RwkvConfig, RwkvForCausalLM
+from typer.testing import CliRunner
 
 from helpers import tokenized, workspace
+from scalora.cli import app
 from scalora.common.errors import ScaloraError
 from scalora.runs.recipe import load_recipe
 from scalora.runs.training import train
@@ -110,3 +112,6 @@ def test_a_whole_run(tmp_path):
     resumed = [f"output={tmp_path}/again", own, *values]
     again = train(load_recipe(recipe, resumed))
     assert again.metrics["after"] == found.metrics["after"]
+    for form in ("lora", "merged"):
+        result = CliRunner().invoke(app, ["export", f"{tmp_path}/again", "--to", form])
+        assert result.exit_code == 0, result.output

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from ..common.errors import ScaloraError
 from .examples import Collator, TokenDataset
@@ -97,7 +98,8 @@ def check_apart(model: Any, field: str, otherwise: str) -> None:
     first, second, document = tokens[:4], tokens[4:8], tokens[8:]
     collate = PackedCollator(Collator(0))
     reason = "takes no position_ids"
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    whose = model.get_base_model() if isinstance(model, PeftModel) else model  # whose own forward names nothing
+    if "position_ids" in inspect.signature(whose.forward).parameters:
         try:
             with evaluating(model, None) as device:
                 after, other, alone = (
@@ -109,7 +111,7 @@ def check_apart(model: Any, field: str, otherwise: str) -> None:
             reason = "lets documents see those before them"
         except _FAILURES as error:
             reason = f"cannot read documents side by side ({' '.join(str(error).split())[:120]})"
-    raise ScaloraError(f"{field} is 'apart', but {type(model).__name__} {reason}: set {field}: {otherwise}")
+    raise ScaloraError(f"{field} is 'apart', but {type(whose).__name__} {reason}: set {field}: {otherwise}")
 
 
 def _read(model: Any, collate: PackedCollator, pieces: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
