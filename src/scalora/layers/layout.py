@@ -51,7 +51,7 @@ def is_plain(weight: Tensor) -> bool:
 
     torchao quantises by a tensor class of its own, and says that its dtype is float; bitsandbytes keeps integers.
     """
-    return weight.is_floating_point() and type(weight).__module__.partition(".")[0] == "torch"
+    return weight.is_floating_point() and f"{type(weight).__module__}.".startswith("torch.")
 
 
 def is_linear(module: LoraLayer, adapter: str) -> bool:

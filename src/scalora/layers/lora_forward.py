@@ -9,7 +9,7 @@ where there are many tokens (:mod:`.products`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer
@@ -35,6 +35,17 @@ class LoraForward(nn.Module, LoraLayer):
     sketch: GradientSketch | None = None
     moments: MomentSketch | None = None
     kept_sum: KeptSum | None = None
+    # Whether PEFT's pass, behind ours, is that of linear layers; or one of several that we know. Settled for the class,
+    # since torch.compile would break its graph over the question.
+    is_linear: ClassVar[bool] = False
+    is_known: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(LoraForward) + 1 :]
+        inherited = next(vars(base)["forward"] for base in behind if "forward" in vars(base))
+        cls.is_linear = inherited is Linear.forward
+        cls.is_known = inherited in (Linear.forward, Embedding.forward, Conv2d.forward)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; whatever is out of the ordinary takes PEFT's own way."""
@@ -65,16 +76,6 @@ class LoraForward(nn.Module, LoraLayer):
         """What this pass may keep for the next; without gradients too, as reentrant checkpoints begin."""
         apart = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()  # autograd takes nothing made there
         return self.kept_sum if self.training and not apart else None
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is PEFT's ordinary layer for linear ones, whose pass we know."""
-        return super().forward.__func__ is Linear.forward  # pyright: ignore
-
-    @property
-    def is_known(self) -> bool:
-        """Whether it is PEFT's for linear layers, embeddings or convolutions, all of whose passes we know."""
-        return super().forward.__func__ in (Linear.forward, Embedding.forward, Conv2d.forward)  # pyright: ignore
 
     def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own pass."""
