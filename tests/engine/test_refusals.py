@@ -44,6 +44,7 @@ def test_state_of_another_scale_is_refused(other):
     [
         ({"use_dora": True}, "DoRA|Dora"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"lora_alpha": 0}, "has scale 0"),
     ],
 )
 def test_layers_that_are_not_plain_lora_are_refused_by_name(options, words):

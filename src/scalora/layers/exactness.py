@@ -28,6 +28,8 @@ def why_inexact(module: LoraLayer, adapter: str) -> str:
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
         variant = type(module.lora_variant.get(adapter)).__name__
         return f"uses a LoRA variant ({variant}): only plain LoRA can be rescaled; switch the variant off"
+    if module.scaling.get(adapter) == 0:
+        return "has scale 0 (lora_alpha, alpha_pattern), so that nothing of it is trained: set another lora_alpha"
     if problem := _of_its_kind(module, adapter):
         return problem
     if module.lora_bias.get(adapter, False):
