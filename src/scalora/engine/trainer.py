@@ -60,11 +60,7 @@ class ScaLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model = kwargs["model"]
-        every = self.config.refresh
-        if self.config.interval is None and every is not None and every >= state.max_steps:
-            raise ScaloraError(
-                f"refresh is {every}, but training has {state.max_steps} steps, so that none would take place: lower it"
-            )
+        refuse_too_few(self.config, state.max_steps)
         if getattr(args, "teacher_model_kind", None) == "ema":  # TRL's self-distillation
             raise ScaloraError(
                 "teacher_model_kind is 'ema', which averages the factors of adapters: events change their columns, so "
@@ -161,6 +157,15 @@ def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
         raise ScaloraError(
             f"checkpoint {folder} lacks {', '.join(missing)}, without which a resumed run is another one: take a whole "
             "checkpoint (save_only_model writes none), or start anew from this adapter"
+        )
+
+
+def refuse_too_few(config: ScaLoraConfig, steps: int) -> None:
+    """Raise ScaloraError where nothing is to happen but refreshes, and none comes within so many steps."""
+    every = config.refresh
+    if config.interval is None and every is not None and every >= steps:
+        raise ScaloraError(
+            f"refresh is {every}, but training has {steps} steps, so that none would take place: lower it"
         )
 
 

@@ -149,6 +149,9 @@ class Method(ABC):
         """LoRA's alpha as it is used; None where the method has none."""
         return self.spec.scaled_alpha if self.has_alpha else None
 
+    def check(self, arguments: TrainingArguments) -> None:
+        """Raise ScaloraError where Trainer's arguments are seen not to suit, before anything takes long."""
+
     @abstractmethod
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         """Adapt a freshly loaded model in place.

@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..common.errors import ScaloraError
 from ..engine.chosen import choose_layers
 from ..engine.config import ScaLoraConfig
 from ..engine.plain_lora import joined_factors
-from ..engine.trainer import ScaLoraCallback
+from ..engine.trainer import ScaLoraCallback, refuse_too_few
 from ..layers.layout import as_matrix
 from ..layers.peft_lora import AdapterLayer, sort_layers
 from ..models.heads import Head, loading_lines
@@ -50,6 +50,10 @@ class ScaLoraI(Method):
             self.config = ScaLoraConfig(**self.options.model_dump())
         except ScaloraError as error:  # which begins with the field
             raise ScaloraError(f"method.options.{error}") from error
+
+    def check(self, arguments: TrainingArguments) -> None:
+        if arguments.max_steps > 0:  # else they are counted when training begins
+            refuse_too_few(self.config, arguments.max_steps)
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         callback = ScaLoraCallback(self.config)

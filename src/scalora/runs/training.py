@@ -150,6 +150,7 @@ def _train(
             autocast=AUTOCAST[choice.precision], progress=watcher.progress,
         )  # fmt: skip
 
+    method.check(arguments)
     set_seed(arguments.seed)  # adapters start alike, whatever was drawn before
     base_bytes = weight_bytes(model)
     adapted = method.adapt(model, task.head)
