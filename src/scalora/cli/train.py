@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -102,9 +102,10 @@ def live_watcher(console: Console) -> Any:
 
     class Live(Watcher, TrainerCallback):
         def __init__(self) -> None:
+            bar = BarColumn(max(6, min(40, console.width - 72)))  # counts and times are to be read whole on 80 columns
             self.display = Progress(
-                TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description:23}"), bar, MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=console, disable=not console.is_terminal,
             )  # fmt: skip
             self.bar: Any = None
