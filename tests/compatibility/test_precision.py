@@ -169,15 +169,14 @@ def test_events_between_compiled_steps_do_not_recompile(case):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("config", "kinds"), [({"refresh": 4}, 3), ({"coordinates": "white"}, 2)], ids=["refreshed", "white"]
-)
-def test_each_kind_of_pass_that_is_looked_at_compiles_once(config, kinds):
+@pytest.mark.parametrize("case", ["refreshed", "white"])
+def test_each_kind_of_pass_that_is_looked_at_compiles_once(case):
     """One without sketches, one for either side of a refresh's, or one in which second moments are looked at."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
+    config, kinds = {"refreshed": ({"refresh": 4}, 3), "white": ({"coordinates": "white"}, 2)}[case]
     config = ScaLoraConfig(interval=None, **config)
     model, twin = (models.lora("llama", torch.float64, r=2) for _ in range(2))
     optimizer, plain = (torch.optim.SGD(models.trainable(m), lr=0.1) for m in (model, twin))

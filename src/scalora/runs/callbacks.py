@@ -168,10 +168,10 @@ class StopOnSignal(TrainerCallback):
         self._wakeup: tuple[socket.socket, int] | None = None  # ours, and the descriptor that was set before
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._previous = {s: signal.getsignal(s) for s in stop_signals()}
         heard, ours = socket.socketpair()
         ours.setblocking(False)
-        threading.Thread(target=self._answer, args=(heard,), daemon=True).start()
-        self._previous = {s: signal.getsignal(s) for s in stop_signals()}
+        threading.Thread(target=self._answer, args=(heard, frozenset(self._previous)), daemon=True).start()
         self._wakeup = ours, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
         for number in self._previous:
             signal.signal(number, self._receive)
@@ -200,12 +200,12 @@ class StopOnSignal(TrainerCallback):
             stop(number, frame)
         self.received = signal.Signals(number)
 
-    def _answer(self, heard: socket.socket) -> None:
-        """Runs in the thread: a byte is the number of a signal that came."""
+    def _answer(self, heard: socket.socket, numbers: frozenset[int]) -> None:
+        """Runs in the thread: a byte is the number of a signal that came; answered late, after the end, it still is."""
         answered = False
         with heard:
             while byte := heard.recv(1):
-                if byte[0] not in self._previous:
+                if byte[0] not in numbers:
                     continue
                 let_go(byte[0])
                 left = self._timer.remaining()

@@ -116,25 +116,30 @@ class WhiteSteps:
             own = _parameters(group)
             full, wide = gather_full([*(p.detach() for p in own), *before]), self.moments.white[g].inputs.U.dtype
             now, then = ([part.to(wide) for part in _stacked(half)] for half in (full[: len(own)], full[len(own) :]))
-            then = self._decayed(own, now, then)
+            then = self._decayed(own, then)
             steps = self._whitened(g, *(n - t for n, t in zip(now, then, strict=True)))
             params += own
             values += torch._foreach_add([*then[0], *then[1]], steps)
         copy_into([p.detach() for p in params], values)
         self._before = []
 
-    def _decayed(self, params: Sequence[Tensor], now: Sequence[Tensor], then: Sequence[Tensor]) -> list[Tensor]:
+    def _decayed(self, params: Sequence[Tensor], then: Sequence[Tensor]) -> list[Tensor]:
         """What weight decay left of A (L, m, r) and Bᵀ (L, r, n) as they were: Ã decays as A does, unlike its step."""
-        shares = {
-            p: 1 - group["lr"] * group.get("weight_decay", 0)
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        }
-        if all(isinstance(share := shares[p], int | float) and share == 1 for p in params):
-            return list(then)
-        each = now[0].new_tensor([float(shares[p]) for p in params]).view(2, -1, 1, 1)
-        # A loss scaler that skips the step inside the optimizer has it leave everything as it was.
-        return [torch.where((n == t).all(), t, t * share) for n, t, share in zip(now, then, each, strict=True)]
+        rates: dict[Tensor, Any] = {}
+        for group in self.optimizer.param_groups:
+            rates |= dict.fromkeys(group["params"], group["lr"] * group.get("weight_decay", 0))
+        # A loss scaler may have the optimizer itself skip the step, which leaves everything as it was.
+        skipped = getattr(self.optimizer, "found_inf", None)
+        left: list[Tensor] = []
+        for part, own in zip(then, (params[: len(params) // 2], params[len(params) // 2 :]), strict=True):
+            of_each = [rates[p] for p in own]
+            rate = of_each[0]
+            if any(other is not rate and other != rate for other in of_each):
+                rate = part.new_tensor([float(each) for each in of_each])[:, None, None]
+            if isinstance(skipped, Tensor):
+                rate = rate * (skipped == 0).to(part)
+            left.append(part if isinstance(rate, int | float) and rate == 0 else part * (1 - rate))
+        return left
 
 
 def _parameters(group: Group) -> list[nn.Parameter]:
