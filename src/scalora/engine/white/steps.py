@@ -132,7 +132,7 @@ class WhiteSteps:
         skipped = getattr(self.optimizer, "found_inf", None)
         left: list[Tensor] = []
         for part, own in zip(then, (params[: len(params) // 2], params[len(params) // 2 :]), strict=True):
-            of_each = [rates[p] for p in own]
+            of_each = [rates.get(p, 0) for p in own]  # what is frozen does not decay
             rate = of_each[0]
             if any(other is not rate and other != rate for other in of_each):
                 rate = part.new_tensor([float(each) for each in of_each])[:, None, None]
