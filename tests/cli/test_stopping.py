@@ -1,8 +1,9 @@
 """Ctrl-C, SIGTERM and SIGHUP, by a real signal to a real process, in every phase of a run; and what a run tells."""
 
+import errno
+import io
 import json
 import os
-import pty
 import random
 import re
 import signal
@@ -19,7 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from helpers import workspace
 from scalora.cli.guard import guarded
 from scalora.common.errors import ScaloraError
-from scalora.common.stopping import stop_signals
+from scalora.common.stopping import Forgiving, stop_signals
 from scalora.runs import callbacks
 from scalora.runs.callbacks import StepTimer, StopOnSignal
 
@@ -68,13 +69,16 @@ def test_before_training_ctrl_c_stops_at_once(laid, phase):
     assert not (folder / "scoring").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, number):
     folder, recipe, _ = laid
     output = folder / f"cut-{number}"
     options = ["--set", "training.max_steps=100000", "--set", f"output={output}"]
     command = [sys.executable, "-m", "scalora", "train", str(recipe), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # should the tests themselves run under nohup
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoints/checkpoint-*/seal.json")):
         assert process.poll() is None, process.communicate()
@@ -89,37 +93,27 @@ def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, num
     assert "Traceback" not in stderr
 
 
-def test_a_terminal_that_goes_away_leaves_a_checkpoint(laid):
-    """As when ssh is cut: the kernel sends SIGHUP, and each further line would be an error."""
-    folder, recipe, _ = laid
-    output = folder / "gone"
-    ours, terminal = pty.openpty()
-    command = [sys.executable, "-c", ON_A_TERMINAL, "train", str(recipe), "--set", "training.max_steps=100000"]
-    options = ["--set", "training.save_strategy=no", "--set", f"output={output}"]
-    process = subprocess.Popen(
-        command + options, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
-    )
-    os.close(terminal)
-    said = b""
-    while not re.search(rb"loss \d", said):
-        said += os.read(ours, 4096)  # an error once the process has ended
-    os.close(ours)
-    try:
-        assert process.wait(timeout=60) == 130
-    finally:
-        process.kill()
-    (checkpoint,) = output.glob("checkpoints/checkpoint-*")
-    assert (checkpoint / "seal.json").exists()
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch):
+    """As when ssh is cut: each line would be one, before Python has heard of SIGHUP."""
 
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
 
-# A terminal belongs to a process from when it opens it as the first of a new session.
-ON_A_TERMINAL = """
-import fcntl, sys, termios
+    let_go = []
+    monkeypatch.setattr("scalora.common.stopping.let_go", let_go.append)
+    assert Forgiving(Gone()).write("text") == 4
+    assert let_go == [signal.SIGHUP]
+    kept = io.StringIO()
+    assert Forgiving(kept).write("text") == 4
+    assert kept.getvalue() == "text"
 
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from scalora.__main__ import main
-main()
-"""
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        Forgiving(Full()).flush()
 
 
 def test_nohup_is_heeded():

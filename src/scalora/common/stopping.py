@@ -6,9 +6,11 @@ imports make a ModuleNotFoundError of that ("Could not import module 'LlamaConfi
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +31,10 @@ def listen() -> None:
     _received.clear()
     for number in stop_signals():
         signal.signal(number, stop)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Forgiving) and stream is not None and stream.isatty():
+            setattr(sys, name, Forgiving(stream))
 
 
 def stop(number: int, frame: Any) -> None:
@@ -47,6 +53,34 @@ def let_go(number: int) -> None:
             with suppress(OSError):  # closed
                 if stat.S_ISCHR(os.fstat(standard).st_mode):
                     os.dup2(nowhere.fileno(), standard)
+
+
+class Forgiving:
+    """A stream to a terminal that may go away: what is said after that is lost, and is no error of who says it.
+
+    The kernel closes a terminal before Python has heard of SIGHUP.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Any, *text: str) -> None:
+        try:
+            act(*text)
+        except OSError as error:
+            if error.errno != errno.EIO or _HANGUP is None:
+                raise
+            let_go(_HANGUP)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def was_stopped(error: BaseException) -> bool:
