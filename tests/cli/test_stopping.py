@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and SIGHUP, by a real signal to a real process, in every phase of a run; and what a run tells."""
 
-import errno
-import io
 import json
 import os
 import random
@@ -20,7 +18,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from helpers import workspace
 from scalora.cli.guard import guarded
 from scalora.common.errors import ScaloraError
-from scalora.common.stopping import Forgiving, stop_signals
 from scalora.runs import callbacks
 from scalora.runs.callbacks import StepTimer, StopOnSignal
 
@@ -91,37 +88,6 @@ def test_ctrl_c_and_sigterm_name_the_last_checkpoint_and_exit_with_130(laid, num
     assert "last checkpoint" in stderr
     assert "--resume" in stderr
     assert "Traceback" not in stderr
-
-
-def test_a_terminal_that_is_gone_is_no_error(monkeypatch):
-    """As when ssh is cut: each line would be one, before Python has heard of SIGHUP."""
-
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise OSError(errno.EIO, "Input/output error")
-
-    let_go = []
-    monkeypatch.setattr("scalora.common.stopping.let_go", let_go.append)
-    assert Forgiving(Gone()).write("text") == 4
-    assert let_go == [signal.SIGHUP]
-    kept = io.StringIO()
-    assert Forgiving(kept).write("text") == 4
-    assert kept.getvalue() == "text"
-
-    class Full(io.StringIO):
-        def flush(self):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        Forgiving(Full()).flush()
-
-
-def test_nohup_is_heeded():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_before_the_first_step_leaves_nothing_behind(laid):

@@ -294,36 +294,3 @@ def test_a_run_in_other_coordinates_is_not_gone_on_with():
     del state["white"]["exponent"]  # as before there was a choice: ½
     with pytest.raises(ScaloraError, match="the saved run's white coordinates have the exponent 0"):
         handle.load_state_dict(state)
-
-
-@pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.NAdam])
-def test_weight_decay_is_not_whitened(optimizer_cls):
-    """Ã = N A decays as A does, so that both lose lr·wd of themselves, whatever the coordinates."""
-    kept, lr, decay = [], 1e-2, 0.5
-    for rate in (0.0, decay):
-        model, optimizer, _ = attached(optimizer_cls=optimizer_cls, lr=lr, dtype=torch.float64)
-        for step in range(4):
-            if step == 3:
-                before = [p.detach().clone() for p in models.trainable(model)]
-                optimizer.param_groups[0].update(weight_decay=rate, decoupled_weight_decay=True)
-            optimizer.zero_grad()
-            model(**models.batch("llama", step)).loss.backward()
-            optimizer.step()
-        kept.append([p.detach().clone() for p in models.trainable(model)])
-    for plain, decayed, p in zip(*kept, before, strict=True):
-        torch.testing.assert_close(decayed - plain, -lr * decay * p, atol=1e-9, rtol=1e-6)
-
-
-def test_a_step_that_the_optimizer_skips_decays_nothing():
-    """As a loss scaler has the fused AdamW do where a gradient overflowed."""
-    model = models.lora("llama", r=2)
-    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0.5, fused=True)
-    scalora.attach(model, optimizer, ScaLoraConfig(interval=None, coordinates="white"))
-    for overflowed in (None, 0.0, 1.0):  # lora_B waits for the second step
-        before = [p.detach().clone() for p in models.trainable(model)]
-        model(**models.batch("llama", 0)).loss.backward()
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(overflowed or 0.0)
-        optimizer.step()
-        same = [torch.equal(p, old) for p, old in zip(models.trainable(model), before, strict=True)]
-        assert overflowed is None or all(flag == bool(overflowed) for flag in same)
-        optimizer.zero_grad()

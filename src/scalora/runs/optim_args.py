@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-_DECAYED = ("weight_decay",)
 _SCHEDULE_FREE = ("weight_lr_power", "r")
 _ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
 _GALORE = ("rank", "update_proj_gap", "scale", "proj_type")
 _TORCHAO = ("block_size", "bf16_stochastic_round")
 READ: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum", "dampening", *_DECAYED, "nesterov"),
-    "adagrad": ("lr_decay", *_DECAYED, "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", *_DECAYED, "centered"),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
     "adamw_anyprecision": (
         "use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype",
     ),

@@ -112,27 +112,26 @@ class WhiteSteps:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         params, values = [], []
+        decays: dict[Tensor, Any] = {}
+        for each in optimizer.param_groups:
+            decays |= dict.fromkeys(each["params"], each["lr"] * each.get("weight_decay", 0))
         for g, (group, before) in enumerate(zip(self.moments.groups, self._before, strict=False)):
             own = _parameters(group)
             full, wide = gather_full([*(p.detach() for p in own), *before]), self.moments.white[g].inputs.U.dtype
             now, then = ([part.to(wide) for part in _stacked(half)] for half in (full[: len(own)], full[len(own) :]))
-            then = self._decayed(own, then)
+            then = self._decayed([decays.get(p, 0) for p in own], then)  # what is frozen does not decay
             steps = self._whitened(g, *(n - t for n, t in zip(now, then, strict=True)))
             params += own
             values += torch._foreach_add([*then[0], *then[1]], steps)
         copy_into([p.detach() for p in params], values)
         self._before = []
 
-    def _decayed(self, params: Sequence[Tensor], then: Sequence[Tensor]) -> list[Tensor]:
+    def _decayed(self, rates: Sequence[Any], then: Sequence[Tensor]) -> list[Tensor]:
         """What weight decay left of A (L, m, r) and Bᵀ (L, r, n) as they were: Ã decays as A does, unlike its step."""
-        rates: dict[Tensor, Any] = {}
-        for group in self.optimizer.param_groups:
-            rates |= dict.fromkeys(group["params"], group["lr"] * group.get("weight_decay", 0))
         # A loss scaler may have the optimizer itself skip the step, which leaves everything as it was.
         skipped = getattr(self.optimizer, "found_inf", None)
         left: list[Tensor] = []
-        for part, own in zip(then, (params[: len(params) // 2], params[len(params) // 2 :]), strict=True):
-            of_each = [rates.get(p, 0) for p in own]  # what is frozen does not decay
+        for part, of_each in zip(then, (rates[: len(rates) // 2], rates[len(rates) // 2 :]), strict=True):
             rate = of_each[0]
             if any(other is not rate and other != rate for other in of_each):
                 rate = part.new_tensor([float(each) for each in of_each])[:, None, None]
