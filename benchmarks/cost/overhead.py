@@ -27,7 +27,7 @@ from scalora.common import environment as provenance
 
 from .. import record
 from .clock import described, one_thread
-from .runner import Runner, load_runner, make_batch
+from .runner import PRECISIONS, Runner, load_runner, make_batch
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"source": "smollm2-135m-instruct", "head": "causal-lm", "batch": 8, "tokens": 128, "rank": 8},
@@ -111,7 +111,9 @@ def _peak_memory(name: str, what: dict[str, Any], precision: str, device: str) -
 def main() -> None:
     parser = record.parser(__doc__, "overhead")
     parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="bf16 is autocast, bf16-base the base's without it"
+    )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--repeats", type=int, default=8, help="steps of each method that are timed")
     options = parser.parse_args()

@@ -25,6 +25,7 @@ from scalora.models.load import load_model
 from .clock import now
 
 OPTIONS: dict[str, dict[str, Any]] = {"base": {"accumulate": "base"}, "kept": {"keep_sums": True}}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "bf16-base": torch.bfloat16}  # of the base
 _MEASURED_EVENTS = 3 * SLOTS
 
 
@@ -169,7 +170,7 @@ def load_runner(name: str, what: dict[str, Any], precision: str, device: str) ->
     """One method on a packaged model."""
     labels = 2 if what["head"] == "sequence-classification" else None
     model, _ = load_model(what["source"], head=what["head"], num_labels=labels)
-    return Runner(name, model.to(device), what["head"], what["rank"], precision)  # pyright: ignore[reportArgumentType]
+    return Runner(name, model.to(device, PRECISIONS[precision]), what["head"], what["rank"], precision)  # pyright: ignore[reportArgumentType]
 
 
 def make_batch(what: dict[str, Any], device: str, seed: int) -> dict[str, torch.Tensor]:
