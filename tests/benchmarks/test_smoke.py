@@ -192,20 +192,20 @@ def truncation(patch, module):
     return ["recipes/demo.yaml", "--set", "training.max_steps=1", "--rank", "2"], "truncation.json"
 
 
+def study(variants, result):
+    words = ["--set", "method.rank=2", "--set", "task.data.validation_size=10", "--lr", "1e-2", "--seeds", "1"]
+    return ["recipes/demo.yaml", *words, "--variants", ",".join(variants)], result
+
+
 def white_ablations(patch, module):
     few = ("as it is", "only inputs are whitened", "rescaled every 10 steps")
     patch.setattr(module, "VARIANTS", {name: module.VARIANTS[name] for name in few})
-    words = ["--set", "method.rank=2", "--set", "task.data.validation_size=10"]
-    return [
-        "recipes/demo.yaml",
-        *words,
-        "--lr",
-        "1e-2",
-        "--seeds",
-        "1",
-        "--variants",
-        ",".join(few),
-    ], "white_ablations.json"
+    return study(few, "white_ablations.json")
+
+
+def rescaled_hira(patch, module):
+    small(patch, module, EVERY=2)
+    return study(module.VARIANTS, "rescaled_hira.json")
 
 
 def test_variants_of_white_lora_are_what_they_say():
