@@ -19,6 +19,8 @@ from ...layers.sharding import copy_into, gather_full, is_sharded, local_shard, 
 from .peft_model import carry
 from .store import Move, Store, only_where
 
+_CACHED = 2**18  # numbers of a product that is added before it leaves a CPU's cache
+
 
 class BaseStore(Store):
     """Writes to the base weights.
@@ -75,7 +77,7 @@ class BaseStore(Store):
         count, moved = layers[0].experts, A.to(working) * d[:, None, :].to(working)
         each = (moved, B) if count == 1 else (moved.split(count), B.split(count))
         for layer, P, Q in zip(layers, *each, strict=True):
-            spread, add = layer.base_weight.data, torch.addmm if count == 1 else torch.baddbmm
+            spread = layer.base_weight.data
             if is_sharded(spread):
                 P, Q = P[shard_range(spread, 0)], Q[shard_range(spread, 1)]
             weight, P = local_shard(spread), layer.scale * P
@@ -86,11 +88,12 @@ class BaseStore(Store):
                         f"layer {layer.name} was sharded after attach(), which accumulate='base' cannot follow where "
                         "the base is bf16 or fp16: shard the model first, then attach"
                     )
-                exact = add(lost.float(), P.float(), Q.float().mT).add_(weight)
-                weight.copy_(exact)
+                exact = lost.float()
+                _add_product(exact, P.float(), Q.float().mT)
+                weight.copy_(exact.add_(weight))
                 lost.copy_(exact.sub_(weight))
             else:
-                add(weight, P.to(weight.dtype), Q.to(weight.dtype).mT, out=weight)
+                _add_product(weight, P.to(weight.dtype), Q.to(weight.dtype).mT)
 
     def state_dict(self) -> dict[str, Any]:
         lost = dict(zip(self.lost, [t.clone() for t in gather_full(list(self.lost.values()))], strict=True))
@@ -109,6 +112,17 @@ class BaseStore(Store):
             )
         copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
         mark_written(self.layers)
+
+
+def _add_product(weight: Tensor, P: Tensor, Qt: Tensor) -> None:
+    """weight += P Qt, of (m, n) or of one stack of experts (E, m, n)."""
+    if not weight.is_cpu:
+        (torch.addmm if weight.ndim == 2 else torch.baddbmm)(weight, P, Qt, out=weight)
+        return
+    # Loaded weights lie in memory as in their file, across cache lines. BLAS adds to such far more slowly than this.
+    rows = max(1, _CACHED // weight.shape[-1])
+    for some, factor in zip(weight.split(rows, -2), P.split(rows, -2), strict=True):
+        some += factor @ Qt
 
 
 def mark_written(layers: Sequence[AdapterLayer]) -> None:
