@@ -2,13 +2,15 @@
 
     python -m benchmarks.cost.throughput --data ../shared/data
 
-SmolLM2 on GSM8K's solutions: recipes/smollm2-gsm8k.yaml with fewer rows. Counted are the real tokens of prompts and
-solutions over the seconds of all steps but the first (forward, backward, update; neither loading nor set-up).
+SmolLM2 on GSM8K's solutions, a row each, and on SystemVerilog, packed to blocks by both. Seconds are of all steps but
+the first (forward, backward, update; neither loading nor set-up). Of rows the real tokens of prompts and solutions
+count, of blocks all.
 """
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,7 +29,7 @@ from scalora.tasks import build_task
 
 from .. import record
 
-RECIPE = "recipes/smollm2-gsm8k.yaml"
+ROWS, PACKED = "recipes/smollm2-gsm8k.yaml", "recipes/smollm2-systemverilog.yaml"
 
 
 class Timed(Watcher):
@@ -49,7 +51,11 @@ def with_scalora(recipe: Recipe, method: str) -> float:
 
 def with_trl(recipe: Recipe) -> float:
     task: Any = build_task(recipe.task)
-    rows = [{"prompt": task.prompt(row), "completion": task.completion(row)} for row in task.rows("train")]
+    packing = recipe.task.kind == "text"
+    if packing:
+        rows = [{"text": task.text(row)} for row in task.rows("train")]
+    else:
+        rows = [{"prompt": task.prompt(row), "completion": task.completion(row)} for row in task.rows("train")]
     model, tokenizer = load_model(
         recipe.model, head="causal-lm", dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
     )
@@ -59,7 +65,8 @@ def with_trl(recipe: Recipe) -> float:
         same = recipe.training | {"report_to": [], "save_strategy": "no"}
         same["bf16"] = decide(recipe.precision, recipe.training).precision == "bfloat16"
         arguments = trl.SFTConfig(
-            output_dir=place, max_length=recipe.task.max_length, completion_only_loss=True, use_cpu=True,  # pyright: ignore
+            output_dir=place, max_length=recipe.task.max_length, use_cpu=True,  # pyright: ignore
+            completion_only_loss=None if packing else True, packing=packing, packing_strategy="wrapped",
             gradient_checkpointing=False, disable_tqdm=True, **same,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
@@ -76,36 +83,43 @@ def with_trl(recipe: Recipe) -> float:
     return sum(timer.seconds[1:])
 
 
+def grounds(data: str, rows: int) -> dict[str, tuple[Recipe, float]]:
+    """Each recipe, with fewer rows, and the tokens of all its steps but the first."""
+    few = ["task.data.validation_size=8", "task.data.test_size=8"]
+    recipe = load_recipe(ROWS, [f"task.data.folder={data}", f"task.data.train_size={rows}", *few])
+    _, tokenizer = load_model(recipe.model, head="causal-lm")
+    tokens = sum(len(row["input_ids"]) for row in build_task(recipe.task).train_dataset(tokenizer))
+    batch = recipe.training["per_device_train_batch_size"]
+    found = {"rows": (recipe, (1 - batch / rows) * tokens)}
+    recipe = load_recipe(PACKED, [f"task.data.train_size={rows}", *few, f"training.max_steps={rows // batch}"])
+    batch = recipe.training["per_device_train_batch_size"]
+    return found | {"packed": (recipe, (recipe.training["max_steps"] - 1) * batch * recipe.task.max_length)}  # pyright: ignore
+
+
 def main() -> None:
     parser = record.parser(__doc__, "throughput.json")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    sizes = [f"task.data.train_size={options.rows}", "task.data.validation_size=8", "task.data.test_size=8"]
-    recipe = load_recipe(RECIPE, [f"task.data.folder={options.data}", *sizes])
-    _, tokenizer = load_model(recipe.model, head="causal-lm")
-    tokens = sum(len(row["input_ids"]) for row in build_task(recipe.task).train_dataset(tokenizer))
-    runs = {
-        "TRL, LoRA": lambda: with_trl(recipe),
-        "scalora train, lora": lambda: with_scalora(recipe, "lora"),
-        "scalora train, scalora-i": lambda: with_scalora(recipe, "scalora-i"),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    share = 1 - recipe.training["per_device_train_batch_size"] / options.rows
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            rates[name].append(share * tokens / run())
-    table = Table("", "tokens a second", "of TRL's", "least – most of the ratio")
-    for name, found in rates.items():
-        ratios = sorted(a / b for a, b in zip(found, rates["TRL, LoRA"], strict=True))
-        table.add_row(name, f"{median(found):.0f}", f"{median(ratios):.2f}", f"{ratios[0]:.2f} – {ratios[-1]:.2f}")
+    table = Table("", "", "tokens a second", "of TRL's", "least – most of the ratio")
+    content: dict[str, Any] = {}
+    for ground, (recipe, tokens) in grounds(options.data, options.rows).items():
+        runs = {
+            "TRL, LoRA": partial(with_trl, recipe),
+            "scalora train, lora": partial(with_scalora, recipe, "lora"),
+            "scalora train, scalora-i": partial(with_scalora, recipe, "scalora-i"),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                rates[name].append(tokens / run())
+        for name, found in rates.items():
+            ratios = sorted(a / b for a, b in zip(found, rates["TRL, LoRA"], strict=True))
+            spread = f"{ratios[0]:.2f} – {ratios[-1]:.2f}"
+            table.add_row(ground, name, f"{median(found):.0f}", f"{median(ratios):.2f}", spread)
+        content[ground] = {"recipe": recipe.model_dump(mode="json"), "tokens": tokens, "tokens_per_second": rates}
     Console().print(table)
-    content = {
-        "recipe": recipe.model_dump(mode="json"),
-        "tokens": tokens,
-        "tokens_per_second": rates,
-    }
     record.write(options.output, content, trl=trl.__version__)
 
 
