@@ -122,7 +122,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(laid, case):
 
 
 def test_refreshes_that_never_come_are_refused_before_anything_is_scored(laid):
-    options = ["method={name: white-refresh, rank: 2}", "training.max_steps=25", f"output={laid[0] / 'never'}"]
+    options = ["method={name: scalora-refresh, rank: 2}", "training.max_steps=25", f"output={laid[0] / 'never'}"]
     result = _invoke("train", laid[1], *(part for option in options for part in ("--set", option)))
     assert result.exit_code == 2
     assert "refresh is 25, but training has 25 steps" in result.stderr

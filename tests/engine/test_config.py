@@ -1,7 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
+import scalora
+from helpers import models
 from scalora import ScaLoraConfig, ScaloraError
 
 
@@ -20,7 +23,8 @@ def test_defaults_and_help():
         ("interval", 0), ("interval", 1.5), ("interval", True), ("interval", "10"),
         ("scaling", "papre"), ("accumulate", "nowhere"), ("accumulate", None),
         ("lipschitz", 0), ("lipschitz", -1.0), ("lipschitz", float("nan")), ("lipschitz", "1"),
-        ("capacity", 0), ("capacity", 2.5), ("floor", 0), ("floor", 1), ("floor", float("inf")),
+        ("refresh", 2.5), ("refresh", "often"), ("capacity", 0), ("capacity", 2.5), ("floor", 0),
+        ("floor", 1), ("floor", float("inf")),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(field, value):
@@ -31,3 +35,12 @@ def test_bad_values_are_named(field, value):
 def test_capacity_makes_no_sense_without_an_adapter():
     with pytest.raises(ScaloraError, match="capacity"):
         ScaLoraConfig(accumulate="base", capacity=8)
+
+
+def test_where_nobody_tells_the_length_of_the_run_auto_is_refused_and_nothing_changed():
+    model = models.lora("llama")
+    with pytest.raises(
+        ScaloraError, match="refresh is 'auto', a quarter of the run, whose length only a Trainer tells"
+    ):
+        scalora.attach(model, torch.optim.AdamW(models.trainable(model)), ScaLoraConfig(interval=None, refresh="auto"))
+    assert not any(hasattr(module, "attached") for module in model.modules())

@@ -47,7 +47,7 @@ def test_trainer_with_one_more_line(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("accumulate", ["adapter", "base"])
-@pytest.mark.parametrize("refresh", [None, 4], ids=["events", "refresh"])
+@pytest.mark.parametrize("refresh", [None, 4, "auto"], ids=["events", "refresh", "auto"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, accumulate, refresh):
     config = ScaLoraConfig(interval=None if refresh else 2, refresh=refresh, accumulate=accumulate)
     _, whole = _trainer(tmp_path / "whole", kind, config)
@@ -99,6 +99,19 @@ def test_resuming_from_a_foreign_checkpoint_says_so(tmp_path):
     _, trainer = _trainer(tmp_path)
     with pytest.raises(ScaloraError, match=r"scalora\.safetensors is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(("steps", "every"), [(12, 3), (100, 25), (150, 37), (500, 50)])
+def test_the_length_of_the_run_says_how_often_to_refresh(tmp_path, steps, every):
+    callback, trainer = _trainer(tmp_path, config={"interval": None, "refresh": "auto"}, max_steps=steps)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert callback.handle.refresh.every == every
 
 
 def test_a_refresh_that_would_never_come_is_refused(tmp_path):

@@ -71,10 +71,12 @@ def attach(model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | Mappi
         >>> scalora.attach(model, optimizer)
         >>> for batch in loader: ...  # the usual loop
     """
+    config = as_config(config)
+    _ = config.period  # refused before anything is changed
     if (zero := zero_optimizer(optimizer)) is not None:
-        handle = attach_zero(model, zero, as_config(config))
+        handle = attach_zero(model, zero, config)
     else:
-        handle = ScaLora(model, optimizer, as_config(config))
+        handle = ScaLora(model, optimizer, config)
     write_and_read_beside(handle.model)
     return handle
 

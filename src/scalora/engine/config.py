@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from ..algebra.scaling import ScalingMethod
 from ..common.errors import ScaloraError, named
 from ..layers.kept_sum import KeptSum
 
+MOST = 50  # steps from one refresh to the next, where the length of the run chooses it
 _NEAR = 0.8  # of two names, so that one is taken for the other's misspelling: foo is not for floor
 Accumulate = Literal["adapter", "base"]
 Coordinates = Literal["plain", "white"]
@@ -41,10 +42,11 @@ class ScaLoraConfig:
         "Optimizer steps from one rescaling to the next; 1 is the paper's ScaLoRA, 10 its ScaLoRA-I. None: no column "
         "is rescaled.",
     )
-    refresh: int | None = _help(
+    refresh: int | Literal["auto"] | None = _help(
         None,
         "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
-        "(Theorem 1), the old ones' update kept. None: never.",
+        f"(Theorem 1), the old ones' update kept. 'auto': a quarter of the run, {MOST} at most, where a Trainer runs "
+        "it. None: never.",
     )
     coordinates: Coordinates = _help(
         "plain",
@@ -88,8 +90,8 @@ class ScaLoraConfig:
     def __post_init__(self) -> None:
         if self.interval is not None:
             _require_int("interval", self.interval, 1)
-        if self.refresh is not None:
-            _require_int("refresh", self.refresh, 2)
+        if self.refresh is not None and self.refresh != "auto":
+            _require_int("refresh", self.refresh, 2, " or 'auto'")
         _require_choice("coordinates", self.coordinates, get_args(Coordinates))
         if not self.has_events:
             if self.coordinates == "plain":
@@ -118,6 +120,24 @@ class ScaLoraConfig:
         if not (_is_number(self.floor) and 0 < self.floor < 1):
             raise ScaloraError(f"floor is {self.floor!r}: it must lie between 0 and 1 (both excluded)")
 
+    def of_run(self, steps: int) -> ScaLoraConfig:
+        """These settings in a run of so many optimizer steps: what ``refresh='auto'`` stands for there."""
+        return replace(self, refresh=max(2, min(MOST, steps // 4))) if self.refresh == "auto" else self
+
+    @property
+    def period(self) -> int | None:
+        """``refresh`` as a number of steps.
+
+        Raises:
+            ScaloraError: it is 'auto', and nobody has said how long the run is.
+        """
+        if isinstance(self.refresh, str):
+            raise ScaloraError(
+                f"refresh is {self.refresh!r}, a quarter of the run, whose length only a Trainer tells: give a number "
+                f"of steps here, {MOST} at most"
+            )
+        return self.refresh
+
     @property
     def sketched(self) -> bool:
         """Whether sketches are made of what each layer reads and of its outputs' gradients."""
@@ -131,7 +151,7 @@ class ScaLoraConfig:
     @property
     def kept_sum(self) -> KeptSum | None:
         """What each layer keeps a sum with; None where none is to be kept."""
-        steps = min(filter(None, (self.interval, self.refresh)), default=0)
+        steps = min(filter(None, (self.interval, self.period)), default=0)
         return KeptSum(steps, half=self.keep_sums is True) if steps and self.keep_sums is not False else None
 
     @property
@@ -185,9 +205,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require_int(name: str, value: object, least: int) -> None:
+def _require_int(name: str, value: object, least: int, otherwise: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ScaloraError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+        raise ScaloraError(f"{name} is {value!r}: it must be a whole number of at least {least}{otherwise}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -86,10 +86,10 @@ class ScaLora:
         if config.coordinates == "white":
             self.white = WhiteSteps(self.layers, self.optimizer)
         self.refresh = None
-        if config.refresh is not None:
+        if config.period is not None:
             white = self.white.moments if self.white else None
             sizes = self.constants.nan_to_num(1.0)  # orthonormal columns, where L does not say otherwise
-            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.refresh, sizes, white)
+            self.refresh = Refresh(self.layers, self.optimizer, self.store, config.period, sizes, white)
         self.own_passes = OwnPasses(self.layers)
         if former is not None:
             former.supersede()

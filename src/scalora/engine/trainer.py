@@ -60,7 +60,8 @@ class ScaLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model = kwargs["model"]
-        refuse_too_few(self.config, state.max_steps)
+        config = self.config.of_run(state.max_steps)
+        refuse_too_few(config, state.max_steps)
         if getattr(args, "teacher_model_kind", None) == "ema":  # TRL's self-distillation
             raise ScaloraError(
                 "teacher_model_kind is 'ema', which averages the factors of adapters: events change their columns, so "
@@ -73,7 +74,7 @@ class ScaLoraCallback(TrainerCallback):
             )
         if self.handle is not None:
             self.handle.detach()  # of a training that an exception has ended
-        self.handle, self.saved = attach(model, kwargs["optimizer"], self.config), None
+        self.handle, self.saved = attach(model, kwargs["optimizer"], config), None
         adapter = self.handle.layers[0].adapter
         loaded = loaded_from(model, adapter)
         # PEFT puts an adapter that is not called "default" into a folder of its own.
@@ -162,7 +163,7 @@ def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
 
 def refuse_too_few(config: ScaLoraConfig, steps: int) -> None:
     """Raise ScaloraError where nothing is to happen but refreshes, and none comes within so many steps."""
-    every = config.refresh
+    every = config.of_run(steps).period
     if config.interval is None and every is not None and every >= steps:
         raise ScaloraError(
             f"refresh is {every}, but training has {steps} steps, so that none would take place: lower it"

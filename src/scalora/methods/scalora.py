@@ -144,8 +144,8 @@ class WhiteRefresh(ScaLoraI):
     """Both: other steps, and new adapters along the directions that these steps gain most by."""
 
     name = "white-refresh"
-    summary = "white-lora with new adapters every 25 steps, by Theorem 1 of 2510.23818 in the metric of the steps"
-    Options = _options(interval=None, refresh=25, coordinates="white")
+    summary = "white-lora with new adapters every 50 steps, by Theorem 1 of 2510.23818 in the metric of the steps"
+    Options = _options(interval=None, refresh="auto", coordinates="white")
 
 
 @torch.no_grad()
