@@ -19,6 +19,7 @@ from ...layers.sharding import copy_into, gather_full, is_sharded, local_shard, 
 from .peft_model import carry
 from .store import Move, Store, only_where
 
+_LINE = 64  # bytes of a CPU's cache line
 _CACHED = 2**18  # numbers of a product that is added before it leaves a CPU's cache
 
 
@@ -116,10 +117,10 @@ class BaseStore(Store):
 
 def _add_product(weight: Tensor, P: Tensor, Qt: Tensor) -> None:
     """weight += P Qt, of (m, n) or of one stack of experts (E, m, n)."""
-    if not weight.is_cpu:
+    if not weight.is_cpu or weight.data_ptr() % _LINE == 0:
         (torch.addmm if weight.ndim == 2 else torch.baddbmm)(weight, P, Qt, out=weight)
         return
-    # Loaded weights lie in memory as in their file, across cache lines. BLAS adds to such far more slowly than this.
+    # A loaded weight lies in memory as in its file, across cache lines. BLAS adds to such far more slowly than this.
     rows = max(1, _CACHED // weight.shape[-1])
     for some, factor in zip(weight.split(rows, -2), P.split(rows, -2), strict=True):
         some += factor @ Qt
