@@ -45,6 +45,7 @@ OVERVIEW = (
     ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4", None),
     ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4", None),
 )
+OURS = "scalora-i", "white-refresh"
 STEPS = "overhead/smollm2-bf16.json"
 
 
@@ -69,7 +70,7 @@ def overview() -> str:
         lora = found[str(table.baseline)].quality
         score = f"test {_metric(table)} {'↑' if table.higher_is_better else '↓'}"
         cells = []
-        for name, heading in zip(names, ("scalora-i", "white-refresh"), strict=True):
+        for name, heading in zip(names, OURS, strict=True):
             if name is None:
                 cells.append("–")
                 continue
@@ -79,8 +80,9 @@ def overview() -> str:
             cells.append(f"{ours.quality.value:.3f} ± {ours.quality.error:.3f}{other}, {ours.difference.verdict}")
         seeds = max(found[name].difference.n for name in names if name)  # pyright: ignore[reportOptionalMemberAccess]
         rows.append([f"{task}, {seeds} seeds: {score}", f"{lora.value:.3f} ± {lora.error:.3f}", *cells])
-    rows.append(["time of a step, SmolLM2, bf16, PEFT's LoRA being 1 ↓", "1.00", *map(_step, ("scalora-i", "white-refresh"))])
-    return _untitled(TextTable("", ["task", "LoRA", "`scalora-i`", "`white-refresh`"], rows))
+    steps = map(_step, OURS)
+    rows.append(["time of a step, SmolLM2, bf16, PEFT's LoRA being 1 ↓", "1.00", *steps])
+    return _untitled(TextTable("", ["task", "LoRA", *(f"`{name}`" for name in OURS)], rows))
 
 
 def _step(name: str) -> str:
