@@ -6,6 +6,7 @@ import torch
 import scalora
 from helpers import models
 from scalora import ScaLoraConfig, ScaloraError
+from scalora.engine.config import MOST
 
 
 def test_defaults_and_help():
@@ -13,6 +14,8 @@ def test_defaults_and_help():
     assert (config.interval, config.scaling, config.lipschitz) == (10, "paper", None)
     assert (config.accumulate, config.capacity, config.floor) == ("adapter", None, 1e-2)
     assert all(len(field.metadata["help"]) > 20 for field in dataclasses.fields(config))
+    (refresh,) = (field for field in dataclasses.fields(config) if field.name == "refresh")
+    assert f"a quarter of the run, {MOST} at most" in refresh.metadata["help"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.interval = 3  # pyright: ignore
 

@@ -45,8 +45,8 @@ class ScaLoraConfig:
     refresh: int | Literal["auto"] | None = _help(
         None,
         "Optimizer steps from one refresh to the next: new adapters along the gradient's top singular directions "
-        f"(Theorem 1), the old ones' update kept. 'auto': a quarter of the run, {MOST} at most, where a Trainer runs "
-        "it. None: never.",
+        "(Theorem 1), the old ones' update kept. 'auto': a quarter of the run, 50 at most, where a Trainer runs it. "
+        "None: never.",
     )
     coordinates: Coordinates = _help(
         "plain",
