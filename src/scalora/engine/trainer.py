@@ -163,7 +163,7 @@ def refuse_incomplete(folder: Path, args: TrainingArguments) -> None:
 
 def refuse_too_few(config: ScaLoraConfig, steps: int) -> None:
     """Raise ScaloraError where nothing is to happen but refreshes, and none comes within so many steps."""
-    every = config.of_run(steps).period
+    every = config.period
     if config.interval is None and every is not None and every >= steps:
         raise ScaloraError(
             f"refresh is {every}, but training has {steps} steps, so that none would take place: lower it"

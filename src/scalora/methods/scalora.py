@@ -53,7 +53,7 @@ class ScaLoraI(Method):
 
     def check(self, arguments: TrainingArguments) -> None:
         if arguments.max_steps > 0:  # else they are counted when training begins
-            refuse_too_few(self.config, arguments.max_steps)
+            refuse_too_few(self.config.of_run(arguments.max_steps), arguments.max_steps)
 
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:
         callback = ScaLoraCallback(self.config)
@@ -144,7 +144,7 @@ class WhiteRefresh(ScaLoraI):
     """Both: other steps, and new adapters along the directions that these steps gain most by."""
 
     name = "white-refresh"
-    summary = "white-lora with new adapters every 50 steps, by Theorem 1 of 2510.23818 in the metric of the steps"
+    summary = "white-lora with new adapters every 50 steps or quarter of a run, by Theorem 1 in the metric of the steps"
     Options = _options(interval=None, refresh="auto", coordinates="white")
 
 
