@@ -75,7 +75,7 @@ def measure(
             runner.step(make_batch(what, device, 0))  # until a refresh has been seen
     batch = make_batch(what, device, 0)
     shares = {
-        name: runner.event_seconds(batch) + runner.look_seconds(median(seconds[name])) + runner.sum_seconds()
+        name: runner.event_seconds(batch) + runner.look_seconds(median(seconds[name])) + runner.sum_seconds(batch)
         for name, runner in runners.items()
     }
     return seconds, shares

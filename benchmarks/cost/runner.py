@@ -114,10 +114,24 @@ class Runner:
         """What looks add per step, where a step without one takes `plain` seconds."""
         return (sum(self.looks) / len(self.looks) - plain) / EVERY if self.looks else 0.0
 
-    def sum_seconds(self) -> float:
-        """Mean seconds per step of forming the sums that layers keep."""
+    def sum_seconds(self, batch: dict[str, torch.Tensor] | None = None) -> float:
+        """Mean seconds per step of forming the sums that layers keep, or of adding an event's columns to them.
+
+        With a batch over all events from one recompression to the next, else over the steps that were timed.
+        """
         kept = self.handle and self.handle.config.kept_sum
-        return sum(self.sums) / len(self.sums) / kept.steps if self.sums and kept else 0.0
+        if self.handle is None or not kept:
+            return 0.0
+        if batch is not None and self.handle.config.interval is not None:
+            self.sums.clear()
+            self.backward(batch)
+            for _ in range(SLOTS):  # from one recompression to the next, whose sum is formed anew
+                self.handle.rescale()
+                with _forming() as formed, torch.no_grad(), self.autocast:
+                    self.model(**batch)
+                self.sums.append(sum(formed))
+            self.optimizer.zero_grad()
+        return sum(self.sums) / len(self.sums) / kept.steps if self.sums else 0.0
 
     def event_seconds(self, batch: dict[str, torch.Tensor]) -> float:
         """Mean seconds of an event per step."""
@@ -154,15 +168,15 @@ class Runner:
 def _forming() -> Iterator[list[float]]:
     """The seconds of each sum that a layer forms within, to keep it."""
     found: list[float] = []
-    formed = kept_sum.formed
+    make = kept_sum._next
 
     def timed(*arguments: Any) -> Any:
         started = now()
-        result = formed(*arguments)
+        result = make(*arguments)
         found.append(now() - started)
         return result
 
-    with patch.object(kept_sum, "formed", timed):
+    with patch.object(kept_sum, "_next", timed):
         yield found
 
 

@@ -49,8 +49,8 @@ def short(way: str) -> Any:
         W = base.weight
         if way != "left out" and len(trained) < len(adapters):
             W = base.weight.float()
-            for A, B, scale in (each for each in adapters if not each.lora_A.requires_grad):
-                W = W + scale * B @ A
+            for each in (each for each in adapters if not each.lora_A.requires_grad):
+                W = W + each.scale * each.lora_B @ each.lora_A
             W = rounded(W, way)
         result = torch.nn.functional.linear(x, W, base.bias)
         return add_adapters(result, x, trained, torch.float32)

@@ -32,7 +32,7 @@ def test_it_is_the_definition(ranks, trained, shape, biased, inner):
     ]
     x = torch.randn(*shape, n).double().requires_grad_(inner)
     wanted = nn.functional.linear(x, W, bias)
-    for A, B, scale in adapters:
+    for A, B, scale, _ in adapters:
         wanted = wanted + scale * (x @ A.mT) @ B.mT
     found = merged_linear(x, W, bias, adapters)
     torch.testing.assert_close(found, wanted)

@@ -9,7 +9,7 @@ from scalora.layers.products import Adapter, add_adapters
 
 
 def _definition(result, x, adapters):
-    for A, B, scale in adapters:
+    for A, B, scale, _ in adapters:
         result = result + scale * (x @ A.mT) @ B.mT
     return result
 

@@ -6,13 +6,17 @@ scales the adapter scales both, and both together are one plain LoRA of more col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import ScaloraError
+from .products import Growth
 from .sharding import copy_into, gather_full, is_sharded
+
+ADDITIONS = 4  # times that columns are written behind others before a sum takes all at once: a recompression's rhythm
 
 
 class Accumulated(nn.Module):
@@ -29,6 +33,7 @@ class Accumulated(nn.Module):
     Qt: nn.Parameter  # (room, n)
     used: int
     settled = False  # whether the first columns are a recompression's: orthogonal, by falling size
+    growth: Growth | None = None  # None: all columns came at once
 
     def __init__(self, m: int, n: int, room: int, like: Tensor) -> None:
         super().__init__()
@@ -52,6 +57,22 @@ class Accumulated(nn.Module):
         P, Qt = gather_full([self.P.detach(), self.Qt.detach()])
         return P[:, : self.used], Qt[: self.used]
 
+    @property
+    def versions(self) -> tuple[int, int]:
+        """torch's, of Qᵀ and P."""
+        return self.Qt._version, self.P._version
+
+    def grown(self, k: int, before: tuple[int, int]) -> None:
+        """Say that k columns were written behind those in use, and nothing else since these versions."""
+        was = self.growth.columns if self.growth else (self.used,) if self.used else ()
+        self.used += k
+        columns = (*was, self.used) if len(was) <= ADDITIONS else (self.used,)
+        self.growth = Growth(columns, before, self.versions)
+
+    def came(self, columns: Sequence[int]) -> None:
+        """Say how the columns in use have come to be: see :class:`Growth`."""
+        self.growth = Growth(tuple(columns), self.versions, self.versions)
+
     @torch.no_grad()
     def put(self, P: Tensor, Qt: Tensor) -> None:
         """Hold these columns, P (m, k) and Qᵀ (k, n), and none else.
@@ -66,7 +87,7 @@ class Accumulated(nn.Module):
             whole = torch.zeros(mine.shape, dtype=mine.dtype, device=mine.device)
             whole[: value.shape[0], : value.shape[1]] = value
             copy_into([mine], [whole])
-        self.used, self.settled = k, False
+        self.used, self.settled, self.growth = k, False, None
 
     @torch.no_grad()
     def widen(self, room: int) -> None:

@@ -128,7 +128,9 @@ class LoraForward(nn.Module, LoraLayer):
             found.append(Adapter(A, B, scale))
             if (held := self.held(name)) is not None:
                 P, Qt = held.live()
-                found.append(Adapter(Qt, P, scale))
+                # A compiled pass keeps nothing, and would be compiled anew for each growth.
+                growth = None if torch.compiler.is_compiling() else held.growth
+                found.append(Adapter(Qt, P, scale, growth))
         return found
 
     def _in_their_dtype(self, x: Tensor, lora_A: Tensor) -> bool:

@@ -27,6 +27,16 @@ from transformers.pytorch_utils import Conv1D
 from .layout import is_plain
 from .sharding import is_sharded
 
+_CHUNK = 1 << 17  # numbers of a weight to be added at a time: 0.5 MiB in float32
+
+
+class Growth(NamedTuple):
+    """How frozen columns have come to be. Versions are torch's, of lora_A and lora_B: whoever writes changes them."""
+
+    columns: tuple[int, ...]  # in use at first, and after each time that more were written behind them
+    before: tuple[int, int]  # the last of these times
+    after: tuple[int, int]
+
 
 class Adapter(NamedTuple):
     """One adapter x ↦ scale·(x lora_Aᵀ) lora_Bᵀ."""
@@ -34,6 +44,7 @@ class Adapter(NamedTuple):
     lora_A: Tensor  # (r, n)
     lora_B: Tensor  # (m, r)
     scale: float = 1.0
+    growth: Growth | None = None
 
 
 def add_adapters(result: Tensor, x: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> Tensor:
@@ -171,7 +182,7 @@ def _sum(W: Tensor, scales: Sequence[float], matrices: Sequence[Tensor], like: T
     B, A = _stacked_B(matrices, shares, everyone, like), _stacked_A(matrices, everyone, like)
     if like.dtype == W.dtype:
         return torch.addmm(W, B, A, alpha=scale)
-    return _product(scale, B, A).add_(W)  # added in W's dtype
+    return _add_weight(_product(scale, B, A), W)
 
 
 def _added(result: Tensor, h: Tensor, Bt: Tensor, scale: float) -> Tensor:
@@ -182,6 +193,15 @@ def _added(result: Tensor, h: Tensor, Bt: Tensor, scale: float) -> Tensor:
         return _product(scale, h, Bt).add_(result).to(result.dtype)
     # One pass over the sum, which a GPU rounds on its way.
     return torch.add(result, h @ Bt, alpha=scale, out=torch.empty_like(result))
+
+
+def _add_weight(S: Tensor, W: Tensor) -> Tensor:
+    """S + W in S, added in W's dtype."""
+    # A CPU makes copies in that dtype, and the pages of large ones are new each time: up to ten times the work.
+    rows = max(1, _CHUNK // W.shape[1]) if W.is_cpu else W.shape[0]
+    for part, weights in zip(S.split(rows), W.split(rows), strict=True):
+        part.add_(weights)
+    return S
 
 
 def _product(scale: float, X: Tensor, Y: Tensor) -> Tensor:

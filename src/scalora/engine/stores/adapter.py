@@ -73,10 +73,11 @@ class AdapterStore(Store):
         held, experts = [layer.accumulated for layer in layers], layers[0].experts
         scaled = each_layer(A.to(held[0].P.dtype) * d[:, None, :].to(held[0].P.dtype), experts)
         transposed = each_layer(B, experts).mT
+        before = [h.versions for h in held]
         copy_into([h.P for h in held], list(scaled), [(0, h.used) for h in held])
         copy_into([h.Qt for h in held], list(transposed), [(h.used, 0) for h in held])
-        for h in held:
-            h.used += A.shape[-1]
+        for h, versions in zip(held, before, strict=True):
+            h.grown(A.shape[-1], versions)
 
     def discarded_share(self, like: Tensor) -> Tensor:
         share = torch.where(self.total > 0, self.discarded / self.total, 0.0)
@@ -96,7 +97,7 @@ class AdapterStore(Store):
             copy_into([h.P for h in held], list(nn.functional.pad(P, pad)))
             copy_into([h.Qt for h in held], list(nn.functional.pad(Qt, (0, 0, *pad))))
             for h in held:
-                h.used, h.settled = min(self.capacities[index[0]], h.used), True
+                h.used, h.settled, h.growth = min(self.capacities[index[0]], h.used), True, None
             there = on_device(tuple(index), torch.long, self.total.device)
             self.discarded[there] += _of_layers(best.discarded, experts).to(self.discarded)
             self.total[there] = _of_layers(best.total, experts).to(self.total)
@@ -124,6 +125,7 @@ class AdapterStore(Store):
             "total": self.total.clone(),
             "used": {name: h.used for name, h in held.items()},
             "settled": {name: h.settled for name, h in held.items()},
+            "came": {name: h.growth.columns if h.growth else () for name, h in held.items()},
             "P": dict(zip(spread, columns[::2], strict=True)),
             "Qt": dict(zip(spread, columns[1::2], strict=True)),
         }
@@ -141,6 +143,7 @@ class AdapterStore(Store):
                     "model's own state of that time first (its adapter, or model.load_state_dict)"
                 )
             held.used, held.settled = used, bool(state["settled"][layer.name])
+            held.came(state.get("came", {}).get(layer.name, ()))  # older files do not say
 
 
 def _of_layers(squares: Tensor, experts: int) -> Tensor:
