@@ -11,12 +11,17 @@ from torch import Tensor
 from ..common.errors import ScaloraError
 
 
+def new_leaf(zero: Tensor, *shape: int) -> Tensor:
+    """A leaf of this shape for a sketch to gather in; in memory it is one 0-d zero, since only its gradient is read."""
+    return zero.expand(shape).detach().requires_grad_()
+
+
 class Leaves:
     """Sums of the gradients that backward passes give to `tensors`; where there is one process, they hold them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.sums = [torch.zeros_like(leaf, requires_grad=False) for leaf in tensors] if _several() else []
+        self.sums = [leaf.detach().new_zeros(leaf.shape) for leaf in tensors] if _several() else []
 
     def refuse_unseen(self, trained: Iterable[Tensor], setting: str) -> None:
         """Raise ScaloraError where what is `trained` got gradients by a pass that gave these tensors none."""
@@ -32,7 +37,7 @@ class Leaves:
         """To be called once a step: with several processes, each then holds the sum over all. A collective there."""
         if not _several():
             return
-        gains = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.tensors]
+        gains = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in self.tensors]
         flat = torch.cat([gain.flatten() for gain in gains])
         dist.all_reduce(flat)
         torch._foreach_add_(
@@ -45,7 +50,7 @@ class Leaves:
         """The sums; zero where there was no gradient."""
         if self.sums:
             return self.sums
-        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.tensors]
+        return [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in self.tensors]
 
     def load(self, totals: Sequence[Tensor]) -> None:
         """Go on from these sums."""

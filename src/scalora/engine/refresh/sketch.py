@@ -14,7 +14,7 @@ from ...layers.lora_forward import LoraForward
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import local_shard
 from ..groups import grouped
-from ..leaves import Leaves
+from ..leaves import Leaves, new_leaf
 
 
 class Sketch:
@@ -36,9 +36,9 @@ class Sketch:
             # Contiguous, as it is after a resume: in another layout some processors round the product otherwise.
             bases = torch.stack([fixed[i] for i in group.members]).to(like.device, wide)
             (m, n), k = group.layers[0].shape, bases.shape[-1]
-            leaves = bases.new_zeros((len(bases), m, k) if side == "left" else (len(bases), k, n))
-            for i, basis, leaf in zip(group.members, bases, leaves, strict=True):
-                self._modules[i].sketch = GradientSketch(side, basis, leaf.detach().requires_grad_())
+            zero, shape = bases.new_zeros(()), (m, k) if side == "left" else (k, n)
+            for i, basis in zip(group.members, bases, strict=True):
+                self._modules[i].sketch = GradientSketch(side, basis, new_leaf(zero, *shape))
         self._leaves = Leaves([sketch.leaf for sketch in self._sketches()])
 
     def gather(self) -> None:

@@ -16,7 +16,7 @@ from ...layers.lora_forward import LoraForward
 from ...layers.moment_sketch import MomentSketch
 from ...layers.peft_lora import AdapterLayer
 from ..groups import grouped
-from ..leaves import Leaves
+from ..leaves import Leaves, new_leaf
 
 DIRECTIONS = 32  # eigenvectors that are followed, at most
 FIRST = 3  # passes that are looked at one after the other at first
@@ -76,10 +76,9 @@ class Moments:
         sketches: dict[int, MomentSketch] = {}
         for group, white in zip(self.groups, self.white, strict=True):
             Psi, Phi = white.outputs.U, white.inputs.U
-            # Leaves of one stack: nothing is launched for each.
-            leaves = (torch.zeros_like(Phi), torch.zeros_like(Psi), Phi.new_zeros(len(Phi)))
-            for i, *own, a, b, c in zip(group.members, Phi, Psi, *leaves, strict=True):
-                sketches[i] = MomentSketch(*own, *(leaf.detach().requires_grad_() for leaf in (a, b, c)))
+            zero = Phi.new_zeros(())
+            for i, phi, psi in zip(group.members, Phi, Psi, strict=True):
+                sketches[i] = MomentSketch(phi, psi, *(new_leaf(zero, *shape) for shape in (phi.shape, psi.shape, ())))
         for i, module in enumerate(self._modules):
             module.moments = sketches[i]
         self._leaves = Leaves([leaf for i in range(len(sketches)) for leaf in sketches[i].leaves])
