@@ -39,7 +39,7 @@ FIGURES = {
 OVERVIEW = (
     ("random pairs, SmolLM2, rank 8", "smollm2-recall", None, "white-refresh@8"),
     ("Python, byte-level transformer, rank 8", "byte-python-8", None, "white-refresh:refresh=25@8"),
-    ("turned digits, dense network, rank 2", "digits", "scalora-i@2", "white-refresh:refresh=25@2"),
+    ("turned digits, dense network, rank 2", "digits", "scalora-i@2", "white-refresh@2"),
     ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2", "white-refresh:refresh=37@2"),
     ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4", "white-refresh:refresh=25@4"),
     ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4", None),

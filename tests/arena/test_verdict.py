@@ -1,6 +1,7 @@
 """Ranking with ties, the Pareto front, and what a comparison recommends."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -70,6 +71,13 @@ def test_of_those_level_with_the_best_the_cheapest_is_recommended():
     said = recommendation(_table(*memory))
     assert said.startswith("Take cheap@2")
     assert said.endswith("Not known on the same hardware is what these cost: unknown@2.")
+
+
+def test_a_mean_below_loras_that_one_bad_seed_made_is_not_taken_though_nothing_tells_it_from_the_best():
+    wild = replace(_row("wild", 0.9, time=0.5), scores={0: 0.95, 1: 0.94, 2: 0.0})
+    table = _table(_row("lora", 0.8), _row("good", 0.9), wild)
+    assert recommendation(table).startswith("Take good@2: test accuracy 0.9000")
+    assert "It cannot be told apart from wild@2." in recommendation(table)
 
 
 def test_a_clear_winner_is_recommended_whatever_it_costs():

@@ -75,6 +75,24 @@ def test_columns_appended_are_added_to_it_as_they_would_be_if_it_were_formed_ane
             assert torch.equal(found, KeptSum().of(W, frozen, x))
 
 
+def test_a_weight_written_to_unseen_is_computed_with_after_five_events_at_the_latest():
+    W, x = torch.randn(7, 5).double(), torch.randn(2, 5).double()
+    held, kept, events = Accumulated(7, 5, 40, x), KeptSum(), 0
+    held.put(torch.randn(7, 2), torch.randn(2, 5))
+    for turn in range(8):
+        if turn == 1:
+            W.data.mul_(2.0)
+        before = held.versions
+        copy_into(
+            [held.P, held.Qt], [torch.ones(7, 1).double(), torch.ones(1, 5).double()], [(0, held.used), (held.used, 0)]
+        )
+        held.grown(1, before)
+        P, Qt = held.live()
+        found = kept.of(W, [Adapter(Qt, P, 1.0, held.growth)], x)
+        events += turn > 0 and not torch.allclose(found, W + P @ Qt)
+    assert 1 <= events < ADDITIONS + 1
+
+
 def test_few_tokens_make_it_pay_where_columns_stay_for_long():
     W = torch.empty(384, 384)
     assert KeptSum(10).pays(torch.empty(1, 24, 384), W)

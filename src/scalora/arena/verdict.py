@@ -13,8 +13,8 @@ CostKind = Literal["time", "memory", "disk"]
 COSTS: dict[CostKind, str] = {"time": "seconds per step", "memory": "peak memory", "disk": "bytes of what is saved"}
 _NEAR = 1.05  # times the least cost: as good as it
 RULE = (
-    "The rule: of the methods that cannot be told apart from the best, those whose mean is not below {baseline}'s are "
-    "left; of these those that are not slower than the fastest, by more than 5 % and in every run; of these those "
+    "The rule: of the methods that cannot be told apart from the best, those whose mean is not worse than {baseline}'s "
+    "are left; of these those that are not slower than the fastest, by more than 5 % and in every run; of these those "
     "within 5 % of the least peak memory, and then of the least held. Of what is left {baseline} is taken, if it is "
     "there, and else the best mean."
 )
@@ -71,8 +71,9 @@ def recommendation(table: ComparisonTable) -> str:
         leads = f" The best mean is {best.contender}'s, {best.quality.value:.4f}." if len(rows) > 1 else ""
         return f"Nothing can be recommended: {few} about noise (--seeds {ENOUGH_SEEDS} or more).{leads}"
     level = [row for row in rows if not _behind(table, row, best)]
-    base = next((row for row in level if row.contender == table.baseline), None)
-    pool = level if base is None else level[: level.index(base) + 1]  # the best first: none is below it
+    base = next((row for row in rows if row.contender == table.baseline), None)
+    # The best first, so that none in front of the baseline is worse; a few bad seeds make a mean that tells nothing.
+    pool = level if base is None else [row for row in level if rows.index(row) <= rows.index(base)]
     known = [row for row in pool if row.time is not None and row.memory is not None]
     left = _cheapest(known) if known else pool
     taken = base if base in left and base is not None else left[0]

@@ -35,7 +35,7 @@ class KeptSum:
     """A cache of one sum, which copies and pickles as an empty one.
 
     What it was formed of is known by identity, place in memory and version, so that no tensor is read for it. A weight
-    that is written to through ``.data`` is noticed no earlier than at the next event, or when the model is evaluated.
+    that is written to through ``.data`` is noticed when the sum is formed anew, or when the model is evaluated.
     """
 
     def __init__(self, steps: int = 1, half: bool = False) -> None:
