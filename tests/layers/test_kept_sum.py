@@ -31,15 +31,16 @@ def test_it_is_the_definition_until_something_changes(ranks, turned):
         torch.testing.assert_close(found, W + sum(each.scale * each.lora_B @ each.lora_A for each in frozen))
         return found
 
-    first = is_right()
-    assert is_right() is first
-    for tensor in (W, *frozen[-1][:2]):
-        tensor[0, 0] += 1.0
-        assert is_right() is not first
-    frozen[0] = frozen[0]._replace(scale=3.0)
-    is_right()
-    frozen[0] = frozen[0]._replace(lora_A=torch.randn(ranks[0], n).double())
-    is_right()
+    with patch.object(kept_sum, "_next", side_effect=kept_sum._next) as made:
+        assert is_right() is is_right()
+        for tensor in (W, *frozen[-1][:2]):
+            tensor[0, 0] += 1.0
+            is_right()
+        frozen[0] = frozen[0]._replace(scale=3.0)
+        is_right()
+        frozen[0] = frozen[0]._replace(lora_A=torch.randn(ranks[0], n).double())
+        is_right()
+    assert made.call_count == 6
 
 
 @given(
@@ -144,6 +145,28 @@ def test_it_is_formed_once_for_the_steps_between_two_events(settings, monkeypatc
         models.train(model, optimizer, "llama", 1)
     assert len(formed) == wanted
     assert 2 * len(held) <= wanted <= 6 * len(held)
+
+
+def test_passes_at_two_scales_share_a_backward_and_one_from_before_an_event_is_refused_by_autograd():
+    gradients = []
+    for keep_sums in (None, False):
+        torch.manual_seed(0)
+        model, optimizer = _attached(interval=2, keep_sums=keep_sums)
+        models.train(model, optimizer, "llama", 3)
+        modules = [module for module in model.modules() if isinstance(module, LoraForward)]
+        loss = model(**models.batch("llama")).loss
+        for module in modules:
+            module.set_scale("default", 0.5)
+        (loss + model(**models.batch("llama", 1)).loss).backward()
+        gradients.append([p.grad for p in models.trainable(model)])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+    model, optimizer = _attached(interval=1)
+    models.train(model, optimizer, "llama", 3)
+    late = model(**models.batch("llama")).loss
+    models.train(model, optimizer, "llama", 1)
+    model(**models.batch("llama"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
 
 
 def _is_base(name):

@@ -130,6 +130,11 @@ def laid(tmp_path_factory):
     return workspace.lay(tmp_path_factory.mktemp("ground"))
 
 
+def test_a_mistyped_choice_is_answered_by_the_nearest(laid):
+    with pytest.raises(ScaloraError, match=r"optim is 'adamw_troch': did you mean 'adamw_torch'\?$"):
+        _recipe(laid, {"optim": "adamw_troch"})
+
+
 def test_every_field_is_decided_on():
     works = {name for group in WORKS for name in group}
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .products import Adapter, summed
+from .products import Adapter, row_chunks, summed
 
 
 class _Made(NamedTuple):
@@ -59,6 +59,7 @@ class KeptSum:
         what = [x.dtype, *(each.scale for each in frozen), *map(_identity, tensors)]
         made = self._made
         if made is None or made.what != what:
+            self._made = None  # what it holds is written over
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 made = self._made = _Made(what, _next(made, what, tensors[0], frozen, x), tensors)
         return made.total
@@ -71,29 +72,41 @@ class KeptSum:
         return KeptSum, (self.steps, self.half)
 
 
-def formed(W: Tensor, frozen: Sequence[Adapter], x: Tensor) -> Tensor:
-    """The sum in the dtype of `x`, made in float32 at least and rounded once."""
-    exact = W.float() if W.dtype.itemsize < 4 else W
-    return summed(exact, frozen, exact).to(x.dtype)
+def formed(W: Tensor, frozen: Sequence[Adapter], x: Tensor, room: Tensor | None = None) -> Tensor:
+    """The sum in the dtype of `x`, made in float32 at least and rounded once; in `room`, if that is given."""
+    total = torch.empty(W.shape, dtype=x.dtype, device=W.device) if room is None else room
+    for rows in row_chunks(W):
+        exact = W[rows].float() if W.dtype.itemsize < 4 else W[rows]
+        total[rows] = summed(exact, [each._replace(lora_B=each.lora_B[rows]) for each in frozen], exact)
+    return total
 
 
 def _next(made: _Made | None, what: list[Any], W: Tensor, frozen: Sequence[Adapter], x: Tensor) -> Tensor:
     """The sum, by the same additions whether all are made now or most were made before.
 
-    So a run that is resumed, or whose model was evaluated in between, rounds as one that was not.
+    So a run that is resumed, or whose model was evaluated in between, rounds as one that was not. Where nothing but
+    what is in the same places has changed, the sum takes the place of the one before: new memory costs a CPU more than
+    the addition. Whoever still wants gradients by way of that is told so by autograd, as after an optimizer's step.
     """
+    room = made.total if made is not None and _places(made.what) == _places(what) else None
     growing = [i for i, each in enumerate(frozen) if _columns(each)[1:]]
     if len(growing) != 1 or W.dtype.itemsize < 4:
-        return formed(W, frozen, x)
+        return formed(W, frozen, x, room)
     i = growing[0]
     ends = _columns(frozen[i])
     if made is not None and made.what == _before(what, frozen, i):
         total, ends = made.total, ends[-2:]
     else:
-        total = formed(W, [*frozen[:i], _between(frozen[i], 0, ends[0]), *frozen[i + 1 :]], x)
+        total = formed(W, [*frozen[:i], _between(frozen[i], 0, ends[0]), *frozen[i + 1 :]], x, room)
     for start, end in pairwise(ends):
-        total = summed(total, [_between(frozen[i], start, end)], x)
+        A, B, s, _ = _between(frozen[i], start, end)
+        total.addmm_(B.to(total), A.to(total), alpha=s)
     return total
+
+
+def _places(what: list[Any]) -> list[Any]:
+    """What a sum is made of, however its values and its number of columns have changed."""
+    return [(part[0], *part[3:]) if isinstance(part, tuple) else part for part in what]
 
 
 def _columns(adapter: Adapter) -> tuple[int, ...]:

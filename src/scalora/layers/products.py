@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .layout import is_plain
 from .sharding import is_sharded
 
-_CHUNK = 1 << 17  # numbers of a weight to be added at a time: 0.5 MiB in float32
+_CHUNK = 1 << 17  # numbers: 0.5 MiB in float32
 
 
 class Growth(NamedTuple):
@@ -104,6 +104,15 @@ def merging_is_cheaper(x: Tensor, W: Tensor) -> bool:
     where it is formed anew for backward (docs/performance.md)."""
     formed_twice = x.dtype == W.dtype  # else autocast, where it is kept
     return x.numel() // x.shape[-1] * sum(W.shape) > (1.5 if formed_twice else 1) * W.numel()
+
+
+def row_chunks(W: Tensor) -> list[slice]:
+    """Rows of a weight to be taken at a time where copies are made of them; on a GPU all.
+
+    A CPU gets new pages for each large copy, which takes up to ten times the work.
+    """
+    rows = max(1, _CHUNK // W.shape[1]) if W.is_cpu else W.shape[0]
+    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
 
 class _ThinSum(torch.autograd.Function):
@@ -197,10 +206,8 @@ def _added(result: Tensor, h: Tensor, Bt: Tensor, scale: float) -> Tensor:
 
 def _add_weight(S: Tensor, W: Tensor) -> Tensor:
     """S + W in S, added in W's dtype."""
-    # A CPU makes copies in that dtype, and the pages of large ones are new each time: up to ten times the work.
-    rows = max(1, _CHUNK // W.shape[1]) if W.is_cpu else W.shape[0]
-    for part, weights in zip(S.split(rows), W.split(rows), strict=True):
-        part.add_(weights)
+    for rows in row_chunks(W):
+        S[rows] += W[rows]
     return S
 
 

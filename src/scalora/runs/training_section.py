@@ -116,7 +116,9 @@ def _value(name: str, given: Any, kind: Any) -> Any:
     if choices and given is False and "no" in choices[0]:
         given = "no"  # which YAML takes for a truth value
     if choices and isinstance(given, str) and given not in choices[0]:
-        raise ValueError(f"{name} is {given!r}: choose one of {', '.join(choices[0])}")
+        near = get_close_matches(given, choices[0], n=1)
+        wanted = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices[0])}"
+        raise ValueError(f"{name} is {given!r}: {wanted}")
     try:
         refuse_no_number(name, given, kind)
     except PydanticCustomError as error:
