@@ -76,6 +76,26 @@ def test_columns_appended_are_added_to_it_as_they_would_be_if_it_were_formed_ane
             assert torch.equal(found, KeptSum().of(W, frozen, x))
 
 
+@pytest.mark.parametrize("recompressed", [False, True])
+def test_a_store_that_is_loaded_goes_on_adding_as_the_saved_one_does(recompressed):
+    model = models.lora("llama")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    store = scalora.attach(model, optimizer, scalora.ScaLoraConfig(interval=1)).store
+    models.train(model, optimizer, "llama", 14)
+    if recompressed:  # as a refresh may leave it
+        store.recompress()
+    state, found = store.state_dict(), []
+    for loaded in (False, True):
+        held = store.layers[0].accumulated
+        if loaded:
+            held.used, held.growth = int(state["used"][store.layers[0].name]), None
+            store.load_state_dict(state)
+        held.grown(1, held.versions)
+        found.append(held.growth.columns)
+    assert found[0] == found[1]
+    assert len(found[0]) > 1
+
+
 def test_a_weight_written_to_unseen_is_computed_with_after_five_events_at_the_latest():
     W, x = torch.randn(7, 5).double(), torch.randn(2, 5).double()
     held, kept, events = Accumulated(7, 5, 40, x), KeptSum(), 0

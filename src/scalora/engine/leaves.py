@@ -21,7 +21,7 @@ class Leaves:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.sums = [leaf.detach().new_zeros(leaf.shape) for leaf in tensors] if _several() else []
+        self.sums = [leaf.new_zeros(leaf.shape) for leaf in tensors] if _several() else []
 
     def refuse_unseen(self, trained: Iterable[Tensor], setting: str) -> None:
         """Raise ScaloraError where what is `trained` got gradients by a pass that gave these tensors none."""

@@ -70,8 +70,8 @@ class Accumulated(nn.Module):
         self.growth = Growth(columns, before, self.versions)
 
     def came(self, columns: Sequence[int]) -> None:
-        """Say how the columns in use have come to be: see :class:`Growth`."""
-        self.growth = Growth(tuple(columns), self.versions, self.versions)
+        """Say how the columns in use have come to be, see :class:`Growth`; none: all at once."""
+        self.growth = Growth(tuple(columns), self.versions, self.versions) if columns else None
 
     @torch.no_grad()
     def put(self, P: Tensor, Qt: Tensor) -> None:

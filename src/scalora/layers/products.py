@@ -109,7 +109,7 @@ def merging_is_cheaper(x: Tensor, W: Tensor) -> bool:
 def row_chunks(W: Tensor) -> list[slice]:
     """Rows of a weight to be taken at a time where copies are made of them; on a GPU all.
 
-    A CPU gets new pages for each large copy, which takes up to ten times the work.
+    A CPU gets new pages for each large copy, which takes several times the work.
     """
     rows = max(1, _CHUNK // W.shape[1]) if W.is_cpu else W.shape[0]
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
