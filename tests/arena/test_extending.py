@@ -67,6 +67,26 @@ def test_a_grid_grows_until_the_best_rate_is_inside_or_the_limit_is_reached(
     assert set(comparison_table(comparison, record.results).rates) == {1e-3, 1e-2, chosen}  # with a column of its own
 
 
+@pytest.mark.parametrize("first", ["better", "worse"])
+def test_a_rate_beyond_the_grid_runs_on_every_tuning_seed(first, comparison, tmp_path, monkeypatch):
+    """Whatever the first seed says there: a rate judged by it alone would stand beside means of all."""
+    several = dataclasses.replace(comparison, tuning_seeds=(0, 1, 2))
+    offset = {"better": 1.0, "worse": -1.0}[first]
+    calls = []
+
+    def run_trial(c, trial, *_):
+        calls.append(trial)
+        lucky = offset if trial.lr == 0.1 and trial.seed == 0 else 0.0
+        score = {1e-3: 0.1, 1e-2: 0.5, 0.1: 0.4}.get(trial.lr, 0.0) + lucky
+        return comparisons.fake_result(c, trial) | {"after": {"accuracy": score, "nll": 1 - score}}
+
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    policy = run.Policy(extend=1)
+    record = run.run_comparison(several, tmp_path / "out", command="x", log=lambda line: None, policy=policy)
+    assert [t.seed for t in calls if t.stage == "tune" and t.contender == LORA and t.lr == 0.1] == [0, 1, 2]
+    assert record.chosen[LORA].lr == {"better": 0.1, "worse": 1e-2}[first]
+
+
 def test_without_leave_nothing_goes_beyond_the_grid(comparison, tmp_path, monkeypatch):
     calls, record = _run(comparison, tmp_path, monkeypatch, best=5.0, extend=0)
     assert {t.lr for t in calls} == {1e-3, 1e-2}

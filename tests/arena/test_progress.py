@@ -61,7 +61,7 @@ def test_the_table_fills(worked):
 def test_what_is_left_is_known_by_what_each_contender_took(worked):
     comparison, calls, _, lines = worked
     total = sum(SECONDS.get(trial.contender, 1.0) for trial in calls)
-    stages = run._stages(comparison, {}, 0)
+    stages = run._stages(comparison, {}, run.Policy())
     assert seconds_left(comparison, stages, {}, 1) is None
     results, passed = {}, 0.0
     for done, trial in enumerate(calls, start=1):
@@ -69,10 +69,10 @@ def test_what_is_left_is_known_by_what_each_contender_took(worked):
         results[trial] = comparisons.fake_result(comparison, trial) | {
             "wall_seconds": SECONDS.get(trial.contender, 1.0)
         }
-        left = seconds_left(comparison, run._stages(comparison, results, 0), results, 1)
+        left = seconds_left(comparison, run._stages(comparison, results, run.Policy()), results, 1)
         if done >= 10 and left:
             assert left == pytest.approx(total - passed, rel=1 / 3)
-            assert seconds_left(comparison, run._stages(comparison, results, 0), results, 2) == left / 2
+            assert seconds_left(comparison, run._stages(comparison, results, run.Policy()), results, 2) == left / 2
     assert left == 0
     assert "[10/14]" in lines[9]
     assert "(4 s; about" in lines[9]

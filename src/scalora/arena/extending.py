@@ -24,18 +24,24 @@ def extension(comparison: Comparison, results: Results, limit: int) -> list[Tria
         settings = comparison.settings[contender]
         if not unfinished.isdisjoint(settings):
             continue
-        tried = beyond(comparison, results, contender)
+        tried = {
+            trial._replace(seed=seed): None
+            for trial in beyond(comparison, results, contender)
+            for seed in comparison.tuning_seeds
+        }
         choice = choose_setting(results, settings, comparison.chosen_by)
-        if choice is not None and (rate := next_rate(comparison, results, choice, limit)) is not None:
-            tried += [Trial("tune", choice.contender, rate, seed) for seed in comparison.tuning_seeds]
-        found |= dict.fromkeys(tried)
+        complete = all(trial in results for trial in tried)  # else a rate would be judged by one seed of several
+        if complete and choice is not None and (rate := next_rate(comparison, results, choice, limit)) is not None:
+            tried |= dict.fromkeys(Trial("tune", choice.contender, rate, seed) for seed in comparison.tuning_seeds)
+        found |= tried
     return list(found)
 
 
 def beyond(comparison: Comparison, results: Results, contender: Contender) -> list[Trial]:
     """The tuning trials of a contender outside the grid that have a result."""
     settings, (low, high) = comparison.settings[contender], (min(comparison.rates), max(comparison.rates))
-    return [t for t in results if t.stage == "tune" and t.contender in settings and not low <= t.lr <= high]
+    tried = [trial for trial in results if trial.contender in settings and not low <= trial.lr <= high]
+    return [trial for trial in tried if trial.stage == "tune" and trial.seed in comparison.tuning_seeds]
 
 
 def next_rate(comparison: Comparison, results: Results, choice: Chosen, limit: int) -> float | None:

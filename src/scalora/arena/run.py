@@ -13,6 +13,7 @@ from ..common.environment import environment, git_revision
 from ..common.errors import ScaloraError
 from ..common.files import check_writable
 from ..runs.inputs import Inputs
+from .confirming import confirmation
 from .contender import Contender
 from .extending import extension
 from .liveness import HEARTBEAT
@@ -36,12 +37,14 @@ class Policy(NamedTuple):
 
     ``retry``: failed trials run again. ``prune``: tuning trials that are far behind are given up
     (:mod:`~scalora.arena.pruning`); without it those that were are run. ``extend``: so many rates beyond either end of
-    the grid are for a method that chose the last one.
+    the grid are for a method that chose the last one. ``confirm``: on so many further tuning seeds the settings in
+    front run again (:mod:`~scalora.arena.confirming`).
     """
 
     retry: bool = False
     prune: bool = False
     extend: int = 0
+    confirm: int = 0
 
 
 _PLAIN = Policy()
@@ -143,7 +146,7 @@ def check_comparison(
     if has_study(folder, storage) or (folder / RESULTS).exists():
         queue = TrialQueue(folder, comparison, storage, log)
         results = queue.results()
-        wanted = _all(_stages(comparison, results, policy.extend))
+        wanted = _all(_stages(comparison, results, policy))
         again = ends_to_repeat(policy.retry, policy.prune)
         if all(t in results and again.isdisjoint(results[t]) for t in wanted):
             return None  # a report can be drawn anew where there is neither data nor model
@@ -182,7 +185,7 @@ def _work(
     offered, written, revision = set[Trial](), 0.0, git_revision()
     while True:
         results = queue.results()
-        stages = _stages(comparison, results, policy.extend)
+        stages = _stages(comparison, results, policy)
         show(progress_table(comparison, stages, results))
         settled = {"after", "given_up"} if policy.prune else {"after"}
         wanted = [each for each in _all(stages) if settled.isdisjoint(results.get(each, ()))]
@@ -197,7 +200,7 @@ def _work(
                 break
         results = queue.results()
         if trial is None:
-            if all(each in results for each in _all(_stages(comparison, results, policy.extend))):
+            if all(each in results for each in _all(_stages(comparison, results, policy))):
                 return
             queue.enqueue(wanted)  # those whose worker died
             time.sleep(_POLL)
@@ -218,7 +221,7 @@ def _line(
 ) -> str:
     """What a trial has come to, how many are done, and how long the rest will take."""
     results = queue.results()
-    stages = _stages(comparison, results, policy.extend)
+    stages = _stages(comparison, results, policy)
     tuning = sum(each.stage == "tune" for each in _all(stages))
     planned = tuning + len(comparison.contenders) * len(comparison.seeds)
     done = sum(each in results for each in _all(stages))
@@ -228,9 +231,10 @@ def _line(
     return f"{label}: {_outcome(result)} ({seconds:.0f} s{rest})"
 
 
-def _stages(comparison: Comparison, results: Results, extend: int) -> dict[Contender, list[Trial]]:
-    """All trials that are known to be needed, by contender: of the grid, beyond it, and final ones after its tuning."""
-    tuning = [*comparison.tuning(), *extension(comparison, results, extend)]
+def _stages(comparison: Comparison, results: Results, policy: Policy) -> dict[Contender, list[Trial]]:
+    """All trials known to be needed, by contender: of the grid, beyond it, again, and final ones after its tuning."""
+    tuning = [*comparison.tuning(), *extension(comparison, results, policy.extend)]
+    tuning += confirmation(comparison, results, tuning, policy.confirm)
     chosen, stages, seen = chosen_settings(results, comparison), {}, set[Trial]()
     for contender in comparison.everyone:
         own = [trial for trial in tuning if trial.contender in comparison.settings[contender]]

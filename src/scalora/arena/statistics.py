@@ -76,16 +76,24 @@ def over_rates(results: Results, setting: Contender, metric: str) -> dict[float,
     return {choice.lr: list(of.values()) for choice, of in tuned(results, [setting], metric).items()}
 
 
-def choose_setting(results: Results, settings: Sequence[Contender], by: Literal["nll"] | None = None) -> Chosen | None:
-    """The setting and rate with the best mean validation metric, of equals with the lower nll; None where all failed.
+def ranked(results: Results, settings: Sequence[Contender], by: Literal["nll"] | None = None) -> list[Chosen]:
+    """Settings and rates by their mean validation metric, the best first, of equals the one with the lower nll.
 
-    The metric is the one that decides the comparison, unless ``by`` says that the likelihood chooses.
+    Only those that ended on the most tuning seeds take part: a mean says nothing of the seeds that it lacks. The metric
+    is the one that decides the comparison, unless ``by`` says that the likelihood chooses.
     """
     metric, higher = (by, False) if by else primary(results)
     sign = 1 if higher else -1
-    quality = {choice: sign * mean(of.values()) for choice, of in tuned(results, settings, metric).items()}
+    found = tuned(results, settings, metric)
+    most = max(map(len, found.values()), default=0)
+    quality = {choice: sign * mean(of.values()) for choice, of in found.items() if len(of) == most}
     nll = {choice: mean(of.values()) for choice, of in tuned(results, settings, "nll").items()}
-    return max(quality, key=lambda choice: (quality[choice], -nll.get(choice, 0.0)), default=None)
+    return sorted(quality, key=lambda choice: (quality[choice], -nll.get(choice, 0.0)), reverse=True)
+
+
+def choose_setting(results: Results, settings: Sequence[Contender], by: Literal["nll"] | None = None) -> Chosen | None:
+    """The first of :func:`ranked`; None where all failed."""
+    return next(iter(ranked(results, settings, by)), None)
 
 
 def chosen_settings(results: Results, comparison: Comparison) -> dict[Contender, Chosen]:

@@ -53,6 +53,9 @@ def compare(
     extend: Annotated[
         int, typer.Option(min=0, help="Rates beyond either end of the grid for a method that chose the last one.")
     ] = 2,
+    confirm: Annotated[
+        int, typer.Option(min=0, help="Tuning seeds more for the two settings of a method that lead; the better stays.")
+    ] = 0,
     storage: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -118,7 +121,7 @@ def compare(
             console.print(line, highlight=False)
 
         try:
-            policy = Policy(retry, prune, extend)
+            policy = Policy(retry, prune, extend, confirm)
             inputs = check_comparison(comparison, folder, policy=policy, log=log, storage=shared)
             with _board(console) as show:
                 record = run_comparison(
