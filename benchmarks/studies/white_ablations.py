@@ -50,17 +50,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damping 0.001": {f"{_WHITENING}.DAMPING": 0.001},
     "damping 0.1": {f"{_WHITENING}.DAMPING": 0.1},
     "damping 1": {f"{_WHITENING}.DAMPING": 1.0},
-    "exponent 1/8": {f"{_WHITENING}.EXPONENT": 0.125},
-    "exponent 3/8": {f"{_WHITENING}.EXPONENT": 0.375},
-    "exponent 3/8 refreshed every 25 steps": {f"{_WHITENING}.EXPONENT": 0.375, "refresh": 25},
-    "exponent 3/8 and damping 0.1": {f"{_WHITENING}.EXPONENT": 0.375, f"{_WHITENING}.DAMPING": 0.1},
-    "exponent 1/2 and damping 0.1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 0.1},
-    "exponent 1/2 and damping 1": {f"{_WHITENING}.EXPONENT": 0.5, f"{_WHITENING}.DAMPING": 1.0},
+    "exponent 1/8": {"exponent": 0.125},
+    "exponent 3/8": {"exponent": 0.375},
+    "exponent 3/8 refreshed every 25 steps": {"exponent": 0.375, "refresh": 25},
+    "exponent 3/8 and damping 0.1": {"exponent": 0.375, f"{_WHITENING}.DAMPING": 0.1},
+    "exponent 1/2 and damping 0.1": {"exponent": 0.5, f"{_WHITENING}.DAMPING": 0.1},
+    "exponent 1/2 and damping 1": {"exponent": 0.5, f"{_WHITENING}.DAMPING": 1.0},
     "rescaled every 10 steps": {"interval": 10},
     "refreshed every 25 steps": {"refresh": 25},
     "refreshed every 12 steps": {"refresh": 12},
 }
-_OPTIONS = ("interval", "refresh")
+_OPTIONS = ("interval", "refresh", "exponent")
 
 
 @contextmanager

@@ -238,6 +238,14 @@ def test_a_trial_leaves_no_files_behind(comparison, tmp_path, monkeypatch):
     assert not list(place.glob("scalora-start-*"))
 
 
+def test_a_trial_whose_parent_was_interrupted_while_it_began_says_nothing(tmp_path, capfd):
+    process = trial._processes().Process(target=trial._main, args=(tmp_path / "gone",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_at_fixed_rates_nothing_is_tuned(comparison, tmp_path, monkeypatch, pageless):
     calls = []
     monkeypatch.setattr(run, "run_trial", lambda c, t, *_: comparisons.fake_result(c, t, calls=calls))

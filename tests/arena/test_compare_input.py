@@ -32,6 +32,8 @@ from scalora.cli import app
         (["--lr", "nan"], "must be positive and finite"),
         (["--lr", "1e-3,inf"], "must be positive and finite"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--extend", "-2"], "--extend is -2: give 0 or more"),
+        (["--confirm", "-1"], "--confirm is -1: give 0 or more"),
         (["--set", "task.data.validation_size=null"], "validation"),
         (["--set", "model=./nowhere"], "there is no file or folder './nowhere'"),
         (["--set", "task.data.train=nowhere.jsonl"], "nowhere.jsonl"),

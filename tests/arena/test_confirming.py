@@ -1,6 +1,7 @@
 """Settings that lead run on further tuning seeds before one is chosen, so that one lucky seed does not decide."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -8,7 +9,9 @@ from helpers import comparisons
 from scalora.arena import run
 from scalora.arena.confirming import LEADERS
 from scalora.arena.contender import parse_contender
+from scalora.arena.report import write_report
 from scalora.arena.results import read_comparison
+from scalora.arena.table import comparison_table
 
 LORA, SCALORA = (parse_contender(name, 2) for name in ("lora", "scalora"))
 # Rate → score at each tuning seed: the best one of the first seed fails or falls behind on the others.
@@ -84,6 +87,38 @@ def test_rates_beyond_the_grid_are_looked_at_again_too(comparison, tmp_path, mon
     assert sum(t.seed > 0 for t in tuned) == 2 * LEADERS
     again, _ = _run(comparison, tmp_path, monkeypatch, _score, confirm=2, extend=1)
     assert again == []
+
+
+def test_the_page_counts_every_trial_and_says_of_how_many_seeds_a_mean_is(comparison, tmp_path, monkeypatch):
+    calls, record = _run(comparison, tmp_path, monkeypatch, _score, confirm=2, extend=1)
+    write_report(record, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"{len(calls)} of {len(calls)} trials done" in page
+    assert "<td>0.7000 (3 seeds)</td>" in page
+    assert "<td>0.5000</td>" in page
+    shown = comparison_table(record.comparison, record.results).text("contender", rates=True)
+    assert shown.rows[0] == ["lora@2", "0.500", "0.700 (3 seeds)", "0.433 (3 seeds)"]
+    broken = dataclasses.replace(record, results={t: r for t, r in record.results.items() if t.stage == "tune"})
+    write_report(broken, tmp_path / "page.html")
+    assert f"{len(calls) - 2} of {len(calls)} trials done" in (tmp_path / "page.html").read_text()
+
+
+def test_the_count_of_what_is_done_never_falls(comparison, tmp_path, monkeypatch):
+    """A confirmed setting at an edge has the grid grow; what was confirmed before goes on counting."""
+    scores = {SLOW: [0.1] * 3, STEADY: [0.8, 0.2, 0.2], LUCKY: [0.7] * 3, 1.0: [0.6] * 3}
+    two = dataclasses.replace(comparison, contenders=(LORA,), rates=(STEADY, LUCKY))
+    lines = []
+    monkeypatch.setattr(
+        run,
+        "run_trial",
+        lambda c, t, *_: (
+            comparisons.fake_result(c, t) | {"after": {"accuracy": scores.get(t.lr, [0.0] * 3)[t.seed], "nll": 0.5}}
+        ),
+    )
+    run.run_comparison(two, tmp_path / "out", command="x", policy=run.Policy(extend=1, confirm=2), log=lines.append)
+    done = [int(re.match(r"\[(\d+)/", line)[1]) for line in lines if line.startswith("[")]
+    assert done == sorted(done)
+    assert any("lr 1 seed 0" in line for line in lines)
 
 
 def test_of_a_single_setting_nothing_is_to_be_chosen(comparison, tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def test_table_and_page_show_the_chosen_setting_and_the_rates_there(grid, tmp_pa
     assert shown["lora@2"] == "alpha=8"
     assert shown["scalora:interval=5/10@2"] == "interval=10, alpha=8"
     assert shown["full@2"] == ""
-    assert table.rows[0].validation == {1e-3: pytest.approx(0.52), 1e-2: pytest.approx(0.62)}
+    assert table.rows[0].validation == {1e-3: [pytest.approx(0.52)], 1e-2: [pytest.approx(0.62)]}
     write_report(ComparisonRecord(grid, results, "x", "abc", comparisons.ENVIRONMENT), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "on one grid, each at alpha 8, 4." in page

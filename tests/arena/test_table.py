@@ -24,7 +24,7 @@ def test_every_figure_has_a_name(found):
     assert lora.difference is None
     assert scalora.difference.value == pytest.approx(0.05)
     assert (scalora.time, scalora.memory, scalora.trainable, scalora.held, scalora.disk) == (1, 1, 10, 160, 5)
-    assert scalora.validation == {1e-3: pytest.approx(0.55), 1e-2: pytest.approx(0.65)}
+    assert scalora.validation == {1e-3: [pytest.approx(0.55)], 1e-2: [pytest.approx(0.65)]}
     assert [str(row.contender) for row in found.best_first().rows] == ["scalora@2", "lora@2", "lora@4"]
     assert [line.split(":")[0] for line in found.in_words()] == ["scalora@2", "lora@4"]
 

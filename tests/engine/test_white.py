@@ -1,5 +1,7 @@
 """Steps in white coordinates: against dense algebra, and with all that ScaLoRA does."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
@@ -38,7 +40,7 @@ def recorded(handle):
 
 def dense(side, power):
     """(C/λ + δI) to a power, from what is known of C; float64."""
-    U, e, tail = (part.double() for part in side)
+    U, e, tail = (part.double() for part in side.tensors)
     C = (U * e) @ U.mT + tail * (torch.eye(len(U), dtype=U.dtype) - U @ U.mT)
     values, V = torch.linalg.eigh(C + DAMPING * torch.eye(len(C), dtype=C.dtype))
     return (V * values.pow(power)) @ V.mT
@@ -93,16 +95,17 @@ def test_looking_costs_a_few_steps_at_first_and_then_one_of_ten():
     assert all(layer.module.moments is None for layer in handle.layers)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_step_of_sgd_is_a_step_along_the_twice_whitened_gradient(kind):
-    model, optimizer, handle = attached(kind, torch.optim.SGD, lr=0.5)
+@pytest.mark.parametrize(("kind", "exponent"), [("llama", 0.25), ("gpt2", 0.25), ("llama", 0.375)])
+def test_a_step_of_sgd_is_a_step_along_the_twice_whitened_gradient(kind, exponent):
+    config = {"interval": None, "exponent": exponent}
+    model, optimizer, handle = attached(kind, torch.optim.SGD, lr=0.5, config=config)
     models.train(model, optimizer, kind, 5)
     model(**models.batch(kind, 5)).loss.backward()
     before = [[p.detach().double() for p in (layer.A, layer.Bt)] for layer in handle.layers]
     gradients = [[p.grad.double() for p in (layer.A, layer.Bt)] for layer in handle.layers]
     optimizer.step()
     for i, layer in enumerate(handle.layers):
-        outputs, inputs = (dense(side, -0.5) for side in handle.white.moments.of(i))
+        outputs, inputs = (dense(side, -2 * exponent) for side in handle.white.moments.of(i))
         (A, Bt), (g_A, g_Bt) = before[i], gradients[i]
         torch.testing.assert_close(layer.A.detach().double(), A - 0.5 * outputs @ g_A, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.Bt.detach().double(), Bt - 0.5 * g_Bt @ inputs, rtol=1e-4, atol=1e-6)
@@ -278,6 +281,13 @@ def test_a_step_that_is_not_taken_changes_nothing():
     ("config", "message"),
     [
         ({"coordinates": "black"}, "coordinates is 'black': choose one of plain, white"),
+        ({"exponent": 0.6}, "exponent is 0.6: it must be more than 0, and 0.5 at most"),
+        ({"exponent": 0}, "exponent is 0: it must be more than 0, and 0.5 at most"),
+        ({"exponent": "half"}, "exponent is 'half': it must be more than 0"),
+        (
+            {"exponent": 0.5, "coordinates": "plain", "interval": 1},
+            "exponent is 0.5, but coordinates is 'plain', which has none: set coordinates='white', or leave",
+        ),
         ({"accumulate": "base"}, "accumulate is 'base', but interval and refresh are both None"),
         ({"capacity": 3}, "capacity is 3, but interval and refresh are both None"),
     ],
@@ -288,9 +298,34 @@ def test_refusals(config, message):
 
 
 def test_a_run_in_other_coordinates_is_not_gone_on_with():
+    model, optimizer, handle = attached(config={"interval": None, "exponent": 0.375})
+    models.train(model, optimizer, "llama", 2)
+    state = handle.state_dict()
+    model, optimizer, handle = attached()
+    with pytest.raises(ScaloraError, match=r"exponent is 0\.25, but the saved run had 0\.375: resume"):
+        handle.load_state_dict(state)
+
+
+def test_a_state_of_before_the_exponent_could_be_set_is_gone_on_with_where_it_was_this_one():
     model, optimizer, handle = attached()
     models.train(model, optimizer, "llama", 2)
     state = handle.state_dict()
-    del state["white"]["exponent"]  # as before there was a choice: ½
-    with pytest.raises(ScaloraError, match="the saved run's white coordinates have the exponent 0"):
+    del state["config"]["exponent"]
+    handle.load_state_dict(state)
+    del state["white"]["exponent"]  # as before that: ½, with another damping
+    with pytest.raises(ScaloraError, match=r"the saved run's white coordinates have the exponent 0\.5"):
         handle.load_state_dict(state)
+
+
+@pytest.mark.parametrize("events", EVENTS)
+def test_resuming_with_another_exponent_is_bitwise(events):
+    config = EVENTS[events] | {"exponent": 0.5}
+    model, optimizer, handle = attached(config=config)
+    models.train(model, optimizer, "llama", 5)
+    kept = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, handle)]
+    models.train(model, optimizer, "llama", 4, start=5)
+    again, fresh, other = attached(config=config)
+    for part, state in zip((again, fresh, other), kept, strict=True):
+        part.load_state_dict(state)
+    models.train(again, fresh, "llama", 4, start=5)
+    assert all(torch.equal(p, q) for p, q in zip(models.trainable(model), models.trainable(again), strict=True))

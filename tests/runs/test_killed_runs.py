@@ -180,8 +180,9 @@ def test_the_shell_of_a_run_killed_before_its_first_checkpoint_is_no_obstacle(tm
     assert is_sealed(shell / "checkpoints" / "checkpoint-8")
 
 
-def test_a_diverged_run_stops_and_keeps_its_earlier_checkpoint(tmp_path):
-    overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.save_steps=1"]
+@pytest.mark.parametrize("looks", [["training.save_steps=1"], ["training.logging_steps=50"]])  # the second: at ranks
+def test_a_diverged_run_stops_and_keeps_its_earlier_checkpoint(looks, tmp_path):
+    overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", *looks]
     recipe = load_recipe(workspace.lay(tmp_path), [*overrides, "training.optim=sgd", "method=lora"])
     with pytest.raises(ScaloraError, match=r"no longer finite at step \d.*training\.learning_rate \(it is 1e\+30\)"):
         train(recipe)

@@ -2,13 +2,13 @@
 
 The gradient of one token is g xᵀ. Over all tokens both x and g lie mostly along a few directions that all share, such
 as the mean of the inputs. Steps along these move every output alike; what tells one token from another lies elsewhere.
-With C the mean of |g|²·xxᵀ, D that of |x|²·ggᵀ (of G_tᵀG_t and G_tG_tᵀ, summed over tokens t), M = (C/λ + δI)^¼ and
-N = (D/μ + δI)^¼, where λ and μ are the means of their diagonals, W̃ = N W M has the gradient N⁻¹ G M⁻¹, in which they
+With C the mean of |g|²·xxᵀ, D that of |x|²·ggᵀ (of G_tᵀG_t and G_tG_tᵀ, summed over tokens t), M = (C/λ + δI)^p and
+N = (D/μ + δI)^p, where λ and μ are the means of their diagonals, W̃ = N W M has the gradient N⁻¹ G M⁻¹, in which they
 count less. For W = A Bᵀ that means Ã = N A and B̃ = M B, with the gradients N⁻¹g_A and M⁻¹g_B.
 
-A plain step in W̃ moves W along D^−½ G C^−½. That is what Adam would do if it knew more than the diagonal: divide by the
-root of the gradients' second moments, of which D and C are the two Kronecker factors. With the exponent ½ it would
-divide by these moments themselves, as natural gradients do; δ then decides what is learnt, and no one δ does for all.
+A plain step in W̃ moves W along D^−2p G C^−2p. With p = ¼ that is what Adam would do if it knew more than the diagonal:
+divide by the root of the gradients' second moments, of which D and C are the two Kronecker factors. With p = ½ it
+divides by these moments themselves, as natural gradients do; δ then decides what is learnt, and no one δ does for all.
 
 Source: the factors of K-FAC (1503.05671) with the exponents of Shampoo (1802.09568), taken apart between the two
 matrices of LoRA. Derived.
@@ -29,7 +29,7 @@ from ..common.shapes import Float
 from .batched import orthonormal, together
 from .directions import Directions, optimal_adapters, sketched_svd
 
-EXPONENT = 0.25  # of the moments in M and N
+EXPONENT = 0.25  # p, where nobody says another
 DAMPING = 0.01  # δ: with the exponent ¼ a tenth of it is as good; it only keeps M⁻¹ finite
 
 
@@ -39,16 +39,22 @@ class Whitening(NamedTuple):
     U: Float[Tensor, "*batch n k"]
     e: Float[Tensor, "*batch k"]
     tail: Float[Tensor, "*batch"]
+    exponent: float = EXPONENT  # p
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the exponent."""
+        return self.U, self.e, self.tail
 
     def at(self, i: int | Sequence[int]) -> Whitening:
         """One, or some, of several."""
         index = i if isinstance(i, int) else list(i)
-        return Whitening(*(part[index] for part in self))
+        return Whitening(*(part[index] for part in self.tensors), exponent=self.exponent)
 
     def root(self, power: int) -> Root:
         """M to a power, for all that is multiplied by it."""
-        others = (self.tail + DAMPING)[..., None, None].pow(power * EXPONENT)
-        return Root(self.U, (self.e + DAMPING)[..., None, :].pow(power * EXPONENT) - others, others)
+        others = (self.tail + DAMPING)[..., None, None].pow(power * self.exponent)
+        return Root(self.U, (self.e + DAMPING)[..., None, :].pow(power * self.exponent) - others, others)
 
     def whiten(self, X: Float[Tensor, "*batch n j"]) -> Float[Tensor, "*batch n j"]:
         """M⁻¹X: a gradient into the white coordinates, or a step out of them."""
@@ -80,10 +86,10 @@ class Seen(NamedTuple):
     trace: Float[Tensor, "*batch"]  # of C, up to the same
 
 
-def no_whitening(basis: Float[Tensor, "*batch n k"]) -> Whitening:
+def no_whitening(basis: Float[Tensor, "*batch n k"], exponent: float = EXPONENT) -> Whitening:
     """Vectors that are alike in all directions; the basis (orthonormal columns) is what is looked along next."""
     *batch, _, k = basis.shape
-    return Whitening(basis, basis.new_ones(*batch, k), basis.new_ones(batch))
+    return Whitening(basis, basis.new_ones(*batch, k), basis.new_ones(batch), exponent)
 
 
 def nystrom(sides: Sequence[Seen], keep: float) -> list[Whitening]:
@@ -125,6 +131,7 @@ def _where(good: Tensor, U: Tensor, e: Tensor, former: Whitening) -> Whitening:
         torch.where(good[..., None, None], U.to(former.U), former.U),
         torch.where(good[..., None], e.to(former.e), former.e),
         torch.where(good, tail.to(former.tail), former.tail),
+        former.exponent,
     )
 
 

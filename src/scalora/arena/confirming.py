@@ -19,14 +19,16 @@ def confirmation(comparison: Comparison, results: Results, tuning: Sequence[Tria
     if comparison.fixed is not None or seeds < 1:
         return []
     last = max(comparison.tuning_seeds)
+    further = range(last + 1, last + 1 + seeds)
     found: dict[Trial, None] = {}
     for contender in comparison.contenders:
         settings = comparison.settings[contender]
         own = [trial for trial in tuning if trial.contender in settings]
+        again = (trial for trial in results if trial.stage == "tune" and trial.seed in further)
+        found |= dict.fromkeys(trial for trial in again if trial.contender in settings)
         if any(trial not in results for trial in own):
             continue
         leaders = ranked({trial: results[trial] for trial in own}, settings, comparison.chosen_by)[:LEADERS]
         if len(leaders) > 1:
-            further = range(last + 1, last + 1 + seeds)
             found |= dict.fromkeys(Trial("tune", *leader, seed) for leader in leaders for seed in further)
     return list(found)

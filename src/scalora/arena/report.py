@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from statistics import mean
 
 from ..common.files import write_text
 from . import figures
 from .contender import Contender
 from .extending import edge_sentence
-from .plan import Chosen, Comparison
+from .plan import Chosen, Comparison, Trial
 from .pruning import given_up_sentence
 from .results import ComparisonRecord
 from .statistics import Results, choose_setting, in_order, over_rates
-from .table import EVERY_FIELD, TextTable, comparison_table, setting_text
+from .table import EVERY_FIELD, TextTable, comparison_table, over_seeds, setting_text
 from .verdict import COSTS, ranking_table, recommendation
 
 
@@ -71,7 +70,8 @@ def _over_rates(comparison: Comparison, results: Results, chosen: dict[Contender
     rates, rows = sorted({*comparison.rates, *(choice.lr for choice in chosen.values())}), []
     for contender in comparison.contenders:
         found = over_rates(results, chosen[contender].contender, metric) if contender in chosen else {}
-        rows.append([str(contender), *(f"{mean(found[rate]):.4f}" if rate in found else "" for rate in rates)])
+        usual = len(comparison.tuning_seeds)
+        rows.append([str(contender), *(over_seeds(found.get(rate, ()), usual, 4) for rate in rates)])
     return TextTable("", ["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
@@ -83,14 +83,15 @@ def _over_settings(comparison: Comparison, results: Results, metric: str) -> Tex
             best = choose_setting(results, [setting], comparison.chosen_by)
             if best is None:
                 continue
-            value = mean(over_rates(results, setting, metric)[best.lr])
-            tried = setting_text(comparison.varied(contender, best))
-            rows.append([str(contender), tried, f"{best.lr:g}", f"{value:.4f}"])
+            value = over_seeds(over_rates(results, setting, metric)[best.lr], len(comparison.tuning_seeds), 4)
+            rows.append([str(contender), setting_text(comparison.varied(contender, best)), f"{best.lr:g}", value])
     return TextTable("", ["method", "setting", "its best lr", metric], rows)
 
 
 def _progress(comparison: Comparison, results: Results, chosen: dict[Contender, Chosen]) -> str:
-    planned = [*comparison.tuning(), *comparison.final(chosen)]
+    settings = {setting for c in comparison.everyone for setting in comparison.settings[c]}
+    added = (trial for trial in results if trial.stage == "tune" and trial.contender in settings)
+    planned = set[Trial]().union(comparison.tuning(), comparison.final(chosen), added)  # beyond the grid, or again
     done = sum(trial in results for trial in planned)
     by = f", by its {comparison.chosen_by}" if comparison.chosen_by else ""
     alphas = f", each at alpha {', '.join(f'{a:g}' for a in comparison.alphas)}" if comparison.alphas else ""

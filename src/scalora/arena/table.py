@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from math import isfinite
 from statistics import mean
@@ -76,7 +76,7 @@ class ContenderRow:
     memory: float | None  # peak bytes, likewise
     held: float | None  # bytes of what is trained, gradients, optimizer and store; None in results of before they were
     disk: float  # bytes of the saved adapter
-    validation: Mapping[float, float]  # learning rate → mean validation metric there; failed trials are missing
+    validation: Mapping[float, Sequence[float]]  # learning rate → validation metric by tuning seed; without failed ones
     times: tuple[float, float] | None = None  # the least and greatest of the runs, relative as `time` is
     waited: float | None = None  # greatest share of a run's steps, or of the baseline's, that waited for a core
 
@@ -119,6 +119,7 @@ class ComparisonTable:
     baseline: Contender
     rates: tuple[float, ...]  # of the grid, and those chosen beyond it, ascending
     rows: list[ContenderRow]
+    tuned_on: int = 1  # tuning seeds of the whole grid
 
     @property
     def caption(self) -> str:
@@ -128,7 +129,7 @@ class ComparisonTable:
     def best_first(self) -> ComparisonTable:
         """The same rows, the best test metric first."""
         rows = sorted(self.rows, key=lambda row: row.quality.value, reverse=self.higher_is_better)
-        return ComparisonTable(self.metric, self.higher_is_better, self.baseline, self.rates, rows)
+        return replace(self, rows=rows)
 
     def text(self, *fields: str, rates: bool = False) -> TextTable:
         """Some fields as text, and with ``rates`` the validation metric at each rate, at the chosen setting.
@@ -140,7 +141,7 @@ class ComparisonTable:
         shown = self.rates if rates else ()
         rows = [
             [_FIELDS[name][1](row) for name in fields]
-            + [f"{row.validation[rate]:.3f}" if rate in row.validation else "" for rate in shown]
+            + [over_seeds(row.validation.get(rate, ()), self.tuned_on, 3) for rate in shown]
             for row in self.rows
         ]
         return TextTable(self.caption, titles + [f"{rate:g}" for rate in shown], rows)
@@ -183,7 +184,7 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
                 relative_cost(ours, theirs, "peak_memory_bytes"),
                 mean(run["held_bytes"] for run in ours) if all(run.get("held_bytes") for run in ours) else None,
                 mean(run["adapter_bytes"] for run in ours),
-                {rate: mean(of_seeds) for rate, of_seeds in found.items()},
+                found,
                 relative_range(ours, theirs, "seconds_per_step"),
                 max(
                     (run["waited_share"] for run in ours + theirs if run.get("waited_share") is not None), default=None
@@ -191,7 +192,15 @@ def comparison_table(comparison: Comparison, results: Results, baseline: Contend
             )
         )
     rates = sorted({*comparison.rates, *(row.lr for row in rows)})
-    return ComparisonTable(metric, higher, base, tuple(rates), rows)
+    return ComparisonTable(metric, higher, base, tuple(rates), rows, len(comparison.tuning_seeds))
+
+
+def over_seeds(values: Sequence[float], usual: int, digits: int) -> str:
+    """The mean of a validation metric; and of how many seeds, where these are not the usual ones of the grid."""
+    if not values:
+        return ""
+    seeds = "" if len(values) == usual else f" ({len(values)} seed{'s' * (len(values) > 1)})"
+    return f"{mean(values):.{digits}f}{seeds}"
 
 
 def lora_of(comparison: Comparison) -> Contender:

@@ -110,8 +110,11 @@ def _main(folder: Path) -> None:
     """Inside the process: run ``order.json``, leave ``answer.json``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tempfile.tempdir = str(folder)  # what a trial that is killed leaves there goes with its folder
-    with (folder / "stderr").open("w") as said:
-        os.dup2(said.fileno(), sys.stderr.fileno())
+    try:
+        with (folder / "stderr").open("w") as said:
+            os.dup2(said.fileno(), sys.stderr.fileno())
+    except FileNotFoundError:  # whoever began this process was interrupted before it knew of it
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from ..common.quiet import quiet
 

@@ -51,10 +51,10 @@ def compare(
         bool, typer.Option(help="Give up tuning trials that are far behind another setting of their method.")
     ] = True,
     extend: Annotated[
-        int, typer.Option(min=0, help="Rates beyond either end of the grid for a method that chose the last one.")
+        int, typer.Option(help="Rates beyond either end of the grid for a method that chose the last one.")
     ] = 2,
     confirm: Annotated[
-        int, typer.Option(min=0, help="Tuning seeds more for the two settings of a method that lead; the better stays.")
+        int, typer.Option(help="Tuning seeds more for the two settings of a method that lead; the better stays.")
     ] = 0,
     storage: Annotated[
         Optional[str],  # noqa: UP045
@@ -99,9 +99,10 @@ def compare(
         elif study is not None:
             raise ScaloraError(f"--study {study!r} names a comparison in a database: add --storage, or leave it out")
         refuse_strangers(folder)
-        for name, count in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds)):
-            if count < 1:
-                raise ScaloraError(f"{name} is {count}: give 1 or more")
+        counts = ("--seeds", seeds, 1), ("--tuning-seeds", tuning_seeds, 1), ("--extend", extend, 0)
+        for name, count, least in (*counts, ("--confirm", confirm, 0)):
+            if count < least:
+                raise ScaloraError(f"{name} is {count}: give {least} or more")
         comparison = Comparison(
             recipe,
             tuple(parse_contender(text.strip(), recipe.method.rank) for text in methods.split(",")),

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from ..algebra.scaling import ScalingMethod
+from ..algebra.whitening import EXPONENT
 from ..common.errors import ScaloraError, named
 from ..layers.kept_sum import KeptSum
 
@@ -53,6 +54,11 @@ class ScaLoraConfig:
         "What the optimizer makes its steps in: 'plain' (the entries of the matrices) or 'white' (in which what all of "
         "the layer's inputs, and all gradients of its outputs, have in common counts less; from sketches).",
     )
+    exponent: float = _help(
+        EXPONENT,
+        "How far white coordinates go: of the second moments of inputs and output gradients. 0.25 divides gradients by "
+        "the root of their second moments, as Adam does; 0.5 by these themselves, as natural gradients do.",
+    )
     scaling: ScalingMethod = _help(
         "paper",
         "How the factors are found: 'paper' (Theorem 5 where all its factors are positive, else Theorem 3), "
@@ -93,6 +99,13 @@ class ScaLoraConfig:
         if self.refresh is not None and self.refresh != "auto":
             _require_int("refresh", self.refresh, 2, " or 'auto'")
         _require_choice("coordinates", self.coordinates, get_args(Coordinates))
+        if not (_is_number(self.exponent) and 0 < self.exponent <= 0.5):
+            raise ScaloraError(f"exponent is {self.exponent!r}: it must be more than 0, and 0.5 at most")
+        if self.exponent != EXPONENT and self.coordinates == "plain":
+            raise ScaloraError(
+                f"exponent is {self.exponent:g}, but coordinates is 'plain', which has none: set coordinates='white', "
+                "or leave exponent out"
+            )
         if not self.has_events:
             if self.coordinates == "plain":
                 raise ScaloraError(

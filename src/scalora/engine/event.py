@@ -84,7 +84,7 @@ class ScaLora:
         self.history = History()
         self.white = None
         if config.coordinates == "white":
-            self.white = WhiteSteps(self.layers, self.optimizer)
+            self.white = WhiteSteps(self.layers, self.optimizer, config.exponent)
         self.refresh = None
         if config.period is not None:
             white = self.white.moments if self.white else None

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..algebra.whitening import EXPONENT
 from ..common.errors import ScaloraError, named
 from ..layers.peft_lora import AdapterLayer
 from ..layers.stand_in import StandIn
@@ -17,6 +18,7 @@ STATE_PARTS: dict[str, Any] = {
     "step": int, "config": dict, "layers": dict, "scales": dict, "base": str, "constants": Tensor, "history": dict,
     "store": dict, "refresh": dict | None,
 }  # fmt: skip
+_BEFORE = {"exponent": EXPONENT}  # what held before there was such a field
 
 
 def refuse_other_run(state: Any, run: dict[str, Any], constants: Tensor) -> None:
@@ -35,7 +37,7 @@ def refuse_other_run(state: Any, run: dict[str, Any], constants: Tensor) -> None
     for name, value in run["config"].items():
         if name == "unsupported":
             continue  # the layers tell
-        if (saved := state["config"].get(name)) != value:
+        if (saved := state["config"].get(name, _BEFORE.get(name))) != value:
             raise ScaloraError(
                 f"{name} is {value!r}, but the saved run had {saved!r}: resume with the same ScaLoraConfig"
             )

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import get_sampler
-from transformers import TrainerCallback, TrainerState
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -89,6 +90,7 @@ class RankTracker(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         every = max(1, state.max_steps // POINTS)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
+            refuse_non_finite(args, state, kwargs["model"])  # it has no singular values
             # Among the logs, which a resumed run takes over.
             log: list[Any] = state.log_history
             log.append({"step": state.global_step, "rank": rank_by_kind(self.spectra())})
@@ -121,16 +123,20 @@ class StopOnNonFinite(TrainerCallback):
     """
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if not (control.should_log or control.should_save):
-            return  # each look waits for the device
-        mine = [local_shard(p.detach()) for p in kwargs["model"].parameters() if p.requires_grad]
-        norms = torch._foreach_norm(mine)
-        if processes.any_of(not torch.stack([norm.float() for norm in norms]).isfinite().all()):
-            raise ScaloraError(
-                f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
-                f"training.learning_rate (it is {args.learning_rate:g}), lengthen training.warmup_steps, or check the "
-                "data; earlier checkpoints are as they were"
-            )
+        if control.should_log or control.should_save:  # each look waits for the device
+            refuse_non_finite(args, state, kwargs["model"])
+
+
+def refuse_non_finite(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Raise ScaloraError where what is trained is no longer finite. A collective."""
+    mine = [local_shard(p.detach()) for p in model.parameters() if p.requires_grad]
+    norms = torch._foreach_norm(mine)
+    if processes.any_of(not torch.stack([norm.float() for norm in norms]).isfinite().all()):
+        raise ScaloraError(
+            f"the trained parameters are no longer finite at step {state.global_step}: training diverged; lower "
+            f"training.learning_rate (it is {args.learning_rate:g}), lengthen training.warmup_steps, or check the "
+            "data; earlier checkpoints are as they were"
+        )
 
 
 class SealCheckpoints(TrainerCallback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.directions import range_basis
-from ...algebra.whitening import EXPONENT, Root, Seen, Whitening, no_whitening, nystrom
+from ...algebra.whitening import Root, Seen, Whitening, no_whitening, nystrom
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
 from ...layers.lora_forward import LoraForward
@@ -22,6 +22,7 @@ DIRECTIONS = 32  # eigenvectors that are followed, at most
 FIRST = 3  # passes that are looked at one after the other at first
 EVERY = 10  # and then so many steps apart
 KEEP = 0.75  # of what was known, at most, when one more pass is looked at
+_SAVED = "U", "e", "tail"
 
 
 class White(NamedTuple):
@@ -38,10 +39,11 @@ class White(NamedTuple):
 class Moments:
     """White coordinates by group of layers; each look begins from the eigenvectors that those before have found."""
 
-    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer], exponent: float) -> None:
         self.layers = list(layers)
         self.groups = grouped(self.layers)
-        self.white = [_start(layers, group.members) for group in self.groups]
+        self.exponent = exponent
+        self.white = [_start(layers, group.members, exponent) for group in self.groups]
         self.looks = 0
         self.looking = False
         self._roots: list[tuple[White, tuple[Root, Root]] | None] = [None] * len(self.groups)
@@ -60,7 +62,8 @@ class Moments:
         if list(members) == self.groups[group].members:
             return self.white[group]
         found = [self.of(i) for i in members]
-        return White(*(Whitening(*map(torch.stack, zip(*side, strict=True))) for side in zip(*found, strict=True)))
+        stacked = [zip(*(each.tensors for each in side), strict=True) for side in zip(*found, strict=True)]
+        return White(*(Whitening(*map(torch.stack, side), exponent=self.exponent) for side in stacked))
 
     def inverse(self, group: int) -> tuple[Root, Root]:
         """N⁻¹ and M⁻¹ of a group, ready for products until the next look."""
@@ -106,7 +109,9 @@ class Moments:
             )
             sides += [Seen(white.outputs, of_outputs, trace), Seen(white.inputs, of_inputs, trace)]
         # Contiguous, as after a resume: in another layout some processors round products otherwise.
-        found = [Whitening(*(part.contiguous() for part in side)) for side in nystrom(sides, keep)]
+        found = [
+            Whitening(*(x.contiguous() for x in side.tensors), exponent=self.exponent) for side in nystrom(sides, keep)
+        ]
         self.white = [White(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
         self.looks += 1
         self.detach()
@@ -124,12 +129,9 @@ class Moments:
         return {
             "looks": self.looks,
             "looking": self.looking,
-            "exponent": EXPONENT,
+            "exponent": self.exponent,
             "white": {
-                name: {
-                    side: {k: getattr(part, k).clone() for k in Whitening._fields}
-                    for side, part in white._asdict().items()
-                }
+                name: {side: {k: getattr(part, k).clone() for k in _SAVED} for side, part in white._asdict().items()}
                 for name, white in named
             },
         }
@@ -140,16 +142,16 @@ class Moments:
         Raises:
             ScaloraError: the state is of other coordinates.
         """
-        if (exponent := state.get("exponent", 0.5)) != EXPONENT:
-            raise ScaloraError(
-                f"the saved run's white coordinates have the exponent {exponent}, this version's {EXPONENT}: finish "
-                "that run with the version of scalora that began it, or begin anew"
+        if (exponent := state.get("exponent", 0.5)) != self.exponent:
+            raise ScaloraError(  # configurations that have an exponent were compared before
+                f"the saved run's white coordinates have the exponent {exponent}, these {self.exponent}: finish it "
+                "with the version of scalora that began it, or begin anew"
             )
         for g, group in enumerate(self.groups):
             saved = [state["white"][layer.name] for layer in group.layers]
             self.white[g] = White(
                 *(
-                    Whitening(*(torch.stack([each[side][k].to(part.U) for each in saved]) for k in part._fields))
+                    Whitening(*(torch.stack([x[side][k].to(part.U) for x in saved]) for k in _SAVED), exponent=exponent)
                     for side, part in self.white[g]._asdict().items()
                 )
             )
@@ -164,7 +166,7 @@ def due(step: int) -> bool:
     return step + 1 < FIRST or (step > 0 and step % EVERY == 0)
 
 
-def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
+def _start(layers: Sequence[AdapterLayer], members: Sequence[int], exponent: float) -> White:
     """No whitening, and random bases: the same on every process and in a resumed run."""
     sides = []
     for side in (0, 1):
@@ -175,5 +177,5 @@ def _start(layers: Sequence[AdapterLayer], members: Sequence[int]) -> White:
             bases.append(range_basis(torch.randn(size, min(size, DIRECTIONS), generator=generator, device="cpu")))
         like: Tensor = layers[members[0]].A
         wide = torch.promote_types(like.dtype, torch.float32)
-        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous()))
+        sides.append(no_whitening(torch.stack(bases).to(like.device, wide).contiguous(), exponent))
     return White(*sides)

@@ -31,9 +31,9 @@ class WhiteSteps:
         ScaloraError: the optimizer's means of gradients cannot be turned along.
     """
 
-    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, exponent: float) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
-        self.moments = Moments(layers)
+        self.moments = Moments(layers, exponent)
         self.moments.open()
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
