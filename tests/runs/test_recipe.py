@@ -54,7 +54,7 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ({"training": 3}, "training is 3"),
         ({"head_learning_rate": 0}, "head_learning_rate is 0"),
         ({"head_learning_rate": float("inf")}, "head_learning_rate is inf"),
-        ({"output": None}, "output is None"),
+        ({"output": None}, "output is empty: give it a value, or leave it out"),
         ({"output": "a\0b"}, r"recipe.yaml: output: 'a\\x00b' holds a null character"),
         ({"model": "a\0b"}, "recipe.yaml: model: 'a"),
         ({"task": {**GOOD["task"], "data": {"train": "a\0b"}}}, "task.data.train: 'a"),

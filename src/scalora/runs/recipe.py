@@ -165,6 +165,8 @@ def _explain(error: Any) -> str:
         return f"{name}.kind: {error['msg']}"
     if error["type"] == "value_error":  # ours, which names the value itself where that helps
         return ": ".join(filter(None, (name, error["msg"].removeprefix("Value error, "))))
+    if error.get("input") is None:
+        return f"{name} is empty: give it a value, or leave it out ({error['msg']})"
     return f"{name} is {error.get('input')!r:.60}: {error['msg']}"
 
 
