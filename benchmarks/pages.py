@@ -44,7 +44,7 @@ OVERVIEW = (
     ("GSM8K, SmolLM2, rank 2", "smollm2-gsm8k", "scalora-i@2", "white-refresh:refresh=37@2"),
     ("headlines, MiniLM, rank 4", "minilm-sarcasm", "scalora-i@4", "white-refresh@4"),
     ("MRPC, MiniLM, rank 4", "reproduce/table1/MRPC", "scalora-i@4", None),
-    ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4", None),
+    ("ARC-Easy, SmolLM2, rank 4", "smollm2-arc-easy", "scalora-i@4", "white-refresh@4"),
 )
 OURS = "scalora-i", "white-refresh"
 STEPS = "overhead/smollm2-bf16.json"
