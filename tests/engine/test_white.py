@@ -1,7 +1,5 @@
 """Steps in white coordinates: against dense algebra, and with all that ScaLoRA does."""
 
-import copy
-
 import pytest
 import torch
 from peft import PeftModel
@@ -281,13 +279,6 @@ def test_a_step_that_is_not_taken_changes_nothing():
     ("config", "message"),
     [
         ({"coordinates": "black"}, "coordinates is 'black': choose one of plain, white"),
-        ({"exponent": 0.6}, "exponent is 0.6: it must be more than 0, and 0.5 at most"),
-        ({"exponent": 0}, "exponent is 0: it must be more than 0, and 0.5 at most"),
-        ({"exponent": "half"}, "exponent is 'half': it must be more than 0"),
-        (
-            {"exponent": 0.5, "coordinates": "plain", "interval": 1},
-            "exponent is 0.5, but coordinates is 'plain', which has none: set coordinates='white', or leave",
-        ),
         ({"accumulate": "base"}, "accumulate is 'base', but interval and refresh are both None"),
         ({"capacity": 3}, "capacity is 3, but interval and refresh are both None"),
     ],
@@ -295,37 +286,3 @@ def test_a_step_that_is_not_taken_changes_nothing():
 def test_refusals(config, message):
     with pytest.raises(ScaloraError, match=message):
         ScaLoraConfig(**{"interval": None, "coordinates": "white", **config})
-
-
-def test_a_run_in_other_coordinates_is_not_gone_on_with():
-    model, optimizer, handle = attached(config={"interval": None, "exponent": 0.375})
-    models.train(model, optimizer, "llama", 2)
-    state = handle.state_dict()
-    model, optimizer, handle = attached()
-    with pytest.raises(ScaloraError, match=r"exponent is 0\.25, but the saved run had 0\.375: resume"):
-        handle.load_state_dict(state)
-
-
-def test_a_state_of_before_the_exponent_could_be_set_is_gone_on_with_where_it_was_this_one():
-    model, optimizer, handle = attached()
-    models.train(model, optimizer, "llama", 2)
-    state = handle.state_dict()
-    del state["config"]["exponent"]
-    handle.load_state_dict(state)
-    del state["white"]["exponent"]  # as before that: ½, with another damping
-    with pytest.raises(ScaloraError, match=r"the saved run's white coordinates have the exponent 0\.5"):
-        handle.load_state_dict(state)
-
-
-@pytest.mark.parametrize("events", EVENTS)
-def test_resuming_with_another_exponent_is_bitwise(events):
-    config = EVENTS[events] | {"exponent": 0.5}
-    model, optimizer, handle = attached(config=config)
-    models.train(model, optimizer, "llama", 5)
-    kept = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, handle)]
-    models.train(model, optimizer, "llama", 4, start=5)
-    again, fresh, other = attached(config=config)
-    for part, state in zip((again, fresh, other), kept, strict=True):
-        part.load_state_dict(state)
-    models.train(again, fresh, "llama", 4, start=5)
-    assert all(torch.equal(p, q) for p, q in zip(models.trainable(model), models.trainable(again), strict=True))
