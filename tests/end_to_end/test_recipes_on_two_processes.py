@@ -116,7 +116,14 @@ def test_bad_input_is_one_message_and_no_traceback_of_ours(tmp_path):
 
 def test_a_comparison_is_refused_by_name(tmp_path):
     recipe = workspace.lay(tmp_path)
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "scalora", "compare", recipe]
+    late = tmp_path / "late.py"  # the first process, which speaks, comes last
+    late.write_text(
+        "import os, runpy, sys, time\n"
+        "time.sleep(3 if os.environ['RANK'] == '0' else 0)\n"
+        "sys.argv[0] = 'scalora'\n"
+        "runpy.run_module('scalora', run_name='__main__')\n"
+    )
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", late, "compare", recipe]
     done = _run([*command, "--methods", "lora", "--output", tmp_path / "out"], tmp_path)
     assert done.stderr.count("error: WORLD_SIZE is 2, but scalora compare runs in one process") == 1
     assert not (tmp_path / "out").exists()

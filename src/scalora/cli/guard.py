@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -36,10 +37,20 @@ def leave(message: str, code: int, *, alone: bool = False) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if alone or speaks():
         print(message, file=sys.stderr, flush=True)
+    elif code == 2:  # the one that speaks may not have come so far
+        _wait_to_be_ended(code)
     if alone and launched() > 1:  # Python would wait for what the others never answer
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def _wait_to_be_ended(code: int, seconds: float = 60.0) -> None:
+    """Exit with the code at SIGTERM, which a launcher sends once the process that speaks has left; or return later."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def alone(command: str) -> None:
