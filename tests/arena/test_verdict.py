@@ -80,6 +80,18 @@ def test_a_mean_below_loras_that_one_bad_seed_made_is_not_taken_though_nothing_t
     assert "It cannot be told apart from wild@2." in recommendation(table)
 
 
+def test_what_is_taken_is_told_apart_from_others_by_its_own_differences():
+    steady, wild = replace(_row("steady", 0.8), scores={0: 0.80, 1: 0.81, 2: 0.80}), {0: 0.95, 1: 0.71, 2: 0.90}
+    below = replace(_row("below", 0.7), scores={0: 0.79, 1: 0.80, 2: 0.79})  # only the wild one is level with it
+    table = _table(replace(_row("best", 0.9, memory=2.0), scores=wild), steady, below)
+    assert recommendation(table).startswith("Take steady@2")
+    assert "It cannot be told apart from best@2." in recommendation(table)
+    behind = replace(below, memory=0.5)
+    table = _table(replace(_row("best", 0.9, memory=2.0), scores=wild), steady, behind)
+    assert recommendation(table).startswith("Take below@2")
+    assert "It cannot be told apart from best@2. Better by more than noise: steady@2." in recommendation(table)
+
+
 def test_means_over_other_seeds_are_not_held_against_each_other():
     lucky = replace(_row("lucky", 0.9), scores={0: 0.90, 1: 0.91, 2: 0.92})  # its other seeds failed
     better = replace(_row("better", 0.9), scores={0: 0.93, 1: 0.95, 2: 0.96, 3: 0.5, 4: 0.5})

@@ -81,9 +81,11 @@ def recommendation(table: ComparisonTable) -> str:
     left = _cheapest(known) if known else pool
     taken = base if base in left and base is not None else best if best in left else left[0]
     said = [f"Take {taken.contender}: test {table.metric} {taken.quality.value:.4f}{_cost(table, taken)}."]
-    others = [str(row.contender) for row in level if row is not taken]
-    ties = f"It cannot be told apart from {', '.join(others)}."
-    said.append(ties if others else "It is better than all others by more than noise.")
+    ahead = [row for row in rows if _behind(table, taken, row)]  # level with the best is not level with all
+    alike = [row for row in rows if row is not taken and row not in ahead and not _behind(table, row, taken)]
+    for words, others in (("It cannot be told apart from", alike), ("Better by more than noise:", ahead)):
+        said += [f"{words} {', '.join(str(row.contender) for row in others)}."] if others else []
+    said += [] if alike or ahead else ["It is better than all others by more than noise."]
     if best is not taken:
         said.append(f"The best mean is {best.contender}'s, {best.quality.value:.4f}.")
     said.append(RULE.format(baseline=table.baseline))
