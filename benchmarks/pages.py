@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import mean
 
 from scalora.arena.contender import Contender, parse_contender
+from scalora.arena.plan import Chosen
 from scalora.arena.results import ComparisonRecord, read_comparison, read_results
-from scalora.arena.statistics import over_rates, primary
+from scalora.arena.statistics import over_rates, primary, tuned
 from scalora.arena.table import ComparisonTable, TextTable, comparison_table
 from scalora.common.disk_layout import RESULTS
 from scalora.common.files import write_text
@@ -117,12 +118,11 @@ def against(folder: str, baseline: str, *shown: str) -> str:
 def seeds(folder: str, rate: str) -> str:
     """The validation metric at one rate, tuning seed by tuning seed."""
     record, metric = _record(folder), _table(folder).metric
-    names = [str(seed) for seed in record.comparison.tuning_seeds]
-    rows = [
-        [str(c), *(f"{value:.3f}" for value in over_rates(record.results, c, metric)[float(rate)])]
-        for c in record.comparison.contenders
-    ]
-    return _untitled(TextTable("", ["method", *names], rows))
+    columns, rows = record.comparison.tuning_seeds, []
+    for c in record.comparison.contenders:
+        found = tuned(record.results, [c], metric).get(Chosen(c, float(rate)), {})  # a seed that failed is missing
+        rows.append([str(c), *(f"{found[seed]:.3f}" if seed in found else "failed" for seed in columns)])
+    return _untitled(TextTable("", ["method", *map(str, columns)], rows))
 
 
 def tuning(folder: str) -> str:

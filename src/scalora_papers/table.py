@@ -17,6 +17,7 @@ from scalora.arena.statistics import (
     Results,
     chosen_settings,
     final_runs,
+    hardware,
     paired_difference,
     primary,
     summarize,
@@ -50,9 +51,13 @@ class Measured:
         return final_runs(self.results, chosen_settings(self.results, self.comparison).get(contender))
 
     def costs(self, contender: Contender, key: str) -> list[float]:
-        """Relative to LoRA's, seed by seed: runs of one seed train on the same batches, one soon after the other."""
+        """Relative to LoRA's, seed by seed: runs of one seed train on the same batches, one soon after the other.
+
+        Without seeds that ran on unlike hardware: what is resumed may go on elsewhere.
+        """
         ours, base = self.finals(contender), self.finals(self.comparison.contenders[0])
-        return [ours[seed][key] / base[seed][key] for seed in sorted(ours.keys() & base.keys())]
+        both = [seed for seed in sorted(ours.keys() & base.keys()) if hardware(ours[seed]) == hardware(base[seed])]
+        return [ours[seed][key] / base[seed][key] for seed in both]
 
     def values(self, contender: Contender) -> dict[int, float]:
         """Test metric by seed."""
@@ -133,7 +138,7 @@ def quality(title: str, measured: Mapping[str, Measured], published: Published, 
 def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -> TextTable:
     """Seconds per step and peak memory relative to LoRA: median (lowest to highest) over seeds and problems.
 
-    Beside it the paper's memory above LoRA, of another model.
+    What never ran on LoRA's hardware has none. Beside it the paper's memory above LoRA, of another model.
     """
     contenders = next(iter(measured.values())).comparison.contenders
     rows = []
@@ -141,7 +146,8 @@ def costs(measured: Mapping[str, Measured], memory_above: Mapping[str, float]) -
         cells = []
         for key in ("seconds_per_step", "peak_memory_bytes"):
             ratios = [ratio for each in measured.values() for ratio in each.costs(contender, key)]
-            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "failed")
+            unknown = "" if any(each.finals(contender) for each in measured.values()) else "failed"
+            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else unknown)
         above = memory_above.get(_name(contender, contenders))
         rows.append([str(contender), *cells, "" if above is None else f"+{above:g} GB"])
     return TextTable(

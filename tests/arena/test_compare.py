@@ -177,6 +177,8 @@ def test_contenders_are_written_with_options_and_rank(text, contender):
         ("model=elsewhere", "another model"),
         ("method.dropout=0.1", "another dropout"),
         ("method.alpha=100", "another alpha"),
+        ("method.options={interval: 3}", "another method.options"),  # trials of the method that it names take them over
+        ("method.options={}", "another method.options"),
         ("task.data.seed=1", "another task"),
         ("task.data.folder=elsewhere", None),  # the same data may lie elsewhere today
         ("method.rank=4", None),  # a contender's matter

@@ -79,6 +79,16 @@ def test_a_leader_that_does_not_end_on_every_seed_is_out(end, comparison, tmp_pa
     assert {t.lr for t in calls if t.stage == "final"} == {STEADY}
 
 
+def test_where_no_leader_ends_on_every_seed_the_next_ones_are_looked_at(comparison, tmp_path, monkeypatch):
+    def result(trial):
+        return {"error": "diverged"} if trial.seed > 0 and trial.lr != SLOW else _score(trial)
+
+    calls, record = _run(comparison, tmp_path, monkeypatch, result, confirm=1)
+    again = {(t.lr, t.seed) for t in calls if t.stage == "tune" and t.contender == LORA and t.seed > 0}
+    assert again == {(LUCKY, 1), (STEADY, 1), (SLOW, 1)}
+    assert record.chosen[LORA].lr == SLOW
+
+
 def test_rates_beyond_the_grid_are_looked_at_again_too(comparison, tmp_path, monkeypatch):
     calls, record = _run(comparison, tmp_path, monkeypatch, _score, confirm=2, extend=1)
     assert record.chosen[LORA].lr == STEADY

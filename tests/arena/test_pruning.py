@@ -56,6 +56,20 @@ def test_a_trial_is_held_against_the_best_of_its_contender_at_its_seed(compariso
     assert bars(comparison, results, Trial("final", LORA, 1e-3, 0)) == []
 
 
+def test_a_setting_of_several_contenders_is_held_against_what_all_of_them_have(comparison):
+    wide = parse_contender("lora:alpha=4/64", 2)  # 4 is the recipe's own at rank 2
+    shared = dataclasses.replace(comparison, contenders=(LORA, wide))
+    (plain,), (same, other) = shared.settings[LORA], shared.settings[wide]
+    assert plain == same
+    better = Trial("tune", other, 1e-3, 0)
+    results = {better: _finished(shared, better)}
+    assert bars(shared, results, Trial("tune", plain, 1e-3, 0)) == []  # or `lora` would be left without any rate
+    assert bars(shared, results, better._replace(lr=1e-2))
+    own = Trial("tune", plain, 1e-3, 0)
+    results[own] = _finished(shared, own, accuracy=0.1)
+    assert bars(shared, results, own._replace(lr=1e-2))
+
+
 @pytest.mark.parametrize("losses", [[], [[30, 2.0]], [[10, 5.0], [20, 5.5], [30, 4.0]]])
 def test_who_had_gained_nothing_by_then_sets_no_bar(comparison, losses):
     trial = Trial("tune", LORA, 1e-3, 0)

@@ -80,6 +80,46 @@ def test_a_mean_below_loras_that_one_bad_seed_made_is_not_taken_though_nothing_t
     assert "It cannot be told apart from wild@2." in recommendation(table)
 
 
+def test_what_is_taken_is_told_apart_from_others_by_its_own_differences():
+    steady, wild = replace(_row("steady", 0.8), scores={0: 0.80, 1: 0.81, 2: 0.80}), {0: 0.95, 1: 0.71, 2: 0.90}
+    below = replace(_row("below", 0.7), scores={0: 0.79, 1: 0.80, 2: 0.79})  # only the wild one is level with it
+    table = _table(replace(_row("best", 0.9, memory=2.0), scores=wild), steady, below)
+    assert recommendation(table).startswith("Take steady@2")
+    assert "It cannot be told apart from best@2." in recommendation(table)
+    behind = replace(below, memory=0.5)
+    table = _table(replace(_row("best", 0.9, memory=2.0), scores=wild), steady, behind)
+    assert recommendation(table).startswith("Take below@2")
+    assert "It cannot be told apart from best@2. Better by more than noise: steady@2." in recommendation(table)
+
+
+def test_means_over_other_seeds_are_not_held_against_each_other():
+    lucky = replace(_row("lucky", 0.9), scores={0: 0.90, 1: 0.91, 2: 0.92})  # its other seeds failed
+    better = replace(_row("better", 0.9), scores={0: 0.93, 1: 0.95, 2: 0.96, 3: 0.5, 4: 0.5})
+    table = _table(lucky, better)
+    assert table.best_first().rows[0] is lucky
+    assert [str(place.row.contender) for place in ranking(table)] == ["better@2", "lucky@2"]
+    said = recommendation(table)
+    assert said.startswith("Take better@2: ")
+    assert "better than all others" in said
+    assert said.endswith("The mean of lucky@2, 0.9100, is of other seeds: on common ones it is not ahead.")
+    # Of better mean than LoRA, and worse on each seed that LoRA ran too; cheap, and too wild to be told apart.
+    base = replace(_row("lora", 0.5), scores={0: 0.7, 1: 0.8, 2: 0.6, 3: 0.1, 4: 0.2})
+    below = replace(_row("below", 0.5, time=0.4), scores={0: 0.69, 1: 0.2, 2: 0.59})
+    assert recommendation(_table(base, below)).startswith("Take lora@2: ")
+    apart = replace(lucky, scores=dict.fromkeys(range(2, 6), 0.9))
+    assert "have 2 seeds in common" in recommendation(_table(_row("lora", 0.5, seeds=4), apart))
+    assert "have no seed in common" in recommendation(_table(_row("lora", 0.5, seeds=3), replace(apart, scores={7: 1})))
+
+
+def test_a_contender_with_fewer_seeds_takes_no_evidence_from_others():
+    scores = {0: 0.8, 1: 0.8, 2: 0.8, 3: 0.8}
+    best, worse = replace(_row("best", 0.8), scores=scores), _row("worse", 0.7, time=0.4)
+    worse = replace(worse, scores={0: 0.79, 1: 0.75, 2: 0.76, 3: 0.75})  # on three seeds it cannot be told apart
+    said = recommendation(_table(best, worse, replace(_row("lora", 0.5), scores={0: 0.5, 1: 0.5, 2: 0.5})))
+    assert said.startswith("Take best@2: ")
+    assert "better than all others" in said
+
+
 def test_a_clear_winner_is_recommended_whatever_it_costs():
     said = recommendation(_table(_row("lora", 0.5), _row("best", 0.8, time=3.0)))
     assert said.startswith("Take best@2")

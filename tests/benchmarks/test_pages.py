@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_readme_takes_the_table_between_its_markers(tmp_path, monkeypatch):
     text = pages.pages()[pages.README]
     assert text == f"before\n{pages.BEGIN}\n\n{pages.overview()}\n\n{pages.END}\nafter\n"
     assert len(pages.overview().splitlines()) == 2 + len(pages.OVERVIEW) + 1 <= 2 + 8  # and what a step takes
+
+
+def test_a_seed_that_failed_is_shown_in_its_own_column(monkeypatch):
+    record = pages._record("minilm-sarcasm-rates")
+    lost = next(t for t in record.results if (t.stage, t.contender.method, t.lr, t.seed) == ("tune", "lora", 0.004, 1))
+    results = {**record.results, lost: {"error": "out of memory"}}
+    before = pages.seeds("minilm-sarcasm-rates", "0.004").splitlines()
+    monkeypatch.setattr(pages, "_record", lambda folder: replace(record, results=results))
+    after = pages.seeds("minilm-sarcasm-rates", "0.004").splitlines()
+    cells = before[2].split(" | ")
+    assert after[2] == " | ".join([*cells[:2], "failed", *cells[3:]])
+    assert after[3:] == before[3:]
 
 
 def test_a_clone_carries_little():

@@ -24,6 +24,9 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 GLUE_MEANS = {"full": 88.25, "lora": 88.13, "mora": 88.35, "hira": 88.46, "scalora": 88.98}
 
 
+HERE = {"processor": "slow", "threads": 1, "gpu": None}
+
+
 @pytest.fixture
 def trials(monkeypatch):
     """Trials that take no time: ScaLoRA is better than LoRA by 2 points, HiRA fails at its highest rate."""
@@ -39,7 +42,7 @@ def trials(monkeypatch):
         return {
             "after": {"accuracy": value, "exact_match": value, "nll": nll}, "primary": primary,
             "higher_is_better": primary != "nll", "ranks": [], "losses": [], "trainable_parameters": 1,
-            "adapter_bytes": 1, "peak_memory_bytes": 100 + 50 * (trial.contender.method == "hira"),
+            "adapter_bytes": 1, "environment": HERE, "peak_memory_bytes": 100 + 50 * (trial.contender.method == "hira"),
             "seconds_per_step": 1 + trial.contender.method.startswith("scalora") / (1 + trial.seed // 2),
         }  # fmt: skip
 
@@ -141,6 +144,21 @@ def test_fig3_measures_costs_only(trials, tmp_path, data):
     assert (tmp_path / "out" / "fig3.png").stat().st_size > 1000
     assert all(c.trial_recipe(t, "x").training["max_steps"] == 20 for c, t in trials)
     assert not any(c.ranks for c, _ in trials)  # measuring the rank takes memory of its own
+
+
+def test_costs_are_compared_on_one_machine_only(trials, tmp_path, data, monkeypatch):
+    fake = run.run_trial
+
+    def run_trial(comparison, trial, *rest):
+        elsewhere = {"environment": HERE | {"processor": "fast"}, "seconds_per_step": 0.1}
+        return fake(comparison, trial, *rest) | (elsewhere if trial.seed == 2 and trial.contender.rank == 8 else {})
+
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    (table,) = run_experiment(find_experiment("fig3"), _setting(tmp_path, data)).tables
+    cells = {row[0]: row[1] for row in table.rows}
+    assert (
+        cells["lora@32"] == "1.00 (1.00 to 1.00)"
+    )  # not ten times LoRA's at the seed for which LoRA went on elsewhere
 
 
 def test_report_writes_an_experiment_s_tables_again(trials, tmp_path, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from .plan import Comparison, Trial
 from .statistics import Results, ranked
@@ -14,7 +15,8 @@ def confirmation(comparison: Comparison, results: Results, tuning: Sequence[Tria
     """The tuning trials of the leading settings on so many further seeds, the done ones among them.
 
     Leaders are those on the first tuning seeds, once a contender's trials of `tuning` are done: those of the grid and
-    of what extends it. Of a single setting nothing is to be chosen.
+    of what extends it. Where none of them ends on all seeds the next ones are looked at: else the first would be chosen
+    on its one seed, though it diverges on others. Of a single setting nothing is to be chosen.
     """
     if comparison.fixed is not None or seeds < 1:
         return []
@@ -28,7 +30,11 @@ def confirmation(comparison: Comparison, results: Results, tuning: Sequence[Tria
         found |= dict.fromkeys(trial for trial in again if trial.contender in settings)
         if any(trial not in results for trial in own):
             continue
-        leaders = ranked({trial: results[trial] for trial in own}, settings, comparison.chosen_by)[:LEADERS]
-        if len(leaders) > 1:
-            found |= dict.fromkeys(Trial("tune", *leader, seed) for leader in leaders for seed in further)
+        order = ranked({trial: results[trial] for trial in own}, settings, comparison.chosen_by)
+        for place in range(0, len(order) if len(order) > 1 else 0, LEADERS):
+            each = [[Trial("tune", *leader, seed) for seed in further] for leader in order[place : place + LEADERS]]
+            found |= dict.fromkeys(chain.from_iterable(each))
+            waiting = any(trial not in results for trials in each for trial in trials)
+            if waiting or any(all("after" in results[trial] for trial in trials) for trials in each):
+                break
     return list(found)

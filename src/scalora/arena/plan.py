@@ -180,6 +180,7 @@ def shared_parts(recipe: Recipe) -> dict[str, Any]:
         content["training"].pop(own, None)
     method = recipe.method
     return {key: content[key] for key in _SHARED} | {
+        "method.options": {method.name: method.options} if method.options else {},  # trials of that method have them
         "target_modules": method.target_modules,
         "alpha": method.scaled_alpha / method.rank,
         "dropout": method.dropout,

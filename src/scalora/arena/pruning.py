@@ -1,5 +1,7 @@
 """Which tuning trials are given up: those far behind the best finished one of their contender, at the same point.
 
+A setting that several contenders have is given up only for what all of them have: each chooses among its own.
+
 The measure is the training loss, which every trial logs. What counts is how far a trial is behind, as a share of what
 the best one had gained by then. The shares were set by a replay over recorded trials
 (``python -m benchmarks.studies.pruning``, docs/compare.md).
@@ -11,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runs.giving_up import Bar, level
+from .contender import Contender
 from .plan import Comparison, Trial
 from .statistics import Results
 
@@ -22,9 +25,8 @@ def bars(comparison: Comparison, results: Results, trial: Trial, margins: Mappin
     """What a tuning trial must reach to go on; nothing where no trial of its contender and seed has finished."""
     if trial.stage != "tune":
         return []
-    rivals = {
-        setting for settings in comparison.settings.values() if trial.contender in settings for setting in settings
-    }
+    having = [set(settings) for settings in comparison.settings.values() if trial.contender in settings]
+    rivals = set[Contender]().union(*having[:1]).intersection(*having)
     finished = [
         result
         for other, result in results.items()

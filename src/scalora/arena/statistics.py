@@ -137,8 +137,13 @@ def relative_cost(ours: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str,
 def _by_hardware(runs: Iterable[Mapping[str, Any]], key: str) -> dict[tuple[Any, ...], list[float]]:
     found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for run in runs:
-        found[tuple(run["environment"][part] for part in ("processor", "threads", "gpu"))].append(run[key])
+        found[hardware(run)].append(run[key])
     return found
+
+
+def hardware(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run's seconds and bytes depend on; runs on unlike hardware are not held against each other."""
+    return tuple(run["environment"][part] for part in ("processor", "threads", "gpu"))
 
 
 def summarize(values: Sequence[float]) -> Mean:

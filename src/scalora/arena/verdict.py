@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Literal, NamedTuple
 
 from .contender import Contender
@@ -65,22 +66,26 @@ def recommendation(table: ComparisonTable) -> str:
     rows = table.best_first().rows
     if not rows:
         return "Nothing can be recommended yet: no method has finished a final run."
-    best = rows[0]
-    if (least := min(row.quality.n for row in rows)) < ENOUGH_SEEDS:
-        few = "one seed says nothing" if least == 1 else f"{least} seeds say too little"
-        leads = f" The best mean is {best.contender}'s, {best.quality.value:.4f}." if len(rows) > 1 else ""
-        return f"Nothing can be recommended: {few} about noise (--seeds {ENOUGH_SEEDS} or more).{leads}"
+    first, common = rows[0], set(rows[0].scores).intersection(*(row.scores for row in rows))
+    if len(common) < ENOUGH_SEEDS:
+        leads = f" The best mean is {first.contender}'s, {first.quality.value:.4f}." if len(rows) > 1 else ""
+        return f"Nothing can be recommended: {_few(min(row.quality.n for row in rows), len(common))}.{leads}"
+    # Means over unlike seeds do not say who leads; who leads on all may be behind another on the seeds of both.
+    rows.sort(key=lambda row: mean(row.scores[seed] for seed in common), reverse=table.higher_is_better)
+    best = next((row for row in rows if not any(_behind(table, row, other) for other in rows)), rows[0])
     level = [row for row in rows if not _behind(table, row, best)]
     base = next((row for row in rows if row.contender == table.baseline), None)
-    # The best first, so that none in front of the baseline is worse; a few bad seeds make a mean that tells nothing.
-    pool = level if base is None else [row for row in level if rows.index(row) <= rows.index(base)]
+    # None whose mean is below the baseline's: a few bad seeds make a mean that tells nothing.
+    pool = level if base is None else [row for row in level if row in (best, base) or _gains(table, row, base)]
     known = [row for row in pool if row.time is not None and row.memory is not None]
     left = _cheapest(known) if known else pool
-    taken = base if base in left and base is not None else left[0]
+    taken = base if base in left and base is not None else best if best in left else left[0]
     said = [f"Take {taken.contender}: test {table.metric} {taken.quality.value:.4f}{_cost(table, taken)}."]
-    others = [str(row.contender) for row in level if row is not taken]
-    ties = f"It cannot be told apart from {', '.join(others)}."
-    said.append(ties if others else "It is better than all others by more than noise.")
+    ahead = [row for row in rows if _behind(table, taken, row)]  # level with the best is not level with all
+    alike = [row for row in rows if row is not taken and row not in ahead and not _behind(table, row, taken)]
+    for words, others in (("It cannot be told apart from", alike), ("Better by more than noise:", ahead)):
+        said += [f"{words} {', '.join(str(row.contender) for row in others)}."] if others else []
+    said += [] if alike or ahead else ["It is better than all others by more than noise."]
     if best is not taken:
         said.append(f"The best mean is {best.contender}'s, {best.quality.value:.4f}.")
     said.append(RULE.format(baseline=table.baseline))
@@ -88,7 +93,18 @@ def recommendation(table: ComparisonTable) -> str:
         said.append("Others used the machine while these were timed, so that times did not count.")
     if unknown := [str(row.contender) for row in pool if row not in known]:
         said.append(f"Not known on the same hardware is what these cost: {', '.join(unknown)}.")
+    if best is not first:
+        mean_of = f"The mean of {first.contender}, {first.quality.value:.4f}"
+        said.append(f"{mean_of}, is of other seeds: on common ones it is not ahead.")
     return " ".join(said)
+
+
+def _few(least: int, common: int) -> str:
+    """That there are not enough seeds: each method has `least` at least, and all have `common`."""
+    if least > common:
+        return f"the methods have {common or 'no'} seed{'s' * (common > 1)} in common (--seeds, or --retry)"
+    few = "one seed says nothing" if least == 1 else f"{least} seeds say too little"
+    return f"{few} about noise (--seeds {ENOUGH_SEEDS} or more)"
 
 
 def _cost(table: ComparisonTable, row: ContenderRow) -> str:
@@ -119,6 +135,12 @@ def _slower(row: ContenderRow, other: ContenderRow) -> bool:
     if row.times is None or other.times is None or min(row.quality.n, other.quality.n) < ENOUGH_SEEDS:
         return False
     return row.times[0] > _NEAR * other.times[1]
+
+
+def _gains(table: ComparisonTable, row: ContenderRow, base: ContenderRow) -> bool:
+    """Whether its mean is no worse than the other's, over the seeds of both."""
+    found = paired_difference(row.scores, base.scores, higher_is_better=table.higher_is_better)
+    return found is not None and found.value >= 0
 
 
 def _behind(table: ComparisonTable, row: ContenderRow, other: ContenderRow) -> bool:
