@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scalora.arena.contender import Contender
 from scalora.arena.table import ComparisonTable, ContenderRow
-from scalora.arena.verdict import COSTS, RULE, frontier, ranking, ranking_table, recommendation
+from scalora.arena.verdict import _SIGNS, COSTS, RULE, frontier, ranking, ranking_table, recommendation
 
 LORA = Contender("lora", 2)
 NOISE = (0.0, 0.01, -0.01)  # over seeds; every other seed is the same for all
@@ -66,7 +66,7 @@ def test_of_those_level_with_the_best_the_cheapest_is_recommended():
     said = recommendation(_table(*rows))
     assert said.startswith("Take cheap@2: test accuracy 0.8000, at 1.02 of lora@2's time a step and 1.00 of its peak")
     assert "It cannot be told apart from best@2. The best mean is best@2's, 0.8100." in said
-    assert RULE.format(baseline=LORA) in said
+    assert RULE.format(baseline=LORA, signs=_SIGNS) in said
     memory = _row("best", 0.81, memory=1.5), _row("cheap", 0.8, shift=1), _row("unknown", 0.79, time=None, shift=1)
     said = recommendation(_table(*memory))
     assert said.startswith("Take cheap@2")
@@ -108,7 +108,9 @@ def test_means_over_other_seeds_are_not_held_against_each_other():
     assert recommendation(_table(base, below)).startswith("Take lora@2: ")
     apart = replace(lucky, scores=dict.fromkeys(range(2, 6), 0.9))
     assert "have 2 seeds in common" in recommendation(_table(_row("lora", 0.5, seeds=4), apart))
-    assert "have no seed in common" in recommendation(_table(_row("lora", 0.5, seeds=3), replace(apart, scores={7: 1})))
+    assert "have no seed in common" in recommendation(
+        _table(_row("lora", 0.5, seeds=3), replace(apart, scores={7: 1, 8: 1, 9: 1}))
+    )
 
 
 def test_a_contender_with_fewer_seeds_takes_no_evidence_from_others():
@@ -118,6 +120,25 @@ def test_a_contender_with_fewer_seeds_takes_no_evidence_from_others():
     said = recommendation(_table(best, worse, replace(_row("lora", 0.5), scores={0: 0.5, 1: 0.5, 2: 0.5})))
     assert said.startswith("Take best@2: ")
     assert "better than all others" in said
+
+
+def test_what_is_behind_in_each_of_five_seeds_is_not_taken_however_wide_its_spread_is():
+    best = replace(_row("best", 0.1, memory=1.5), scores={0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1})
+    wild = replace(_row("wild", 0.9), scores={0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2, 4: 6.0})
+    base = replace(_row("lora", 8.0), scores=dict.fromkeys(range(5), 8.0))
+    said = recommendation(_table(base, best, wild, higher=False))
+    assert said.startswith("Take best@2")
+    assert "It cannot be told apart from wild@2" in said  # noise alone does not say so
+    once = replace(wild, scores=wild.scores | {0: 0.09})
+    assert recommendation(_table(base, best, once, higher=False)).startswith("Take wild@2")
+
+
+def test_a_method_of_few_seeds_is_left_out_and_stops_no_other():
+    rows = _row("lora", 0.5), _row("best", 0.8), _row("broken", 0.9, seeds=1)
+    said = recommendation(_table(*rows))
+    assert said.startswith("Take best@2")
+    assert "Left out, since fewer than 3 seeds have finished: broken@2." in said
+    assert "Nothing can be recommended" in recommendation(_table(_row("lora", 0.5, seeds=2), *rows[1:]))
 
 
 def test_a_clear_winner_is_recommended_whatever_it_costs():

@@ -13,11 +13,12 @@ from .table import ComparisonTable, ContenderRow, TextTable
 CostKind = Literal["time", "memory", "disk"]
 COSTS: dict[CostKind, str] = {"time": "seconds per step", "memory": "peak memory", "disk": "bytes of what is saved"}
 _NEAR = 1.05  # times the least cost: as good as it
+_SIGNS = 5  # seeds that all say the same: 1 in 32 by chance, whatever their spread
 RULE = (
-    "The rule: of the methods that cannot be told apart from the best, those whose mean is not worse than {baseline}'s "
-    "are left; of these those that are not slower than the fastest, by more than 5 % and in every run; of these those "
-    "within 5 % of the least peak memory, and then of the least held. Of what is left {baseline} is taken, if it is "
-    "there, and else the best mean."
+    "The rule: of the methods that are not behind the best, by more than noise or in each of {signs} seeds or more, "
+    "those whose mean is not worse than {baseline}'s are left; of these those that are not slower than the fastest, by "
+    "more than 5 % and in every run; of these those within 5 % of the least peak memory, and then of the least held. "
+    "Of what is left {baseline} is taken, if it is there, and else the best mean."
 )
 
 
@@ -66,6 +67,9 @@ def recommendation(table: ComparisonTable) -> str:
     rows = table.best_first().rows
     if not rows:
         return "Nothing can be recommended yet: no method has finished a final run."
+    few = [row for row in rows if row.quality.n < ENOUGH_SEEDS]
+    if len(few) < len(rows) and table.baseline not in [row.contender for row in few]:  # it must not stop the others
+        rows = [row for row in rows if row not in few]
     first, common = rows[0], set(rows[0].scores).intersection(*(row.scores for row in rows))
     if len(common) < ENOUGH_SEEDS:
         leads = f" The best mean is {first.contender}'s, {first.quality.value:.4f}." if len(rows) > 1 else ""
@@ -73,7 +77,7 @@ def recommendation(table: ComparisonTable) -> str:
     # Means over unlike seeds do not say who leads; who leads on all may be behind another on the seeds of both.
     rows.sort(key=lambda row: mean(row.scores[seed] for seed in common), reverse=table.higher_is_better)
     best = next((row for row in rows if not any(_behind(table, row, other) for other in rows)), rows[0])
-    level = [row for row in rows if not _behind(table, row, best)]
+    level = [row for row in rows if not _behind(table, row, best) and not _trails(table, row, best)]
     base = next((row for row in rows if row.contender == table.baseline), None)
     # None whose mean is below the baseline's: a few bad seeds make a mean that tells nothing.
     pool = level if base is None else [row for row in level if row in (best, base) or _gains(table, row, base)]
@@ -88,7 +92,10 @@ def recommendation(table: ComparisonTable) -> str:
     said += [] if alike or ahead else ["It is better than all others by more than noise."]
     if best is not taken:
         said.append(f"The best mean is {best.contender}'s, {best.quality.value:.4f}.")
-    said.append(RULE.format(baseline=table.baseline))
+    if few:
+        named = ", ".join(str(row.contender) for row in few)
+        said.append(f"Left out, since fewer than {ENOUGH_SEEDS} seeds have finished: {named}.")
+    said.append(RULE.format(baseline=table.baseline, signs=_SIGNS))
     if any(row.shared for row in known):
         said.append("Others used the machine while these were timed, so that times did not count.")
     if unknown := [str(row.contender) for row in pool if row not in known]:
@@ -141,6 +148,13 @@ def _gains(table: ComparisonTable, row: ContenderRow, base: ContenderRow) -> boo
     """Whether its mean is no worse than the other's, over the seeds of both."""
     found = paired_difference(row.scores, base.scores, higher_is_better=table.higher_is_better)
     return found is not None and found.value >= 0
+
+
+def _trails(table: ComparisonTable, row: ContenderRow, other: ContenderRow) -> bool:
+    """Whether the other is better in each of many seeds: one wild seed makes a spread that noise alone would have."""
+    sign = 1 if table.higher_is_better else -1
+    gains = [sign * (other.scores[seed] - row.scores[seed]) for seed in row.scores.keys() & other.scores.keys()]
+    return len(gains) >= _SIGNS and min(gains) > 0
 
 
 def _behind(table: ComparisonTable, row: ContenderRow, other: ContenderRow) -> bool:
