@@ -222,8 +222,9 @@ class ScaLora:
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
             if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
                 self.rescale()
-            if self.white:
-                self.white.remember()
+            for part in (self.refresh, self.white):
+                if part:
+                    part.remember()
         self.step += 1
 
     @torch.no_grad()

@@ -101,11 +101,15 @@ class Refresh:
             self.sketch.open("left", self._drawn(step))
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
             self.sketch.open("right", self._found(self.sketch.close()))
+        return refreshed
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """To be called after all events: what changes from here on is the update, which may be shortened."""
         if self.since < self.warmup:
             params = self._params()
             self._before = [torch.empty_like(p) for p in params]
             torch._foreach_copy_(self._before, params)
-        return refreshed
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
