@@ -19,7 +19,7 @@ from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import Group
-from ..optimizer_rules import state_rule
+from ..optimizer_rules import decay_rates, state_rule
 from ..optimizers import gradient_moments
 from .moments import Moments, White, due
 
@@ -112,14 +112,12 @@ class WhiteSteps:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         params, values = [], []
-        decays: dict[Tensor, Any] = {}
-        for each in optimizer.param_groups:
-            decays |= dict.fromkeys(each["params"], each["lr"] * each.get("weight_decay", 0))
+        decays = decay_rates(optimizer)
         for g, (group, before) in enumerate(zip(self.moments.groups, self._before, strict=False)):
             own = _parameters(group)
             full, wide = gather_full([*(p.detach() for p in own), *before]), self.moments.white[g].inputs.U.dtype
             now, then = ([part.to(wide) for part in _stacked(half)] for half in (full[: len(own)], full[len(own) :]))
-            then = self._decayed([decays.get(p, 0) for p in own], then)  # what is frozen does not decay
+            then = self._decayed([decays.get(p, 0) for p in own], then)
             steps = self._whitened(g, *(n - t for n, t in zip(now, then, strict=True)))
             params += own
             values += torch._foreach_add([*then[0], *then[1]], steps)
