@@ -120,6 +120,7 @@ _OPTIONS = {
     "use_gc": "takes the mean over columns from each gradient",
     "adanorm": "divides gradients of one step by norms of others",
     "gradient_release": "steps during the backward pass, before an event could be made",
+    "initial_accumulator_value": "begins the sum of squares at what no gradient gave, which does not follow them",
 }
 
 
