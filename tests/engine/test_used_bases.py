@@ -195,3 +195,18 @@ def test_columns_are_not_left_beside_a_base_that_is_to_be_written():
     same(KINDS["llama"].output(model), expected, 0)
     scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
     KINDS["llama"].step(model, optimizer)
+
+
+def test_a_sum_kept_by_an_earlier_run_does_not_hide_what_is_written_to_the_base():
+    model = models.lora("llama", r=2)
+    model.add_adapter("other", LoraConfig(**OTHER, target_modules=models.TARGETS["llama"]))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    scalora.attach(model, adamw(model), ScaLoraConfig(interval=1)).detach()
+    optimizer = adamw(model)
+    scalora.attach(model, optimizer, ScaLoraConfig(interval=1, accumulate="base"))
+    for step in range(3):
+        models.train(model, optimizer, "llama", 1, start=step)
+    kept = model(**models.batch("llama")).logits  # in training, as a step computes
+    same(kept.detach(), model.eval()(**models.batch("llama")).logits.detach())

@@ -47,6 +47,8 @@ class BaseStore(Store):
             self._compensates(layer)
         self.layers = list(layers)
         carry(model, layers, None)
+        for layer in layers:  # of an earlier run with the other store: it does not notice what is written here
+            layer.module.kept_sum = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
         for layers, A, d, B in moves:
