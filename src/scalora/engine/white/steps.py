@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...algebra.precision import exact_matmul
 from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
@@ -34,7 +35,6 @@ class WhiteSteps:
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, exponent: float) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, exponent)
-        self.moments.open()
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -109,8 +109,13 @@ class WhiteSteps:
         """To be called after all events: what changes from here on is the optimizer's step."""
         self._before = [_copies(_parameters(group)) for group in self.moments.groups]
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with exact_matmul(self.moments.white[0].inputs.U.device):  # a step taken inside autocast
+            self._take_back(optimizer)
+
+    @torch.no_grad()
+    def _take_back(self, optimizer: Optimizer) -> None:
+        """What the optimizer has changed becomes ΔA = N⁻¹ΔÃ and ΔB = M⁻¹ΔB̃. A collective."""
         params, values = [], []
         decays = decay_rates(optimizer)
         for g, (group, before) in enumerate(zip(self.moments.groups, self._before, strict=False)):
