@@ -113,7 +113,9 @@ class BaseStore(Store):
                 "the base weights are not those of the saved run, to which accumulate='base' has added: load the "
                 "model's own state of that time first (its checkpoint, or model.load_state_dict)"
             )
-        copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
+        # A run on a base of 32 bits has lost nothing.
+        none = {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in self.lost.items()}
+        copy_into(list(self.lost.values()), [state["lost"].get(name, none[name]) for name in self.lost])
         mark_written(self.layers)
 
 
