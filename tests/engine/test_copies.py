@@ -68,6 +68,15 @@ def test_the_steps_of_a_handle_that_lost_its_layers_are_refused():
     KINDS["llama"].step(model, second)
 
 
+def test_a_handle_that_takes_over_from_a_white_one_looks_by_itself():
+    model, _, handle = KINDS["llama"].trained(interval=None, coordinates="white")
+    second = adamw(model)
+    with pytest.warns(UserWarning, match="takes over these adapters"):
+        successor = scalora.attach(model, second, handle.config)
+    KINDS["llama"].step(model, second)
+    assert successor.white.moments.looks == 1
+
+
 # Averages.
 
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 import scalora
 from helpers import models
 from helpers.attached import run
+from helpers.zoo import KINDS, adamw
 from scalora import ScaLoraCallback, ScaLoraConfig, ScaloraError
 from scalora.engine.plain_lora import Truncation
 from scalora.layers.stand_in import StandIn
@@ -170,3 +171,18 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, targets):
     assert all(torch.equal(value, theirs[name]) for name, value in whole.state_dict().items())
     again = PeftModel.from_pretrained(models.base("llama"), tmp_path / "whole" / "checkpoint-6")
     torch.testing.assert_close(models.logits(again, "llama"), models.logits(whole, "llama"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"interval": None, "refresh": 2}, {"interval": None, "coordinates": "white"}])
+def test_attention_that_reads_weights_past_its_layers_is_not_sketched(config):
+    """torch's MultiheadAttention: neither its own forward pass nor that of out_proj gives what a sketch reads."""
+    model = KINDS["attention"].adapted()
+    with pytest.raises(ScaloraError, match="is part of torch's MultiheadAttention"):
+        scalora.attach(model, adamw(model), config)
+    optimizer = adamw(model)
+    with pytest.warns(UserWarning, match="is part of torch's MultiheadAttention"):
+        handle = scalora.attach(model, optimizer, {**config, "unsupported": "leave"})
+    assert [layer.name.rpartition(".")[2] for layer in handle.layers] == ["last"]
+    for _ in range(5):
+        KINDS["attention"].step(model, optimizer)
+    assert handle.refresh is None or handle.refresh.steps == [2, 4]

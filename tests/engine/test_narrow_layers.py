@@ -49,3 +49,30 @@ def test_no_more_columns_are_kept_than_can_matter(capacity):
         assert {layer.accumulated.room for layer in handle.layers} == {12 + 4 * 2}
         assert float(handle.store.discarded.max()) < 1e-9
     assert torch.equal(*runs)
+
+
+def test_columns_that_come_after_a_recompression_are_not_taken_for_what_it_left():
+    """A layer of a smaller rank has fewer columns than its capacity when a wider one asks for room."""
+    network = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
+    config = LoraConfig(r=4, rank_pattern={"2": 1}, target_modules=["0", "2"])
+    model = get_peft_model(network, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    handle = scalora.attach(model, optimizer, {"interval": 1, "capacity": 8})
+    narrow, recompress, lost = handle.layers[1].accumulated, handle.store.recompress, []
+
+    def watched():
+        P, Qt = (t.clone() for t in narrow.columns())
+        recompress()
+        least = torch.linalg.svdvals(P.double() @ Qt.double())[8:].norm()
+        kept = narrow.columns()
+        lost.append((float((kept[0].double() @ kept[1].double() - P.double() @ Qt.double()).norm()), float(least)))
+
+    handle.store.recompress = watched
+    x, y = torch.randn(32, 12), torch.randn(32, 12)
+    for _ in range(40):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(lost) > 5
+    assert max(least for _, least in lost) > 1e-5  # there is something to lose
+    assert all(error < 1.01 * least + 1e-6 for error, least in lost), lost

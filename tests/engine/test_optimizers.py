@@ -157,6 +157,11 @@ def test_refreshing_with_each(name):
         (pytorch_optimizer.Lion, {"use_gc": True}, "use_gc=True, which takes the mean over columns"),
         (pytorch_optimizer.Lion, {"weight_decay": 0.1, "weight_decouple": False}, "weight_decay=0.1"),
         (optimi.Lion, {"gradient_release": True}, "gradient_release=True, which steps during the backward pass"),
+        (
+            torch.optim.Adagrad,
+            {"initial_accumulator_value": 0.1},
+            "initial_accumulator_value=0.1, which begins the sum",
+        ),
         (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}, "weight_decay=0.1"),
         (torch.optim.Adam, {"weight_decay": 0.1}, "weight_decay=0.1"),
         (type("MyAdam", (torch.optim.AdamW,), {}), {}, "MyAdam"),

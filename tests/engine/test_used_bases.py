@@ -195,3 +195,35 @@ def test_columns_are_not_left_beside_a_base_that_is_to_be_written():
     same(KINDS["llama"].output(model), expected, 0)
     scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
     KINDS["llama"].step(model, optimizer)
+
+
+def test_a_sum_kept_by_an_earlier_run_does_not_hide_what_is_written_to_the_base():
+    model = models.lora("llama", r=2)
+    model.add_adapter("other", LoraConfig(**OTHER, target_modules=models.TARGETS["llama"]))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    scalora.attach(model, adamw(model), ScaLoraConfig(interval=1)).detach()
+    optimizer = adamw(model)
+    scalora.attach(model, optimizer, ScaLoraConfig(interval=1, accumulate="base"))
+    for step in range(3):
+        models.train(model, optimizer, "llama", 1, start=step)
+    kept = model(**models.batch("llama")).logits  # in training, as a step computes
+    same(kept.detach(), model.eval()(**models.batch("llama")).logits.detach())
+
+
+def test_a_run_goes_on_with_its_base_in_half_precision():
+    """Of 32 bits nothing was lost in rounding, so that a state of such a run has nothing to give back."""
+    config = ScaLoraConfig(interval=1, accumulate="base")
+    model = models.lora("llama", r=2)
+    handle = scalora.attach(model, optimizer := adamw(model), config)
+    models.train(model, optimizer, "llama", 3)
+    half = models.lora("llama", r=2)
+    for layer in handle.layers:
+        base = half.get_submodule(layer.name).base_layer
+        base.to(torch.bfloat16)
+    again = scalora.attach(half, adamw(half), config)
+    half.load_state_dict(model.state_dict())
+    again.load_state_dict(handle.state_dict())
+    assert again.step == 3
+    assert not any(lost.any() for lost in again.store.lost.values())

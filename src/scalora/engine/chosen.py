@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
 from ..common.errors import ScaloraError
@@ -15,6 +16,11 @@ from .config import Unsupported
 _UNSEEN = (
     "adapts a bare parameter, as experts and their routers are, of which refresh and coordinates='white' do not see "
     "what it is multiplied with: leave both out, or name other layers in target_modules and target_parameters"
+)
+_PASSED_BY = (
+    "is part of torch's MultiheadAttention, which reads weights past their layers, so that refresh and "
+    "coordinates='white' do not see what they are multiplied with: leave both out, or name other layers in "
+    "target_modules"
 )
 
 
@@ -33,7 +39,7 @@ def choose_layers(
             :func:`scalora.layers.peft_lora.sort_layers`.
     """
     layers, left = sort_layers(model)
-    if sketched and (unseen := {layer: _UNSEEN for layer in layers if is_bare(layer.module)}):
+    if sketched and (unseen := _unseen(model, layers)):
         layers, left = [layer for layer in layers if layer not in unseen], left | unseen
     for layer, why in left.items():
         if not layers:
@@ -44,6 +50,14 @@ def choose_layers(
                 f"layer {layer.name} {why}, or train such layers as PEFT's plain LoRA: unsupported='leave'"
             )
     return layers, left
+
+
+def _unseen(model: nn.Module, layers: list[AdapterLayer]) -> dict[AdapterLayer, str]:
+    """Layers of which sketches see no input, and why."""
+    attention = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
+    passed_by = {inner for module in attention for inner in module.modules()}
+    unseen = {layer: _PASSED_BY for layer in layers if layer.module in passed_by}
+    return unseen | {layer: _UNSEEN for layer in layers if is_bare(layer.module)}
 
 
 def warn_of_left(left: Mapping[str, str]) -> None:

@@ -93,6 +93,8 @@ class ScaLora:
         self.own_passes = OwnPasses(self.layers)
         if former is not None:
             former.supersede()
+        if self.white:
+            self.white.moments.open()  # once the former run looks no more
         for layer in self.layers:
             _ATTACHED[layer.module] = weakref.ref(self)
             layer.module.attached, layer.module.watched = True, None  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,9 +139,8 @@ class ScaLora:
         self._detach_parts()
 
     def _detach_parts(self) -> None:
-        for part in (self.refresh, self.white):
-            if part:
-                part.detach()
+        for part in filter(None, (self.refresh, self.white)):
+            part.detach()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse_copy(protocol)
@@ -222,8 +223,8 @@ class ScaLora:
             refreshed = self.refresh is not None and self.refresh.before_step(self.step)
             if not refreshed and self.config.interval is not None and self.step % self.config.interval == 0:
                 self.rescale()
-            if self.white:
-                self.white.remember()
+            for part in filter(None, (self.refresh, self.white)):
+                part.remember()
         self.step += 1
 
     @torch.no_grad()

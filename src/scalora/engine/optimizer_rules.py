@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..common.errors import ScaloraError
@@ -119,6 +120,7 @@ _OPTIONS = {
     "use_gc": "takes the mean over columns from each gradient",
     "adanorm": "divides gradients of one step by norms of others",
     "gradient_release": "steps during the backward pass, before an event could be made",
+    "initial_accumulator_value": "begins the sum of squares at what no gradient gave, which does not follow them",
 }
 
 
@@ -153,6 +155,29 @@ def state_rule(optimizer: Optimizer, *, one_factor: bool = False, turned: bool =
             "from torch.optim, or DDP"
         )
     return rule
+
+
+def decay_rates(optimizer: Optimizer) -> dict[Tensor, Any]:
+    """What share of each parameter its decoupled weight decay takes in the step that was made; of no other any.
+
+    A parameter without a gradient is left alone by all of them.
+    """
+    rates: dict[Tensor, Any] = {}
+    for group in optimizer.param_groups:
+        if decay := group.get("weight_decay", 0):
+            rates |= {p: decay * _decay_unit(optimizer, group, p) for p in group["params"] if p.grad is not None}
+    return rates
+
+
+def _decay_unit(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor) -> Any:
+    """What the decay is multiplied by: the learning rate, unless an option of the class says otherwise."""
+    if group.get("fixed_decay"):  # pytorch_optimizer
+        return 1.0
+    if group.get("decouple_lr"):  # optimi
+        return group["lr"] / group["max_lr"]
+    if "relative_step" in group:  # transformers.Adafactor, whose rate may be of the parameter's own size
+        return type(optimizer)._get_lr(group, optimizer.state[p])  # pyright: ignore
+    return group["lr"]
 
 
 def _check_group(name: str, group: Mapping[str, Any], rule: StateRule) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .products import shaped
 from .reading import LINEAR, Reading
 
 Side = Literal["left", "right"]  # which singular directions of G the sketch spans: of GΩ (m×k), or of GᵀQ (n×k)
@@ -40,7 +41,7 @@ class _Gather(torch.autograd.Function):
         left = side == "left"
         ctx.side, ctx.leaf_dtype, ctx.reads = side, leaf.dtype, reads
         ctx.save_for_backward(reads.times(x, basis.to(result)) if left else x, None if left else basis)
-        return result.view_as(result)
+        return shaped(result, result.shape)
 
     @staticmethod
     @once_differentiable

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .products import shaped
 from .reading import LINEAR, Reading
 
 
@@ -44,7 +45,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.reads = reads
         ctx.save_for_backward(x, inputs, outputs)
-        return result.view_as(result)
+        return shaped(result, result.shape)
 
     @staticmethod
     @once_differentiable

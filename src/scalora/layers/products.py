@@ -115,6 +115,12 @@ def row_chunks(W: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
 
+def shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """In this shape, and no view to autograd: outputs of a function of ours may be written to, as ReLU(inplace=True)
+    does, and views that were made within it may not."""
+    return torch.ops.aten._unsafe_view(tensor, shape)  # pyright: ignore
+
+
 class _ThinSum(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -134,7 +140,7 @@ class _ThinSum(torch.autograd.Function):
             kept = [own.clone() for own in kept]  # a slice would keep all of h alive; beside a wider x that is little
         ctx.scales, ctx.wide, ctx.dtype, ctx.shape = scales, wide, x.dtype, x.shape
         ctx.save_for_backward(x_like if any(trained[::2]) else None, *kept, *matrices)
-        return out.view(result.shape)
+        return shaped(out, result.shape)
 
     @staticmethod
     @once_differentiable

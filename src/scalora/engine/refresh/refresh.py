@@ -101,11 +101,15 @@ class Refresh:
             self.sketch.open("left", self._drawn(step))
         elif step % self.every == self.every // 2 and self.sketch.side == "left":
             self.sketch.open("right", self._found(self.sketch.close()))
+        return refreshed
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """To be called after all events: what changes from here on is the update, which may be shortened."""
         if self.since < self.warmup:
             params = self._params()
             self._before = [torch.empty_like(p) for p in params]
             torch._foreach_copy_(self._before, params)
-        return refreshed
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -163,8 +167,8 @@ class Refresh:
             return
         # The sketches know nothing of loss scaling and clipping: the loop's own global norm of the gradients stays.
         before, after = (
-            torch.stack([g.double().square().sum() for x in some for g in (x.grad_A, x.grad_B)]).sum()
-            for some in ([part.now for part in parts], [part.new for part in parts])
+            torch.stack([_squares(part, gradients) for part, gradients in each]).sum()
+            for each in ([(part, part.now) for part in parts], [(part, part.new) for part in parts])
         )
         share = (before / after).sqrt()
         with whole(self.layers):
@@ -186,6 +190,8 @@ class Refresh:
         else:
             new = optimal_adapters(sketched_svd(Q, Z), rank, c)
         usable = (Z.square().sum((1, 2)) > 0) & torch.isfinite(now.A.sum((1, 2)) + now.B.sum((1, 2)))
+        trained = tuple(layer.A.requires_grad and layer.Bt.requires_grad for layer in group.layers)  # or frozen again
+        usable &= on_device(trained, torch.bool, Z.device)
         s = on_device(tuple(layer.scale for layer in group.layers), torch.float32, Z.device)[:, None, None]
         new = new._replace(grad_A=s * new.grad_A, grad_B=s * new.grad_B)
         return _Part(group.layers, now, Directions(*(x.to(now.A.dtype) for x in new))), usable
@@ -211,6 +217,18 @@ class Refresh:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.since, self.steps = int(state["since"]), list(state["steps"])
         self.sketch.load_state_dict(state["sketch"])
+
+
+def _squares(part: _Part, gradients: Gathered | Directions) -> Tensor:
+    """The squared norm of those of matrices that have one in this step: to the others none is given."""
+    squares = []
+    for g, params in (
+        (gradients.grad_A, [layer.A for layer in part.layers]),
+        (gradients.grad_B, [layer.Bt for layer in part.layers]),
+    ):
+        there = on_device(tuple(p.grad is not None for p in params), torch.bool, g.device)[:, None, None]
+        squares.append(torch.where(there, g.double(), 0.0).square().sum())
+    return torch.stack(squares).sum()
 
 
 def _finite(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

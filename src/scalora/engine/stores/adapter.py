@@ -97,7 +97,9 @@ class AdapterStore(Store):
             copy_into([h.P for h in held], list(nn.functional.pad(P, pad)))
             copy_into([h.Qt for h in held], list(nn.functional.pad(Qt, (0, 0, *pad))))
             for h in held:
-                h.used, h.settled, h.growth = min(self.capacities[index[0]], h.used), True, None
+                capacity = self.capacities[index[0]]
+                # Where fewer columns are left, the next ones come among the first, and are orthogonal to none of them.
+                h.settled, h.used, h.growth = h.used >= capacity, min(capacity, h.used), None
             there = on_device(tuple(index), torch.long, self.total.device)
             self.discarded[there] += _of_layers(best.discarded, experts).to(self.discarded)
             self.total[there] = _of_layers(best.total, experts).to(self.total)

@@ -47,6 +47,8 @@ class BaseStore(Store):
             self._compensates(layer)
         self.layers = list(layers)
         carry(model, layers, None)
+        for layer in layers:  # of an earlier run with the other store: it does not notice what is written here
+            layer.module.kept_sum = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def receive(self, moves: Sequence[Move], *, valid: Tensor | None = None, spare: int = 0) -> None:
         for layers, A, d, B in moves:
@@ -111,7 +113,9 @@ class BaseStore(Store):
                 "the base weights are not those of the saved run, to which accumulate='base' has added: load the "
                 "model's own state of that time first (its checkpoint, or model.load_state_dict)"
             )
-        copy_into(list(self.lost.values()), [state["lost"][name] for name in self.lost])
+        # A run on a base of 32 bits has lost nothing.
+        none = {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in self.lost.items()}
+        copy_into(list(self.lost.values()), [state["lost"].get(name, none[name]) for name in self.lost])
         mark_written(self.layers)
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...algebra.precision import exact_matmul
 from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
 from ..groups import Group
-from ..optimizer_rules import state_rule
+from ..optimizer_rules import decay_rates, state_rule
 from ..optimizers import gradient_moments
 from .moments import Moments, White, due
 
@@ -34,7 +35,6 @@ class WhiteSteps:
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, exponent: float) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, exponent)
-        self.moments.open()
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -109,17 +109,20 @@ class WhiteSteps:
         """To be called after all events: what changes from here on is the optimizer's step."""
         self._before = [_copies(_parameters(group)) for group in self.moments.groups]
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with exact_matmul(self.moments.white[0].inputs.U.device):  # a step taken inside autocast
+            self._take_back(optimizer)
+
+    @torch.no_grad()
+    def _take_back(self, optimizer: Optimizer) -> None:
+        """What the optimizer has changed becomes ΔA = N⁻¹ΔÃ and ΔB = M⁻¹ΔB̃. A collective."""
         params, values = [], []
-        decays: dict[Tensor, Any] = {}
-        for each in optimizer.param_groups:
-            decays |= dict.fromkeys(each["params"], each["lr"] * each.get("weight_decay", 0))
+        decays = decay_rates(optimizer)
         for g, (group, before) in enumerate(zip(self.moments.groups, self._before, strict=False)):
             own = _parameters(group)
             full, wide = gather_full([*(p.detach() for p in own), *before]), self.moments.white[g].inputs.U.dtype
             now, then = ([part.to(wide) for part in _stacked(half)] for half in (full[: len(own)], full[len(own) :]))
-            then = self._decayed([decays.get(p, 0) for p in own], then)  # what is frozen does not decay
+            then = self._decayed([decays.get(p, 0) for p in own], then)
             steps = self._whitened(g, *(n - t for n, t in zip(now, then, strict=True)))
             params += own
             values += torch._foreach_add([*then[0], *then[1]], steps)
