@@ -94,6 +94,7 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
+    refuse_no_step(arguments, len(datasets["train"]))
     check_positions(model, datasets, getattr(task.spec, "max_length", None), task.max_written)
     rounded = _rounded(recipe, model, task.head)
     return Loaded(
@@ -108,6 +109,16 @@ def load_inputs(recipe: Recipe) -> Loaded:
         rounded,
         recipe.score_batch_size,
     )
+
+
+def refuse_no_step(arguments: TrainingArguments, rows: int) -> None:
+    """Raise ScaloraError where all training rows are dropped: Trainer would end after no step, without a word."""
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise ScaloraError(
+            f"training.dataloader_drop_last is true, and {rows} training rows do not fill one batch of {batch}, so "
+            "that nothing would be trained: leave it out, or lower training.per_device_train_batch_size"
+        )
 
 
 def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
@@ -220,4 +231,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         ours["greater_is_better"] = not lower_is_better(metric)
     ours |= {name: value for name, value in recipe.training.items() if value is not None or name not in ours}
     with setting_up(), _reading():
-        return TrainingArguments(output_dir=str(output), **ours)
+        arguments = TrainingArguments(output_dir=str(output), **ours)
+    # Beside other GPUs Trainer would put copies on them (nn.DataParallel), which neither adapters nor batches are for.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
