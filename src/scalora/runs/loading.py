@@ -19,6 +19,7 @@ from ..methods.support.targets import find_targets
 from ..models.heads import HEADS, Head, find_heads
 from ..models.load import load_model
 from ..models.packed import is_packed, refuse_rows_of_odd_length
+from ..models.running_statistics import hold_statistics
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
 from ..tasks.positions import check_positions
@@ -166,6 +167,7 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     """
     if loaded.rounded:
         round_to_nf4(loaded.model, loaded.rounded)
+    hold_statistics(loaded.model, loaded.heads)
     loaded.model.to(loaded.arguments.device)
     if loaded.arguments.device.type == "cpu":
         refuse_rows_of_odd_length(loaded.model)
