@@ -22,7 +22,7 @@ from ..models.packed import is_packed, refuse_rows_of_odd_length
 from ..models.running_statistics import hold_statistics
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
-from ..tasks.positions import check_positions
+from ..tasks.positions import check_positions, check_vocabulary
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
 from .precision import AUTOCAST, decide
@@ -96,6 +96,8 @@ def load_inputs(recipe: Recipe) -> Loaded:
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
     refuse_no_step(arguments, len(datasets["train"]))
+    if task.tokens:
+        check_vocabulary(model, tokenizer, datasets)
     check_positions(model, datasets, getattr(task.spec, "max_length", None), task.max_written)
     rounded = _rounded(recipe, model, task.head)
     return Loaded(
