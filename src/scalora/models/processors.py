@@ -54,8 +54,8 @@ def with_padding(source: str, model: Any, tokenizer: Any) -> Any:
         # attention and loss everywhere, so any token will do; eos is the customary one.
         if tokenizer.eos_token_id is None:
             raise ScaloraError(
-                f"model: the tokenizer of {source!r} has neither a pad nor an eos token that the model has an embedding "
-                "for; add a pad token"
+                f"model: the tokenizer of {source!r} has neither a pad nor an eos token that the model has an "
+                "embedding for; add a pad token"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
