@@ -16,8 +16,8 @@ from scalora.tasks import build_task
 
 def _resnet():
     torch.manual_seed(0)
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
 
 
 @pytest.mark.parametrize("method", ["scalora-i", "peft:LOHA"])
