@@ -48,6 +48,19 @@ def test_train_ends_with_a_table_and_lines_that_load_the_result(laid, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 8
 
 
+def test_brackets_of_data_and_paths_are_shown_as_they_are(laid, tmp_path, monkeypatch):
+    options = ["training.max_steps=1", "task.prompt='[INST] {text} [/INST] :x:'", f"output={tmp_path / '[b]run'}"]
+    result = _invoke("train", laid[1], *(word for each in options for word in ("--set", each)))
+    assert result.exit_code == 0, result.output
+    shown = "".join(result.output.split())
+    assert "[b]run/adapter" in shown
+    assert "[/INST]" in shown
+    monkeypatch.chdir(tmp_path)
+    result = _invoke("inspect", "[b]run")
+    assert result.exit_code == 0
+    assert "[b]run/adapter" in result.output
+
+
 def test_train_and_compare_say_what_becomes_of_repeated_rows(laid, tmp_path):
     folder, recipe = laid
     text = (folder / "data.jsonl").read_text()

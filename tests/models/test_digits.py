@@ -95,3 +95,15 @@ def test_bad_input_is_named(cache, tmp_path, changes, words):
     task = {**changes, "data": {"train": "digits", "test_size": 5}}
     with pytest.raises(ScaloraError, match=words):
         train(_recipe(tmp_path, task=task))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"), [({"pixels": [0.0] * 3}, "has 3 numbers in .*, row 6, but the network reads 64"), ({}, "has 10")]
+)
+def test_vectors_and_labels_that_the_network_is_not_made_for(cache, tmp_path, row, words):
+    rows = [{"pixels": [i / 9] * 64, "label": i % 5 if row else i} for i in range(12)]
+    rows[5] |= row
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = {"train": str(tmp_path / "rows.json"), "test": str(tmp_path / "rows.json")}
+    with pytest.raises(ScaloraError, match=words):
+        train(_recipe(tmp_path, task={"kind": "vectors", "features": "pixels", "data": data}))

@@ -39,6 +39,16 @@ def test_the_best_checkpoint_is_what_is_left(tmp_path, method, metric):
         assert best["eval_answer_nll"] == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
+def test_fewer_nats_per_byte_are_better(tmp_path):
+    path = workspace.lay(tmp_path)
+    data = f"{{train: {tmp_path / 'data.jsonl'}, test_size: 10, columns: {{id: id}}}}"
+    options = [f"task={{kind: text, max_length: 16, data: {data}}}", *BEST, "training.learning_rate=1e-3"]
+    result = train(load_recipe(path, [*options, "training.metric_for_best_model=nats_per_byte"]), ranks=False)
+    values = [entry["eval_nats_per_byte"] for entry in _evaluations(result)]
+    assert min(values) < max(values)
+    assert result.metrics["validation"]["nats_per_byte"] == pytest.approx(min(values), rel=1e-4)
+
+
 def test_evaluating_changes_nothing_and_resumes(tmp_path):
     path = workspace.lay(tmp_path)
     dropout = "method={name: scalora, rank: 2, dropout: 0.3}"

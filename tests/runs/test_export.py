@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CodeGenConfig, CodeGenForCausalLM
 
 from helpers import exports, models, tokenized
 from scalora import ScaLoraConfig, ScaloraError, attach
@@ -270,3 +270,19 @@ def test_tied_embeddings_that_were_trained_are_no_difference(laid, tmp_path, mod
         export(tmp_path / "adapter", to="delta", base=str(tmp_path / "base"))
     done = export(tmp_path / "adapter", to="merged", base=str(tmp_path / "base"))
     assert done.difference < 1e-4
+
+
+def test_more_chat_templates_can_be_opened_and_a_config_may_know_no_padding(tmp_path):
+    recipe = exports.lay(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+    config = CodeGenConfig(vocab_size=tokenized.SIZE, bos_token_id=1, eos_token_id=2, **sizes)
+    assert not hasattr(config, "pad_token_id")
+    CodeGenForCausalLM(config).save_pretrained(tmp_path / "codegen")
+    tokenizer = tokenized.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "rag": "{{ messages[-1].content }}"}
+    tokenizer.save_pretrained(tmp_path / "codegen")
+    run = exports.run(recipe, "others", f"model={tmp_path / 'codegen'}")
+    done = export(run.folder, to="merged")
+    templates = [path for path in done.folder.iterdir() if path.is_dir()]
+    assert templates
+    assert all(path.stat().st_mode & 0o100 for path in templates)

@@ -193,3 +193,21 @@ def test_what_trainer_refuses_is_one_message(laid, training, words):
 def test_no_is_a_strategy_although_yaml_reads_a_truth_value(laid, value):
     training = dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), value)
     assert {_recipe(laid, training).training[name] for name in training} == {"no"}
+
+
+def test_rows_that_fill_no_batch_are_not_dropped_without_a_word(laid):
+    options = ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64", "training.max_steps=3"]
+    with pytest.raises(ScaloraError, match="dataloader_drop_last is true, and 40 training rows do not fill one batch"):
+        load_inputs(load_recipe(laid, options))
+
+
+def test_one_process_keeps_to_one_of_several_gpus(laid, monkeypatch):
+    ready = TrainingArguments.__post_init__
+
+    def on_two(self):
+        ready(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_two)
+    arguments = load_inputs(load_recipe(laid, ["training.per_device_train_batch_size=4"])).arguments
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)

@@ -84,3 +84,19 @@ def test_what_would_be_written_is_refused_by_name(laid):
     with pytest.raises(ScaloraError, match=rf"^task\.max_new_tokens is {room}, but GPT2.* has {room} positions"):
         _load(laid, "completion", f", answer: '(cat)', max_new_tokens: {room}", train="short")
     _load(laid, "completion", ", answer: '(cat)', max_new_tokens: 8", train="short")
+
+
+def test_tokens_without_an_embedding(tmp_path):
+    path = workspace.lay(tmp_path)
+    tokenizer = tokenized.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    tokenizer.save_pretrained(tmp_path / "llama")
+    rows = [{"text": "the cat sat on".rsplit(" ", i % 3)[0], "label": i % 2, "id": i} for i in range(60)]
+    tokenized.write_jsonl(tmp_path / "data.jsonl", rows)
+    loaded = load_inputs(load_recipe(path))  # padding is read by nothing: eos does
+    assert (loaded.tokenizer.pad_token, loaded.model.config.pad_token_id) == ("<eos>", tokenizer.eos_token_id)
+    tokenizer.add_tokens(["moon"])
+    tokenizer.save_pretrained(tmp_path / "llama")
+    tokenized.write_jsonl(tmp_path / "data.jsonl", [*rows, {"text": "the moon", "label": 0, "id": 60}])
+    with pytest.raises(ScaloraError, match=r"embeddings for 28 tokens, but the \w+ rows have the token 'moon'"):
+        load_inputs(load_recipe(path))

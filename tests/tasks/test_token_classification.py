@@ -12,6 +12,7 @@ from scalora.common.errors import ScaloraError
 from scalora.common.quiet import quiet
 from scalora.tasks import build_task
 from scalora.tasks.entities import Entity, entities, entity_scores, has_prefixes
+from scalora.tasks.labels import Labels
 from scalora.tasks.token_classification import TokenClassificationSpec
 
 
@@ -189,3 +190,10 @@ def test_mistakes_get_one_line(recipe):
     assert "task.metric is 'recall'" in whole_runs.refused(recipe, "task.metric=recall")
     said = whole_runs.refused(recipe, "model=smollm2-135m-instruct", "task.max_length=2")
     assert "cannot be" in said or "task.max_length" in said
+
+
+def test_a_number_is_no_place_where_labels_are_numbers():
+    names = Labels([1, 2, 3], list, "task.tags", "tags")
+    assert [names.place(value, "row 1", by_number=True) for value in (1, "3", 2.0)] == [0, 2, 1]
+    with pytest.raises(ScaloraError, match="0 in row 1 is not one of the labels"):
+        names.place(0, "row 1", by_number=True)

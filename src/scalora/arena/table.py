@@ -51,14 +51,14 @@ class TextTable:
 
     def terminal(self) -> rich.table.Table:
         """For a rich console. On a narrow screen nothing is cut off, and what a row is stays whole."""
-        from rich.markup import escape as literal
         from rich.table import Table
+        from rich.text import Text
 
-        shown = Table(title=literal(self.title), title_justify="left")
+        shown = Table(title=Text(self.title, style="table.title"), title_justify="left")
         for place, column in enumerate(self.columns):
-            shown.add_column(literal(column), no_wrap=place == 0, overflow="fold")
+            shown.add_column(Text(column), no_wrap=place == 0, overflow="fold")
         for row in self.rows:
-            shown.add_row(*map(literal, row))
+            shown.add_row(*map(Text, row))
         return shown
 
 

@@ -16,6 +16,7 @@ from rich.live import Live
 from ..common.disk_layout import REPORT, RESULTS
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import alone, guarded, leave, require
 from .report import show_comparison
 
@@ -113,7 +114,7 @@ def compare(
             ranks=ranks,
             alphas=_numbers("--alpha", alpha, "4,16,64") if alpha is not None else (),
         )
-        console = Console()
+        console = plain_console()
         command = shlex.join(["scalora", *words])
         comparison, choice = settle_precision(comparison, folder, shared)
         console.print(f"precision: {choice}", highlight=False)

@@ -8,10 +8,10 @@ import platform
 import subprocess
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import guarded
 
 _PACKAGES = (
@@ -32,7 +32,7 @@ def doctor() -> None:
     """Tell versions, devices, and what is reachable and cached."""
     with guarded():
         quiet()
-        console = Console()
+        console = plain_console()
         for title, rows in (
             ("versions", _versions()),
             ("devices", _devices()),

@@ -7,10 +7,10 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import alone, guarded
 
 
@@ -42,7 +42,7 @@ def export_verb(
         quiet()
         from ..runs.export.export import export as export_run
 
-        console = Console()
+        console = plain_console()
         done = export_run(
             run, to=to, rank=rank, energy=energy, output=output, base=base, overwrite=overwrite, examples=examples,
             log=lambda text: console.print(text, highlight=False, soft_wrap=True),

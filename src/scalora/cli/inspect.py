@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .console import plain_console
 from .guard import guarded
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def inspect(
             print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2, ensure_ascii=False))
         else:
             for report in reports:
-                show_report(Console(), report)
+                show_report(plain_console(), report)
 
 
 def describe(artefact: Artefact) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import guarded
 
 LONG = 6  # options that are not told twice
@@ -24,7 +25,7 @@ def methods() -> None:
         told: dict[tuple[str, ...], tuple[str, dict[str, Any]]] = {}  # who has these options
         for family in Family:
             table.add_section()
-            table.add_row("", f"[bold]{family.value}[/bold]", "")
+            table.add_row("", Text(family.value, style="bold"), "")
             for name, method in all_methods().items():
                 if method.family is family:
                     options = {key: field.default for key, field in method.Options.model_fields.items()}
@@ -38,7 +39,7 @@ def methods() -> None:
             if family is Family.PEFT:
                 others = f"PEFT's others, by <TYPE>: {', '.join(peft_types())}"
                 table.add_row(f"{PEFT_PREFIX}<TYPE>", others, "the fields of PEFT's config")
-        Console().print(table)
+        plain_console().print(table)
 
 
 def _text(options: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from ..common.disk_layout import REPORT, RESULTS, TABLES
 from ..common.errors import ScaloraError
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import alone, guarded, require
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def report(
         from ..arena.results import decode_comparison, read_results
         from ..common.files import check_writable
 
-        console, place = Console(), Path(folder)
+        console, place = plain_console(), Path(folder)
         content = read_results(place)
         experiment = "experiment" in content
         path = Path(output) if output else place / (TABLES if experiment else REPORT)

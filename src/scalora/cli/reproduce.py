@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from ..common.errors import ScaloraError
 from ..common.files import expand_user
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import alone, guarded, leave, require
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def reproduce(
 
     Leaves results.json, tables.md with published and obtained numbers side by side, and the figures.
     """
-    console = Console()
+    console = plain_console()
     with guarded():
         alone("reproduce")
         quiet()

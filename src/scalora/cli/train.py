@@ -12,10 +12,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from ..common.errors import ScaloraError
 from ..common.launch import launched, speaks
 from ..common.quiet import quiet
+from .console import plain_console
 from .guard import guarded, leave
 
 
@@ -59,9 +61,9 @@ def _run(recipe_path: str, overrides: list[str], resume: bool, overwrite: bool) 
     quiet()
     from ..runs import training
 
-    console = Console(quiet=not speaks())
-    title = f"[b]{recipe.method.name}[/b] on {recipe.model}, rank {recipe.method.rank}"
-    console.print(f"{title} → {recipe.output}", highlight=False)
+    console = plain_console(quiet=not speaks())
+    said = f" on {recipe.model}, rank {recipe.method.rank} → {recipe.output}"
+    console.print(Text.assemble((recipe.method.name, "bold"), said))
     watcher = live_watcher(console)
     try:
         with watcher.display:

@@ -48,17 +48,30 @@ def with_padding(source: str, model: Any, tokenizer: Any) -> Any:
     Raises:
         ScaloraError: it has no token that could be taken.
     """
-    if tokenizer.pad_token_id is None:
-        # Padding is masked out of attention and loss everywhere, so any token will do; eos is the customary one.
+    rows = vocabulary(model)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
+        # Often a pad token was added to a tokenizer, and no row for it to the embeddings. Padding is masked out of
+        # attention and loss everywhere, so any token will do; eos is the customary one.
         if tokenizer.eos_token_id is None:
             raise ScaloraError(
-                f"model: the tokenizer of {source!r} has neither a pad nor an eos token; add a pad token"
+                f"model: the tokenizer of {source!r} has neither a pad nor an eos token that the model has an "
+                "embedding for; add a pad token"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     # Decoders with a classification head find a row's last token by comparing with this id.
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def vocabulary(model: Any) -> int | None:
+    """For how many tokens a model has input embeddings; None where its configuration does not call that so (CANINE)."""
+    stated = getattr(model.config.get_text_config(), "vocab_size", None)
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
+    return rows if stated is not None and rows is not None and rows >= stated else None
 
 
 def image_processor(path: str) -> Any:

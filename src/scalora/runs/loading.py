@@ -19,9 +19,10 @@ from ..methods.support.targets import find_targets
 from ..models.heads import HEADS, Head, find_heads
 from ..models.load import load_model
 from ..models.packed import is_packed, refuse_rows_of_odd_length
+from ..models.running_statistics import hold_statistics
 from ..tasks import Split, Task, build_task
 from ..tasks.causality import check_causal
-from ..tasks.positions import check_positions
+from ..tasks.positions import check_positions, check_vocabulary
 from ..tasks.task import Collator, TokenDataset
 from .callbacks import StepTimer
 from .precision import AUTOCAST, decide
@@ -94,6 +95,9 @@ def load_inputs(recipe: Recipe) -> Loaded:
         )
     there: list[Split] = [split for split in get_args(Split) if getattr(task.splits, split)]
     datasets: dict[Split, TokenDataset] = {split: task.train_dataset(tokenizer, split) for split in there}
+    refuse_no_step(arguments, len(datasets["train"]))
+    if task.tokens:
+        check_vocabulary(model, tokenizer, datasets)
     check_positions(model, datasets, getattr(task.spec, "max_length", None), task.max_written)
     rounded = _rounded(recipe, model, task.head)
     return Loaded(
@@ -108,6 +112,16 @@ def load_inputs(recipe: Recipe) -> Loaded:
         rounded,
         recipe.score_batch_size,
     )
+
+
+def refuse_no_step(arguments: TrainingArguments, rows: int) -> None:
+    """Raise ScaloraError where all training rows are dropped: Trainer would end after no step, without a word."""
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise ScaloraError(
+            f"training.dataloader_drop_last is true, and {rows} training rows do not fill one batch of {batch}, so "
+            "that nothing would be trained: leave it out, or lower training.per_device_train_batch_size"
+        )
 
 
 def _rounded(recipe: Recipe, model: Any, head: Head) -> tuple[str, ...]:
@@ -155,6 +169,7 @@ def made_ready(loaded: Loaded, autocast: torch.dtype | None) -> Loaded:
     """
     if loaded.rounded:
         round_to_nf4(loaded.model, loaded.rounded)
+    hold_statistics(loaded.model, loaded.heads)
     loaded.model.to(loaded.arguments.device)
     if loaded.arguments.device.type == "cpu":
         refuse_rows_of_odd_length(loaded.model)
@@ -220,4 +235,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         ours["greater_is_better"] = not lower_is_better(metric)
     ours |= {name: value for name, value in recipe.training.items() if value is not None or name not in ours}
     with setting_up(), _reading():
-        return TrainingArguments(output_dir=str(output), **ours)
+        arguments = TrainingArguments(output_dir=str(output), **ours)
+    # Beside other GPUs Trainer would put copies on them (nn.DataParallel), which neither adapters nor batches are for.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

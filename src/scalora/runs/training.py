@@ -29,7 +29,7 @@ from .folder import last_checkpoint, saved_precision, writing
 from .held import HeldBytes, weight_bytes
 from .inputs import Inputs
 from .launching import is_sharding, refuse_unsupported, shard
-from .loading import Loaded, load_inputs, made_ready, setting_up
+from .loading import Loaded, load_inputs, made_ready, refuse_no_step, setting_up
 from .plots import draw_curves, draw_rank
 from .precision import AUTOCAST, PrecisionChoice, decide
 from .recipe import Recipe
@@ -245,10 +245,12 @@ def _trainer(
     callbacks: list[TrainerCallback],
     metrics: Callable[[], dict[str, float]],
 ) -> Trainer:
+    rows: Any = adapted.split_train(loaded.dataset) if adapted.split_train else loaded.dataset
+    refuse_no_step(arguments, len(rows))
     trainer = RecipeTrainer(
         adapted.model,
         arguments,
-        train_dataset=adapted.split_train(loaded.dataset) if adapted.split_train else loaded.dataset,
+        train_dataset=rows,
         eval_dataset=loaded.validation,
         data_collator=loaded.collator,
         callbacks=[*adapted.callbacks, *callbacks],

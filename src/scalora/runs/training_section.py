@@ -73,7 +73,7 @@ _CHOICES = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
 }
 _CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-_LOWER_IS_BETTER = ("loss", "nll", "mse")
+_LOWER_IS_BETTER = ("loss", "nll", "mse", "nats_per_byte")
 
 
 def read_training(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,14 @@ class Labels:
     def place(self, value: Any, where: str, *, by_number: bool = False) -> int:
         """The place of a value among the labels; `by_number`, it may be its number in a list that was given.
 
+        Where a name is a number itself, a number is a name: 0 is none of 1, 2 and 3, and not the first of them.
+
         Raises:
             ScaloraError: it is none of them; the message says where the value is.
         """
         place = self.find(value)
-        if place is None and by_number and self.given and label_text(value).isdecimal():
+        numbered = by_number and self.given and all(number(name) is None for name in self.names)
+        if place is None and numbered and label_text(value).isdecimal():
             place = int(label_text(value)) if int(label_text(value)) < len(self.names) else None
         if place is None:
             origin = "of the training rows, from which the classes are taken"

@@ -1,4 +1,4 @@
-"""Whether a model has a position for every token that a task makes it read or write."""
+"""Whether a model has a position for every token that a task makes it read or write, and an embedding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..common.errors import ScaloraError
+from ..models.processors import vocabulary
 from .task import Split, TokenDataset
 
 _TABLES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "pos_embed")
@@ -61,4 +62,23 @@ def check_positions(
             raise ScaloraError(
                 f"task.max_new_tokens is {max_new_tokens}, but {has}, and a prompt of the {split} rows has "
                 f"{dataset.longest_prompt} tokens: {way_out}"
+            )
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any, datasets: Mapping[Split, TokenDataset]) -> None:
+    """Look for tokens without an embedding, as those are that were added to a tokenizer alone.
+
+    Raises:
+        ScaloraError: there is one; the message names it.
+    """
+    if (rows := vocabulary(model)) is None:
+        return
+    for split, dataset in datasets.items():
+        read = (example.get(key, ()) for example in dataset.examples for key in ("input_ids", "rejected_ids"))
+        largest = max((max(ids, default=0) for ids in read), default=0)
+        if largest >= rows:
+            raise ScaloraError(
+                f"model: {type(model).__name__} has embeddings for {rows} tokens, but the {split} rows have the token "
+                f"{tokenizer.convert_ids_to_tokens(largest)!r}, number {largest} from 0: save the model with more "
+                "(resize_token_embeddings), or choose another"
             )

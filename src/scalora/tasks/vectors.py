@@ -49,6 +49,22 @@ class VectorsTask(Task):
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return _collate
 
+    def equip(self, model: Any) -> None:
+        """See that the network reads vectors of this width, and has an output for each label."""
+        if not (widths := getattr(model.config, "widths", None)):
+            return
+        if self.num_labels > widths[-1]:
+            raise ScaloraError(
+                f"task.label: the training rows have {self.num_labels} labels, but the network has {widths[-1]} "
+                "outputs: choose another model"
+            )
+        for row in (row for rows in self.splits for row in rows or ()):
+            if (count := len(row[self.spec.features])) != widths[0]:
+                raise ScaloraError(
+                    f"task.features: the column {self.spec.features!r} has {count} numbers in {row.place}, but the "
+                    f"network reads {widths[0]}: mend or drop the row, or choose another model"
+                )
+
     def train_dataset(self, tokenizer: Any, split: Split = "train") -> TokenDataset:
         return TokenDataset([self._example(row) for row in self.rows(split)], 0)
 

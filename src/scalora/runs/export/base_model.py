@@ -114,7 +114,8 @@ class Base:
         A chat template that the recipe gave goes along: the model has learnt no other.
         """
         if not HEADS[self.head].labelled:  # a classifier needs the padding token to find a row's last one
-            model.config.pad_token_id = AutoConfig.from_pretrained(self.path).pad_token_id
+            # Not every configuration (CodeGen's, RWKV's) knows such a token.
+            model.config.pad_token_id = getattr(AutoConfig.from_pretrained(self.path), "pad_token_id", None)
         model.save_pretrained(str(folder))
         if self.head == "image-classification":
             image_processor(self.path).save_pretrained(str(folder))

@@ -135,7 +135,8 @@ def export(
         with _writing(folder):
             write_json(temporary / EXPORT, _record(artefact, source, to, rank, energy, done))
             for file in temporary.iterdir():  # safetensors writes for its owner only; who serves it may be another
-                shutil.copymode(temporary / EXPORT, file)
+                if file.is_file():  # a folder, as that of more chat templates, is entered by another right
+                    shutil.copymode(temporary / EXPORT, file)
     return done
 
 
