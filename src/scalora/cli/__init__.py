@@ -8,6 +8,7 @@ import typer
 
 from .compare import compare
 from .doctor import doctor
+from .evaluate import evaluate_verb
 from .export import export_verb
 from .inspect import inspect
 from .methods import methods
@@ -44,5 +45,5 @@ def _main(
     """Each verb has its own --help."""
 
 
-for _verb in (train_verb, export_verb, inspect, compare, report, reproduce, methods, doctor):
+for _verb in (train_verb, evaluate_verb, export_verb, inspect, compare, report, reproduce, methods, doctor):
     app.command(_verb.__name__.removesuffix("_verb"))(_verb)

@@ -77,6 +77,10 @@ def _run(recipe_path: str, overrides: list[str], resume: bool, overwrite: bool) 
             if stopped.checkpoint
             else "no checkpoint was written yet"
         )
+        if stopped.trained:  # all steps were made
+            where = (
+                f"trained, but not scored: {stopped.trained} (scalora evaluate {shlex.quote(recipe.output)} does that)"
+            )
         leave(f"stopped; {where}", 130)
     else:
         show_result(console, result)

@@ -107,7 +107,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise ScaloraError(f"recipe {path} must be a mapping with model, task, method and output, got {content!r:.60}")
     for override in overrides:
-        _set(content, override)
+        put_override(content, override)
     return parse_recipe(content, str(path))
 
 
@@ -127,7 +127,8 @@ def read_value(text: str, within: Sequence[str] = ()) -> Any:
         raise ScaloraError(f"the value {text!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _set(content: dict[str, Any], override: str) -> None:
+def put_override(content: dict[str, Any], override: str) -> None:
+    """Put ``key.subkey=value`` into a recipe's content, in place; raises ScaloraError where it cannot be."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ScaloraError(f"--set {override!r}: write key=value, e.g. --set training.learning_rate=1e-3")

@@ -28,6 +28,7 @@ class SharedFolder:
             return self._own.checkpoint
 
         self.checkpoint = from_first(opened)
+        self.trained: Path | None = None  # where this run has saved what it trained
         self.path = expand_user(recipe.output)
         if not (self.path / RECIPE).exists():
             raise ScaloraError(

@@ -37,11 +37,11 @@ from .shared_folder import SharedFolder
 
 
 class Interrupted(Exception):
-    """The run was stopped from outside; its last checkpoint, if there is one."""
+    """The run was stopped from outside; its last checkpoint, and what it saved after the last step, if there is one."""
 
-    def __init__(self, checkpoint: Path | None) -> None:
-        super().__init__(str(checkpoint))
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path | None, trained: Path | None = None) -> None:
+        super().__init__(str(trained or checkpoint))
+        self.checkpoint, self.trained = checkpoint, trained
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def train(
         try:
             return _train(recipe, choice, run_folder, split, baseline, ranks, told, expected)
         except KeyboardInterrupt:
-            raise Interrupted(last_checkpoint(run_folder.path)) from None
+            raise Interrupted(last_checkpoint(run_folder.path), run_folder.trained) from None
         finally:
             run_folder.release()
 
@@ -186,16 +186,17 @@ def _train(
     if arguments.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
         watcher.say(f"best: {Path(best).name}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")
 
-    watcher.phase("scoring after training")
-    after = score(split)
-    validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
-    watcher.phase("saving")
-    trainable, total = _count(adapted.model)
-    rank = rank_by_kind(adapted.spectra()) if ranks else None
+    watcher.phase("saving")  # before anything else may fail or be stopped
     with writing(folder):
         # What is sharded is gathered by all, and written by the first.
         save = partial(adapted.save, folder / ADAPTER)
         lines = save() if is_sharding() else processes.from_first(save)
+    run_folder.trained = folder / ADAPTER
+    watcher.phase("scoring after training")
+    after = score(split)
+    validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
+    trainable, total = _count(adapted.model)
+    rank = rank_by_kind(adapted.spectra()) if ranks else None
     loading = ([] if task.tokens else ["import scalora.models.digits"]) + lines
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {
