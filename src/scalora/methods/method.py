@@ -77,7 +77,8 @@ class Adapted:
     Python that load it. ``spectra`` yields (layer name, :class:`Spectrum`); whoever wants it calls ``remember`` before
     training. ``split_train`` is given the training set before training, where the method needs a part for itself, and
     returns the rest. ``optimizer`` makes the optimizer of all that is trained from Trainer's arguments, where the
-    method has its own; one that clips gradients itself sets their ``max_grad_norm`` to 0.
+    method has its own; one that clips gradients itself sets their ``max_grad_norm`` to 0. Where ``used_up``, ``save``
+    takes the model apart, which must be scored and measured before.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Adapted:
     split_train: Callable[[Any], Any] | None = None
     remember: Callable[[], None] | None = None
     optimizer: Callable[[TrainingArguments], Optimizer] | None = None
+    used_up: bool = False
 
 
 class Family(Enum):

@@ -72,6 +72,7 @@ class ScaLoraI(Method):
             start.spectra,
             [callback],
             remember=start.keep,
+            used_up=True,
         )
 
     def _layers(self, model: nn.Module) -> list[AdapterLayer]:

@@ -186,17 +186,22 @@ def _train(
     if arguments.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
         watcher.say(f"best: {Path(best).name}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")
 
-    watcher.phase("saving")  # before anything else may fail or be stopped
-    with writing(folder):
-        # What is sharded is gathered by all, and written by the first.
-        save = partial(adapted.save, folder / ADAPTER)
-        lines = save() if is_sharding() else processes.from_first(save)
-    run_folder.trained = folder / ADAPTER
+    def save() -> list[str]:
+        watcher.phase("saving")
+        with writing(folder):
+            # What is sharded is gathered by all, and written by the first.
+            write = partial(adapted.save, folder / ADAPTER)
+            lines = write() if is_sharding() else processes.from_first(write)
+        run_folder.trained = folder / ADAPTER
+        return lines
+
+    lines = [] if adapted.used_up else save()  # before anything else may fail or be stopped
     watcher.phase("scoring after training")
     after = score(split)
     validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
     trainable, total = _count(adapted.model)
     rank = rank_by_kind(adapted.spectra()) if ranks else None
+    lines = lines or save()
     loading = ([] if task.tokens else ["import scalora.models.digits"]) + lines
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {
