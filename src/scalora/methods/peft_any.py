@@ -50,9 +50,23 @@ class PeftMethod(Method):
         kind = self.name.removeprefix(PEFT_PREFIX).lower()
         recipe: dict[str, Any] = {"r": spec.rank}
         recipe |= dict.fromkeys(_alphas(kind), spec.alpha) if spec.alpha else {}
-        recipe |= dict.fromkeys(("module_dropout", f"{kind}_dropout"), spec.dropout) if spec.dropout else {}
-        self.fields = {name: value for name, value in recipe.items() if name in fields}
+        recipe |= dict.fromkeys(("module_dropout", "lora_dropout", f"{kind}_dropout"), spec.dropout or None)
+        self.fields = {name: value for name, value in recipe.items() if name in fields and value is not None}
         self.fields |= self.options.model_dump(exclude_unset=True)
+        self._refuse_start(self.fields.get("init_lora_weights"))
+
+    def _refuse_start(self, start: Any) -> None:
+        """Raise ScaloraError where a saved adapter would not be on its base, or no start would be made."""
+        why = ""
+        if isinstance(start, str) and start.startswith("pissa_niter_"):
+            why = (
+                "takes a random SVD out of the base weights, which loading the adapter could not repeat: use method "
+                f"pissa with options {{iterations: {start.removeprefix('pissa_niter_')}}}"
+            )
+        elif start == "eva":
+            why = "needs data that PEFT is not given here, and would be plain LoRA: choose another"
+        if why:
+            raise ScaloraError(f"method.options.init_lora_weights of {self.name} is {start!r}, which {why}")
 
     @property
     def alpha(self) -> float | None:
