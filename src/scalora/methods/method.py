@@ -121,6 +121,7 @@ class Method(ABC):
     quantises: ClassVar[bool] = False  # it makes the NF4 base itself, of the float weights
     shards: ClassVar[bool] = False  # it trains matrices of which FSDP2 gives each process a part
     alone: ClassVar[bool] = False  # it trains in one process only
+    resumes: ClassVar[bool] = True  # a run goes on from its checkpoints, and its model may be that of one
     packed: ClassVar[tuple[str, ...]] = tuple(LIBRARIES)  # ways to keep the base in few bits that it trains on
 
     def __init__(self, spec: MethodSpec) -> None:
@@ -151,6 +152,10 @@ class Method(ABC):
 
     def check(self, arguments: TrainingArguments) -> None:
         """Raise ScaloraError where Trainer's arguments are seen not to suit, before anything takes long."""
+        if arguments.load_best_model_at_end and not self.resumes:
+            raise ScaloraError(
+                f"training.load_best_model_at_end is true, but {self.name} cannot go back to a checkpoint: leave it out"
+            )
 
     @abstractmethod
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

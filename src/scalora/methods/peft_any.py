@@ -31,6 +31,7 @@ _REFUSED = {
     "rows, the padding and the tokens to come, and there is nothing to merge",
 }
 _ALONE = ("ADALORA",)  # its penalty in the loss would count once for each process
+_ENDS = ("ADALORA",)  # PEFT saves the ranks it has left, not the importances that they come from
 _OURS = {f.name for f in dataclasses.fields(PeftConfig)} | {"target_modules"}  # decided by the recipe, not by options
 
 
@@ -133,7 +134,7 @@ def peft_method(name: str) -> type[PeftMethod]:
     }
     options: type[BaseModel] = create_model(f"{kind}Options", __config__=ConfigDict(extra="forbid"), **defaults)
     about = {"name": PEFT_PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "config_class": config_class}
-    about["alone"] = kind in _ALONE
+    about["alone"], about["resumes"] = kind in _ALONE, kind not in _ENDS
     about["has_alpha"] = any(name in config_class.__dataclass_fields__ for name in _alphas(kind.lower()))
     return type(kind, (PeftMethod,), {**about, "Options": options, "__doc__": about["summary"]})
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..common import processes
 from ..common.disk_layout import ADAPTER, METRICS
 from ..common.environment import environment, peak_memory
+from ..common.errors import ScaloraError
 from ..common.files import expand_user, write_json
 from ..engine.trainer import ScaLoraCallback
 from ..methods import Adapted, build_method
@@ -124,6 +125,11 @@ def _train(
     expected: Any,
 ) -> RunResult:
     folder, method = run_folder.path, build_method(recipe.method)
+    if run_folder.checkpoint and not method.resumes:
+        raise ScaloraError(
+            f"method.name is {recipe.method.name!r}, whose checkpoints lack what its next steps depend on, so that a run "
+            "cannot be resumed: start anew (--overwrite)"
+        )
 
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")
