@@ -127,8 +127,8 @@ def _train(
     folder, method = run_folder.path, build_method(recipe.method)
     if run_folder.checkpoint and not method.resumes:
         raise ScaloraError(
-            f"method.name is {recipe.method.name!r}, whose checkpoints lack what its next steps depend on, so that a run "
-            "cannot be resumed: start anew (--overwrite)"
+            f"method.name is {recipe.method.name!r}, whose checkpoints lack what its next steps depend on, so that a "
+            "run cannot be resumed: start anew (--overwrite)"
         )
 
     watcher.say(f"precision: {choice}")
