@@ -184,6 +184,7 @@ def test_two_moments_in_one_entry_are_both_pruned():
 
 
 def test_an_optimizer_that_evaluates_averages_is_refused(tmp_path):
+    adapted = training.adapt("relora", "llama", tmp_path / "base", options={"every": 3})
+    made = training.trainer(adapted, "llama", tmp_path / "out", optim="schedule_free_adamw")
     with pytest.raises(ScaloraError, match=r"schedule_free_adamw.*average of points"):
-        adapted = training.adapt("relora", "llama", tmp_path / "base", options={"every": 3})
-        training.trainer(adapted, "llama", tmp_path / "out", optim="schedule_free_adamw").train()
+        made.train()
