@@ -206,6 +206,20 @@ def test_the_recipe_reaches_peft(tmp_path):
     assert (config.r, config.alpha, config.module_dropout) == (3, 5.0, 0.25)
 
 
+@pytest.mark.parametrize("kind", ["ADALORA", "SUPERTUNING"])
+def test_dropout_reaches_what_calls_it_as_lora_does(kind):
+    assert build_method(MethodSpec(name=f"peft:{kind}", dropout=0.25)).fields["lora_dropout"] == 0.25
+    assert "lora_dropout" not in build_method(MethodSpec(name=f"peft:{kind}")).fields
+
+
+@pytest.mark.parametrize(
+    ("start", "way_out"), [("pissa_niter_4", r"method pissa with options \{iterations: 4\}"), ("eva", "choose another")]
+)
+def test_a_start_that_a_saved_adapter_could_not_have_is_refused(start, way_out):
+    with pytest.raises(ScaloraError, match=rf"init_lora_weights of peft:LORA is '{start}'.*{way_out}"):
+        build_method(MethodSpec(name="peft:LORA", options={"init_lora_weights": start}))
+
+
 def test_every_option_is_described():
     for name, cls in all_methods().items():
         assert all(field.description for field in cls.Options.model_fields.values()), name

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from helpers import models, training
+from helpers.two_processes import spawn
 from scalora import ScaloraError
 from scalora.methods.alpha_lora import AlphaLoraLinear
 from scalora.methods.support.wrappers import merge
@@ -128,3 +129,20 @@ def test_dropout_of_the_run_does_not_depend_on_alpha(tmp_path):
         training.trainer(adapted, "llama", tmp_path / "out", max_steps=4).train()
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+def _train_beside(rank, folder):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, models.VOCABULARY, (length,), generator=generator) for length in (*range(6, 18),) * 2]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    adapted = training.adapt("alpha-lora", "llama", folder / "base", options={"batch": 1, "every": 1}, dropout=0.5)
+    training.trainer(adapted, "llama", folder / "out", dataset=rows, per_device_train_batch_size=1, max_steps=4).train()
+    torch.save([alpha.detach() for alpha in adapted.callbacks[0].alphas], folder / f"{rank}.pt")
+
+
+def test_two_processes_have_one_alpha_whatever_dropout_draws_in_each(tmp_path):
+    training.base("llama", tmp_path / "base")
+    spawn(_train_beside, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert any((alpha != 1).any() for alpha in one)

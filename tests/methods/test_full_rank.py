@@ -148,6 +148,19 @@ def test_a_step_grows_by_a_hundredth_at_most_and_shrinks_at_will():
     assert growth_limited(0 * U, U.norm())[1] == 0
 
 
+@pytest.mark.parametrize("name", ["apollo-mini", "fira"])
+@pytest.mark.parametrize("silent", [0, 2])
+def test_a_gradient_of_zeros_does_not_stop_a_weight_for_ever(name, silent):
+    """As the first one is below a head of zeros, or that of an expert without a token."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 9, dtype=torch.float64))
+    optimizer = KINDS[name](holding(weight), {"w": weight}, arguments())
+    for step in range(silent + 2):
+        before, weight.grad = weight.detach().clone(), torch.randn_like(weight) * float(step != silent)
+        optimizer.step()
+    assert torch.linalg.matrix_rank(weight.detach() - before, atol=1e-4) > RANK  # the rest moves too, not PᵀR̃ alone
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_one_layer_at_a_time_give_the_same_weights(name, tmp_path):
     found = []

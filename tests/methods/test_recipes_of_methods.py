@@ -7,7 +7,7 @@ import pytest
 from helpers import tokenized, training, workspace
 from scalora import ScaloraError
 from scalora.runs.recipe import load_recipe
-from scalora.runs.training import train
+from scalora.runs.training import Interrupted, train
 from scalora.tasks import build_task
 
 NAMES = [
@@ -41,3 +41,16 @@ def test_a_penalty_that_would_count_for_every_batch_is_refused(tmp_path):
     method = "method={name: 'peft:ADALORA', options: {total_step: 9}}"
     with pytest.raises(ScaloraError, match="gradient_accumulation_steps is 2, so many times"):
         train(load_recipe(path, [method, "training.gradient_accumulation_steps=2"]))
+
+
+def test_a_run_that_its_checkpoints_do_not_hold_is_not_resumed(tmp_path):
+    path = workspace.lay(tmp_path)
+    budget = "{total_step: 8, tinit: 1, tfinal: 1, init_r: 4, target_r: 2}"
+    method = f"method={{name: 'peft:ADALORA', options: {budget}}}"
+    with workspace.stopped_at(4), pytest.raises(Interrupted):
+        train(load_recipe(path, [method]))
+    with pytest.raises(ScaloraError, match=r"peft:ADALORA.*cannot be resumed: start anew \(--overwrite\)"):
+        train(load_recipe(path, [method]), resume=True)
+    best = ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=4"]
+    with pytest.raises(ScaloraError, match="load_best_model_at_end is true, but peft:ADALORA"):
+        train(load_recipe(path, [method, *best, "task.data.validation_size=8"]), overwrite=True)

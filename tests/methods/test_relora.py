@@ -172,3 +172,19 @@ def test_the_runs_randomness_does_not_depend_on_restarts(tmp_path):
 def test_a_warmup_longer_than_the_cycle_is_refused(tmp_path):
     with pytest.raises(ScaloraError, match=r"warmup is 5.*every 3 steps"):
         _run(tmp_path, every=3, warmup=5)
+
+
+def test_two_moments_in_one_entry_are_both_pruned():
+    """As AdEMAMix keeps them: beside a second moment of zeros, means that stay would be steps of any size."""
+    param = torch.nn.Parameter(torch.zeros(3, 5))
+    optimizer = torch.optim.SGD([param])
+    optimizer.state[param] = {"state1": torch.ones(2, 3, 5), "state2": torch.ones(3, 5), "step": torch.ones(())}
+    prune_state(optimizer, param, "random", 1.0)
+    assert [bool(value.any()) for value in optimizer.state[param].values()] == [False, False, True]
+
+
+def test_an_optimizer_that_evaluates_averages_is_refused(tmp_path):
+    adapted = training.adapt("relora", "llama", tmp_path / "base", options={"every": 3})
+    made = training.trainer(adapted, "llama", tmp_path / "out", optim="schedule_free_adamw")
+    with pytest.raises(ScaloraError, match=r"schedule_free_adamw.*average of points"):
+        made.train()

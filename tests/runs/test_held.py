@@ -21,6 +21,16 @@ def test_trained_tensors_have_a_gradient_and_two_moments(tmp_path, method, copie
     assert 0 < metrics["held_bytes"] - exact <= COUNTERS
 
 
+def test_what_a_method_trains_by_an_optimizer_of_its_own_is_held(tmp_path):
+    for name in ("plain", "scaled"):
+        (tmp_path / name).mkdir()
+    plain = held(tmp_path / "plain", "method={name: lora, rank: 2}")
+    metrics = held(tmp_path / "scaled", "method={name: alpha-lora, rank: 2, options: {batch: 4}}")
+    alphas = metrics["parameters"] - plain["parameters"]
+    exact = 4 * 4 * (metrics["trainable_parameters"] + alphas)  # each α itself, its gradient and two moments
+    assert 0 < metrics["held_bytes"] - exact <= COUNTERS
+
+
 def test_what_a_store_and_a_refresh_keep_is_held(tmp_path):
     def of(name, method, **options):
         (tmp_path / name).mkdir()

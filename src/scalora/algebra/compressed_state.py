@@ -39,11 +39,15 @@ def leading_rows(G: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "r k"]:
 
 
 def growth_limited(U: Tensor, former: Tensor | None, limit: float = 1.01) -> tuple[Tensor, Tensor]:
-    """U shortened to ``limit`` times the norm of the former one, and its norm (0-dim): Fira's norm-growth limiter."""
+    """U shortened to ``limit`` times the norm of the former one, and its norm (0-dim): Fira's norm-growth limiter.
+
+    After a step of norm zero, as of a gradient of zeros, nothing is shortened: no later step could leave zero again.
+    """
     norm = U.norm()
     if former is None:
         return U, norm
     factor = torch.clamp(limit * former / norm.clamp(min=torch.finfo(norm.dtype).tiny), max=1)
+    factor = torch.where(former > 0, factor, 1.0)
     return U * factor, norm * factor
 
 

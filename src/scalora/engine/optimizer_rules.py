@@ -140,7 +140,7 @@ def state_rule(optimizer: Optimizer, *, one_factor: bool = False, turned: bool =
     package = cls.__module__.partition(".")[0]
     rule = _RULES.get(f"{package}.{cls.__qualname__}")
     if rule is None:
-        why = _REASONS.get(f"{package}.{cls.__qualname__}", _REASONS.get(package))
+        why = _reason(cls)
         raise ScaloraError(
             f"optimizer is {cls.__module__}.{cls.__qualname__}: no exact rule is known for carrying its state along"
             f"{f', since {why}' if why else ''}; {_WAY_OUT}"
@@ -155,6 +155,17 @@ def state_rule(optimizer: Optimizer, *, one_factor: bool = False, turned: bool =
             "from torch.optim, or DDP"
         )
     return rule
+
+
+def averages(optimizer: Optimizer) -> bool:
+    """Whether what it evaluates is an average of points, so that the parameters are not all that a function is of."""
+    return _reason(type(optimizer)) == _AVERAGES
+
+
+def _reason(cls: type) -> str | None:
+    """Why a class without a rule has none, where that is known."""
+    package = cls.__module__.partition(".")[0]
+    return _REASONS.get(f"{package}.{cls.__qualname__}", _REASONS.get(package))
 
 
 def decay_rates(optimizer: Optimizer) -> dict[Tensor, Any]:

@@ -16,7 +16,7 @@ from ..common.disk_layout import ALPHA_STATE
 from ..common.errors import ScaloraError
 from ..models.heads import Head
 from .method import Adapted, Family, Method
-from .support.gradients import batch_loss
+from .support.gradients import batch_loss, gradients_of
 from .support.wrappers import Wrapper, save_wrapped, wrap_linear, wrapped_spectra
 
 
@@ -128,7 +128,7 @@ class AlphaCallback(TrainerCallback):
         for alpha in self.alphas:
             alpha.requires_grad_(True)
         with torch.random.fork_rng():  # dropout must not shift the randomness of the run itself
-            gradients = torch.autograd.grad(batch_loss(kwargs["model"], batch, args), self.alphas, allow_unused=True)
+            gradients = gradients_of(batch_loss(kwargs["model"], batch, args), self.alphas)
         for alpha, gradient in zip(self.alphas, gradients, strict=True):
             alpha.requires_grad_(False)
             alpha.grad = gradient

@@ -55,8 +55,9 @@ class ApolloMiniOptimizer(FullRankOptimizer):
         period = (state["step"] - 1) // self.options.every
         P = random_rows(1, min(weight.shape), gradient, self.seed, self.names[weight], period)
         R = compress(gradient, P)
-        # Where R is zero the gradient is, or all but.
-        sigma = adam_direction(R, state, group).norm() / R.norm().clamp(min=torch.finfo(R.dtype).tiny)
+        size = R.norm()
+        # Where R is zero the gradient is, or all but; Adam's direction is not, after others.
+        sigma = torch.where(size > 0, adam_direction(R, state, group).norm() / size, 0.0)
         U, state["norm"] = growth_limited(self.options.scale * sigma * gradient, state.get("norm"))
         return U
 

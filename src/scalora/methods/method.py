@@ -123,6 +123,7 @@ class Method(ABC):
     quantises: ClassVar[bool] = False  # it makes the NF4 base itself, of the float weights
     shards: ClassVar[bool] = False  # it trains matrices of which FSDP2 gives each process a part
     alone: ClassVar[bool] = False  # it trains in one process only
+    resumes: ClassVar[bool] = True  # a run goes on from its checkpoints, and its model may be that of one
     packed: ClassVar[tuple[str, ...]] = tuple(LIBRARIES)  # ways to keep the base in few bits that it trains on
 
     def __init__(self, spec: MethodSpec) -> None:
@@ -153,6 +154,18 @@ class Method(ABC):
 
     def check(self, arguments: TrainingArguments) -> None:
         """Raise ScaloraError where Trainer's arguments are seen not to suit, before anything takes long."""
+        if arguments.load_best_model_at_end and not self.resumes:
+            raise ScaloraError(
+                f"training.load_best_model_at_end is true, but {self.name} cannot go back to a checkpoint: leave it out"
+            )
+
+    def check_resuming(self) -> None:
+        """Raise ScaloraError where no run of the method goes on from a checkpoint."""
+        if not self.resumes:
+            raise ScaloraError(
+                f"method.name is {self.name!r}, whose checkpoints lack what its next steps depend on, so that a run "
+                "cannot be resumed: start anew (--overwrite)"
+            )
 
     @abstractmethod
     def adapt(self, model: PreTrainedModel, head: Head) -> Adapted:

@@ -31,6 +31,7 @@ _REFUSED = {
     "rows, the padding and the tokens to come, and there is nothing to merge",
 }
 _ALONE = ("ADALORA",)  # its penalty in the loss would count once for each process
+_ENDS = ("ADALORA",)  # PEFT saves the ranks it has left, not the importances that they come from
 _OURS = {f.name for f in dataclasses.fields(PeftConfig)} | {"target_modules"}  # decided by the recipe, not by options
 
 
@@ -50,9 +51,23 @@ class PeftMethod(Method):
         kind = self.name.removeprefix(PEFT_PREFIX).lower()
         recipe: dict[str, Any] = {"r": spec.rank}
         recipe |= dict.fromkeys(_alphas(kind), spec.alpha) if spec.alpha else {}
-        recipe |= dict.fromkeys(("module_dropout", f"{kind}_dropout"), spec.dropout) if spec.dropout else {}
-        self.fields = {name: value for name, value in recipe.items() if name in fields}
+        recipe |= dict.fromkeys(("module_dropout", "lora_dropout", f"{kind}_dropout"), spec.dropout or None)
+        self.fields = {name: value for name, value in recipe.items() if name in fields and value is not None}
         self.fields |= self.options.model_dump(exclude_unset=True)
+        self._refuse_start(self.fields.get("init_lora_weights"))
+
+    def _refuse_start(self, start: Any) -> None:
+        """Raise ScaloraError where a saved adapter would not be on its base, or no start would be made."""
+        why = ""
+        if isinstance(start, str) and start.startswith("pissa_niter_"):
+            why = (
+                "takes a random SVD out of the base weights, which loading the adapter could not repeat: use method "
+                f"pissa with options {{iterations: {start.removeprefix('pissa_niter_')}}}"
+            )
+        elif start == "eva":
+            why = "needs data that PEFT is not given here, and would be plain LoRA: choose another"
+        if why:
+            raise ScaloraError(f"method.options.init_lora_weights of {self.name} is {start!r}, which {why}")
 
     @property
     def alpha(self) -> float | None:
@@ -119,7 +134,7 @@ def peft_method(name: str) -> type[PeftMethod]:
     }
     options: type[BaseModel] = create_model(f"{kind}Options", __config__=ConfigDict(extra="forbid"), **defaults)
     about = {"name": PEFT_PREFIX + kind, "summary": f"PEFT's {config_class.__name__}", "config_class": config_class}
-    about["alone"] = kind in _ALONE
+    about["alone"], about["resumes"] = kind in _ALONE, kind not in _ENDS
     about["has_alpha"] = any(name in config_class.__dataclass_fields__ for name in _alphas(kind.lower()))
     return type(kind, (PeftMethod,), {**about, "Options": options, "__doc__": about["summary"]})
 

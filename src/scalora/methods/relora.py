@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from ..common.errors import ScaloraError
+from ..engine.optimizer_rules import averages
 from ..engine.optimizers import innermost
 from ..engine.quantised_state import quantised
 from ..engine.stores import AdapterStore, whole_update
@@ -84,6 +86,11 @@ class ReLoraCallback(TrainerCallback):
         self.layers = find_layers(self.model)
         self.store = AdapterStore(self.model, self.layers, self.options.capacity)
         self.optimizer = innermost(kwargs["optimizer"])
+        if averages(self.optimizer):
+            raise ScaloraError(
+                f"training.optim is {OptimizerNames(args.optim).value!r}, which evaluates an average of points, and a "
+                "restart keeps the function of one point only: use adamw_torch"
+            )
         self.step = state.global_step
         self.hooks = [
             self.optimizer.register_step_pre_hook(self._lower),
@@ -144,15 +151,17 @@ def prune_state(
     Moments in few bits are read and written back with one rounding.
     """
     state = optimizer.state.get(param, {})
-    for key, moment in state.items():
-        if not isinstance(moment, Tensor) or moment.shape != param.shape:
+    for key, entry in state.items():
+        if not isinstance(entry, Tensor) or entry.shape[-param.ndim :] != param.shape:
             continue
-        blocks = quantised(state, key)
-        keep = _kept(blocks[0].read() if blocks else moment, pruning, share, generator)
-        if blocks:
-            blocks[0].scale_(keep)
-        else:
-            moment.mul_(keep)
+        # AdEMAMix keeps two in one.
+        for part in quantised(state, key) or (entry.unbind(0) if entry.ndim > param.ndim else [entry]):
+            moment = part if isinstance(part, Tensor) else part.read()
+            keep = _kept(moment, pruning, share, generator)
+            if isinstance(part, Tensor):
+                part.mul_(keep)
+            else:
+                part.scale_(keep)
 
 
 def _kept(moment: Tensor, pruning: str, share: float, generator: torch.Generator | None) -> Tensor:

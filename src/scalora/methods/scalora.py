@@ -52,6 +52,7 @@ class ScaLoraI(Method):
             raise ScaloraError(f"method.options.{error}") from error
 
     def check(self, arguments: TrainingArguments) -> None:
+        super().check(arguments)
         if arguments.max_steps > 0:  # else they are counted when training begins
             refuse_too_few(self.config.of_run(arguments.max_steps), arguments.max_steps)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from ..engine.optimizers import innermost
@@ -37,7 +38,11 @@ class HeldBytes(TrainerCallback):
         # Weights that a method trains themselves are held once, as the base's.
         beside = max(0, weight_bytes(self.adapted.model) - self.base)
         handles = [c.handle for c in self.adapted.callbacks if isinstance(c, ScaLoraCallback) and c.handle]
-        kept = [dict(optimizer.state), [handle.state_dict() for handle in handles]]
+        own: list[Any] = [getattr(callback, "optimizer", None) for callback in self.adapted.callbacks]
+        # Of what a callback trains itself.
+        others = [each for each in own if isinstance(each, Optimizer) and each is not optimizer]
+        gradients += sum(p.nbytes for each in others for group in each.param_groups for p in group["params"])
+        kept = [[dict(each.state) for each in (optimizer, *others)], [handle.state_dict() for handle in handles]]
         self.found = beside + gradients + sum(tensor.nbytes for tensor in _tensors(kept))
 
 

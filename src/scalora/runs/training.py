@@ -124,6 +124,8 @@ def _train(
     expected: Any,
 ) -> RunResult:
     folder, method = run_folder.path, build_method(recipe.method)
+    if run_folder.checkpoint:
+        method.check_resuming()
 
     watcher.say(f"precision: {choice}")
     watcher.phase("loading data and model")

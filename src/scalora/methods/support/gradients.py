@@ -82,6 +82,18 @@ def batch_loss(model: nn.Module, batch: Any, args: TrainingArguments) -> Tensor:
         return model(**inputs).loss
 
 
+def gradients_of(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Those of parameters that DDP knows nothing of: the mean over processes, which thus stay alike."""
+    found: list[Tensor | None] = list(torch.autograd.grad(loss, params, allow_unused=True))
+    if (processes := _processes()) == 1:
+        return found
+    own = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+    for gradient in own:
+        dist.all_reduce(gradient)
+        gradient /= processes
+    return [*own]
+
+
 def mean_gradients(
     model: nn.Module, layers: Sequence[AdapterLayer], loader: DataLoader[Any], args: TrainingArguments, batches: int
 ) -> dict[str, Tensor]:
