@@ -106,9 +106,23 @@ def test_sketches_do_not_see_what_experts_read(case):
     assert [layer.name.split(".")[-1] for layer in handle.layers] == ["q_proj"]
 
 
-def test_a_router_is_one_matrix():
+@pytest.mark.parametrize("case", ["adapter", "base"])
+def test_a_router_is_one_matrix(case):
+    """PEFT asks its layer for the update in every pass."""
     model = lora("mixtral", target_parameters=["gate.weight"])
-    handle = run(model)
+    handle = run(model, accumulate=case)
     assert {layer.experts for layer in handle.layers} == {1}
     expected = outputs(model)
     torch.testing.assert_close(outputs(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_with_a_scale_of_the_experts_own_goes_back_to_where_it_came_from(tmp_path):
+    """As a resumed run loads it; PEFT's patterns name the parameter, not the module."""
+    options = {"rank_pattern": {"experts.gate_up_proj": 3}, "alpha_pattern": {"experts.down_proj": 7}}
+    model, optimizer, _ = trained("mixtral", lora_options=options)
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    models.train(model, optimizer, "llama", 2)
+    assert not torch.allclose(outputs(model), expected)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-6)

@@ -11,6 +11,7 @@ import scalora
 from helpers import models
 from helpers.attached import attached, run
 from scalora import ScaLoraConfig, ScaloraError
+from scalora.engine.plain_lora import joined_factors
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -174,6 +175,31 @@ def test_cast_before_the_first_step(dtype, accumulate):
     assert max(event.moved for event in handle.stats) > 1e-3
     if accumulate == "base":
         assert bool(handle.store.lost) == (dtype is not torch.float64)  # what rounding takes is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_moved_keeps_32_bits_where_the_model_is_cast(dtype):
+    """The adapter's columns lose exactly what is written there, whichever of cast and attach came first."""
+    model = models.lora("llama")
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=3e-3, eps=1e-4)
+    handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=1))
+    model.to(dtype)
+    assert {layer.accumulated.P.dtype for layer in handle.layers} == {torch.float32}
+    changes, inner = [], handle.rescale
+
+    def updates():
+        pairs = [joined_factors(layer) for layer in handle.layers]
+        return [P.double() @ Q.double().mT for P, Q in pairs]
+
+    def event():
+        before = updates()
+        inner()
+        changes.extend(float((b - a).norm() / b.norm()) for a, b in zip(before, updates(), strict=True) if b.any())
+
+    handle.rescale = event
+    models.train(model, optimizer, "llama", 8)
+    assert len(changes) > len(handle.layers)
+    assert max(changes) < 1e-5
 
 
 def test_merged_and_unmerged_between_steps():

@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 import scalora
 from helpers import models
-from helpers.attached import run
+from helpers.attached import attached, run
 from scalora import ScaloraError
 
 WORKS = {
@@ -78,3 +79,16 @@ def test_tied_adapters_are_refused():
     second.lora_A["default"] = first.lora_A["default"]
     with pytest.raises(ScaloraError, match="shares its adapter with another layer"):
         scalora.attach(model, torch.optim.AdamW(models.trainable(model)))
+
+
+def test_orthogonal_columns_and_an_odd_number_of_accumulated_ones_load(tmp_path):
+    """PEFT makes orthogonal columns in pairs, and makes them before it loads others over them."""
+    model, optimizer, _ = attached(lora={"init_lora_weights": "orthogonal"}, capacity=5)
+    models.train(model, optimizer, "llama", 9)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.base("llama"), tmp_path)
+    assert any(module.r["default"] % 2 for module in loaded.modules() if isinstance(module, LoraLayer))
+    torch.testing.assert_close(models.logits(loaded, "llama"), models.logits(model, "llama"), rtol=0, atol=1e-5)
+    model.add_weighted_adapter(["default"], [1.0], "twin", combination_type="cat")
+    model.set_adapter("twin")
+    torch.testing.assert_close(models.logits(model, "llama"), models.logits(loaded, "llama"), rtol=0, atol=1e-5)

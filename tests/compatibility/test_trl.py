@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from helpers import tokenized
 from scalora import ScaLoraCallback, ScaLoraConfig, ScaloraError
-from scalora.layers.peft_lora import find_peft_model
+from scalora.layers.peft_lora import find_layers, find_peft_model
 
 trl = pytest.importorskip("trl")
 
@@ -138,7 +138,7 @@ def test_grpo(tmp_path):
         expected = logp.gather(-1, ids[:, 1:, None])[..., 0][:, -out["completion_ids"].shape[1] :]
         mask = out["completion_mask"].bool()
         torch.testing.assert_close(out["ref_per_token_logps"][mask], expected[mask], rtol=0, atol=1e-4)
-    assert find_peft_model(trainer.model).active_adapters == ["default"]
+    assert find_peft_model(trainer.model, find_layers(trainer.model)).active_adapters == ["default"]
 
 
 def test_sft(tmp_path):

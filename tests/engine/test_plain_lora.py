@@ -138,3 +138,29 @@ def test_an_adapter_of_which_a_part_is_in_the_base_is_not_saved(tmp_path):
     with pytest.raises(scalora.ScaloraError, match="accumulate='base' has added"):
         scalora.save_plain_lora(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("order", [("reference", "policy"), ("policy", "reference")])
+def test_beside_a_reference_the_trained_model_is_saved(order, tmp_path):
+    pair = {"reference": models.lora("llama").requires_grad_(False), "policy": models.lora("llama")}
+    both, policy = torch.nn.ModuleDict({name: pair[name] for name in order}), pair["policy"]
+    optimizer = torch.optim.AdamW(models.trainable(both), lr=1e-2)
+    scalora.attach(both, optimizer, {"interval": 2})
+    models.train(policy, optimizer, "llama", 5)
+    scalora.save_plain_lora(both, tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(models.base("llama"), tmp_path / "plain")
+    torch.testing.assert_close(models.logits(loaded, "llama"), models.logits(policy, "llama"), rtol=0, atol=1e-5)
+
+
+def test_two_trained_models_are_no_one_adapter(tmp_path):
+    towers = torch.nn.ModuleList([models.lora("llama"), models.lora("llama")])
+    optimizer = torch.optim.AdamW(models.trainable(towers), lr=1e-2)
+    scalora.attach(towers, optimizer, {"interval": 1})
+    for tower in towers:
+        tower(**models.batch("llama")).loss.backward()
+    optimizer.step()
+    with pytest.raises(scalora.ScaloraError, match="several PEFT models"):
+        scalora.save_plain_lora(towers, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    for index, tower in enumerate(towers):
+        scalora.save_plain_lora(tower, tmp_path / str(index))

@@ -1,5 +1,7 @@
 """Refreshes beside rescalings, and beside layers that are frozen or not used in a step."""
 
+import copy
+
 import pytest
 import torch
 
@@ -55,3 +57,22 @@ def test_gradients_keep_their_norm_where_a_layer_has_none(idle):
     assert handle.refresh.steps == [4]
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
     assert torch.equal(layer.A, before) == (idle == "frozen")
+
+
+def test_a_run_can_be_set_back_to_one_state_twice():
+    """What is gathered after it was loaded does not reach the state that the loop still holds."""
+    model = models.lora("llama", r=2)
+    optimizer = torch.optim.AdamW(models.trainable(model), lr=3e-3)
+    handle = scalora.attach(model, optimizer, ScaLoraConfig(interval=3, refresh=6))
+    models.train(model, optimizer, "llama", 8)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict())), handle.state_dict()
+    ends = []
+    for _ in range(3):
+        models.train(model, optimizer, "llama", 6, start=8)
+        ends.append(models.logits(model, "llama"))
+        (weights, moments), ours = state
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(copy.deepcopy(moments))  # torch's own go on in the tensors that they are given
+        handle.load_state_dict(ours)
+    assert torch.equal(ends[1], ends[0])
+    assert torch.equal(ends[2], ends[0])

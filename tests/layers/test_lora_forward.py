@@ -91,9 +91,10 @@ def test_listeners_on_the_adapters_are_heard():
     for layer in layers:
         shorten(layer.module)
     heard = []
-    layers[0].module.lora_A["default"].register_forward_hook(lambda *_: heard.append(1))
-    model(**models.batch("llama"))
-    assert heard == [1]
+    layers[0].module.lora_A["default"].register_forward_hook(lambda *_: heard.append("forward"))
+    layers[1].module.lora_A["default"].register_full_backward_pre_hook(lambda *_: heard.append("backward"))
+    model(**models.batch("llama")).loss.backward()
+    assert heard == ["forward", "backward"]
 
 
 def test_disabled_and_merged_models_compute_what_peft_computes():

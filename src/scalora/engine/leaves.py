@@ -54,7 +54,7 @@ class Leaves:
 
     def load(self, totals: Sequence[Tensor]) -> None:
         """Go on from these sums."""
-        totals = [total.to(leaf) for total, leaf in zip(totals, self.tensors, strict=True)]
+        totals = [total.to(leaf, copy=True) for total, leaf in zip(totals, self.tensors, strict=True)]
         if self.sums:
             self.sums = totals
             return

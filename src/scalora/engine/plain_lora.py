@@ -157,8 +157,9 @@ def _check_factors(factors: Any) -> None:
 
 def plain_lora(model: nn.Module, factors: Factors = joined_factors) -> tuple[dict[str, Tensor], LoraConfig]:
     """What :func:`save_plain_lora` writes; sharded tensors are gathered, so that every process must call it."""
-    (trained, *_), left = choose_layers(model, "leave")
-    adapter, peft_model, whole = trained.adapter, find_peft_model(model), {layer.module for layer in left}
+    trained, left = choose_layers(model, "leave")
+    adapter, peft_model = trained[0].adapter, find_peft_model(model, [*trained, *left])
+    whole = {layer.module for layer in left}
     layers = [
         AdapterLayer(PREFIX + plain_name(name), module, adapter)
         for name, module in peft_model.base_model.model.named_modules()  # pyright: ignore

@@ -108,6 +108,17 @@ class Accumulated(nn.Module):
         if self.used:
             self.put(self.P.new_zeros(self.P.shape[0], 0), self.Qt.new_zeros(0, self.Qt.shape[1]))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Accumulated:
+        """As torch's, but of 32 bits at least: rounded, what comes here is not what the adapter's columns lose."""
+        exact = {name: p.detach() for name, p in self.named_parameters() if p.dtype.itemsize >= 4}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            now = getattr(self, name)
+            if now.dtype.itemsize < 4:
+                wide = torch.promote_types(now.dtype, torch.float32)
+                setattr(self, name, nn.Parameter(value.to(now.device, wide), requires_grad=False))
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing, for the layer writes these columns as the adapter's own; but for those that lie on many machines."""
         if getattr(self.P, "_fsdp_flattened", False):

@@ -65,7 +65,9 @@ class JoinedConfig(LoraConfig):
         if not any(held.values()):
             return {}
         sizes = {name: rank_and_alpha(layer, self._adapter, held[name]) for name, layer in layers.items()}
-        return joined_ranks(sizes)
+        # PEFT makes orthogonal columns in pairs only, and would not load an adapter of an odd rank.
+        anew = {"init_lora_weights": True} if self.init_lora_weights == "orthogonal" else {}
+        return joined_ranks(sizes) | anew
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_model"}

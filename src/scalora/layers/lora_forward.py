@@ -173,5 +173,7 @@ def _hooked(module: nn.Module) -> bool:
         type(module) is not nn.Linear
         or module.bias is not None
         or "forward" in vars(module)  # accelerate's hooks, which bring a weight from where it lies
-        or bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        or bool(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
     )

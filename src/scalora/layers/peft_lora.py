@@ -8,6 +8,7 @@ and the difference that moves is s·A diag(1 − α∘β) Bᵀ.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,14 +200,20 @@ def tied_weights(model: nn.Module, layers: list[AdapterLayer]) -> list[AdapterLa
     return [layer for layer in layers if owners[id(layer.weight)] > 1]
 
 
-def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PeftModel inside compile's, DDP's and other wrappers.
+def find_peft_model(model: nn.Module, layers: Sequence[AdapterLayer]) -> PeftModel:
+    """The PeftModel of these layers, inside compile's, DDP's and other wrappers, or beside a reference.
 
     Raises:
-        ScaloraError: there is none.
+        ScaloraError: there is none, or there are several.
     """
     for module in model.modules():
-        if isinstance(module, PeftModel):
+        if isinstance(module, PeftModel) and (own := {*module.modules()} & {layer.module for layer in layers}):
+            others = [layer.name for layer in layers if layer.module not in own]
+            if others:
+                raise ScaloraError(
+                    f"model is a {type(model).__name__} of several PEFT models, of which one adapter cannot hold all "
+                    f"(layer {others[0]} is not in the first): save each by itself"
+                )
             return module
     raise ScaloraError(
         f"model is a {type(model).__name__} without a PeftModel in it, which save_plain_lora needs: wrap it with "

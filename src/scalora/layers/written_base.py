@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -75,6 +75,11 @@ class WrittenBase(LoraForward):
             )
         return super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _activate_lora(self, active_adapters: list[str]) -> Any:
+        """As PEFT's, in which a bare parameter is the sum of weight and adapters for one pass."""
+        own = super()._activate_lora(active_adapters)  # pyright: ignore[reportAttributeAccessIssue]
+        return _merging_in(own) if self.base_written else own
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         with _merging():
             super().merge(*args, **kwargs)
@@ -112,6 +117,12 @@ def _merging() -> Iterator[None]:
         yield
     finally:
         _MERGING.reset(token)
+
+
+@contextmanager
+def _merging_in(inner: AbstractContextManager[None]) -> Iterator[None]:
+    with _merging(), inner:
+        yield
 
 
 @contextmanager

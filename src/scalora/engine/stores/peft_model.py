@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...common.disk_layout import BASE_FILE, STATE_FILE
 from ...common.errors import ScaloraError
 from ...layers.adopt import adopt
-from ...layers.joined_config import JoinedConfig, link_config, plain_name
+from ...layers.joined_config import JoinedConfig, link_config, pattern_name
 from ...layers.layout import experts, grown, matrix_keys
 from ...layers.lora_config import refuse_former_pair, scale
 from ...layers.peft_lora import AdapterLayer
@@ -190,7 +190,7 @@ def _refuse_other_scale(model: PeftModel, adapter: str, folder: Path) -> None:
     for name, layer in wrapped(model.base_model).named_modules():
         if not isinstance(layer, StandIn) or adapter not in layer.scaling or "lora_alpha" not in config:
             continue
-        there, here = scale(config, plain_name(name)), layer.scaling[adapter]
+        there, here = scale(config, pattern_name(name, layer)), layer.scaling[adapter]
         if not math.isclose(there, here, rel_tol=1e-6):
             raise ScaloraError(
                 f"{folder} was saved with scale {there} in layer {name}, where adapter {adapter!r} has {here}: load it "

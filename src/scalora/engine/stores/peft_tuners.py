@@ -166,7 +166,8 @@ def _put_in_all_columns(tuner: LoraModel, adapter: str) -> Iterator[Callable[[],
             linear.weight = matrix
             place[adapter] = matrix if bare else linear
     if written["r"] != config.r or written["rank_pattern"] != config.rank_pattern:
-        whole = {name: written[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")}
+        sizes = "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"
+        whole = {name: written[name] for name in (*sizes, "init_lora_weights")}
         former_fields = {name: getattr(config, name) for name in whole}
         yield lambda: vars(config).update(former_fields)
         vars(config).update(whole)
