@@ -10,6 +10,7 @@ from ..common.errors import ScaloraError
 from ..layers.peft_lora import AdapterLayer
 from .config import ScaLoraConfig
 from .optimizer_rules import state_rule
+from .white.steps import refuse_left
 
 
 class Guards:
@@ -21,6 +22,7 @@ class Guards:
         self.optimizer = optimizer
         self.one_factor = config.one_factor
         self.accumulate = config.accumulate
+        self.plain = config.coordinates == "plain"
         places = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
         self.dtypes: dict[int, torch.dtype] = {}  # of each parameter, by its id
         self.layers = [(layer, places.get(id(layer.module))) for layer in layers]
@@ -32,6 +34,8 @@ class Guards:
             ScaloraError: the next step would train something else than was attached; names layer and way out.
         """
         state_rule(self.optimizer, one_factor=self.one_factor)  # a weight decay may have come since
+        if starting and self.plain:
+            refuse_left(self.optimizer)
         accumulates = self.accumulate == "adapter" and not starting
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for layer, place in self.layers:

@@ -123,6 +123,20 @@ class Moments:
             module.moments = None
         self._leaves, self.looking = Leaves([]), False
 
+    def follow(self, former: Moments) -> None:
+        """Begin where others have ended, of whose coordinates the optimizer's state is.
+
+        Raises:
+            ScaloraError: they are of other layers, or have another exponent.
+        """
+        names = [[layer.name for layer in group.layers] for group in self.groups]
+        if former.exponent != self.exponent or names != [[layer.name for layer in g.layers] for g in former.groups]:
+            raise ScaloraError(
+                "this optimizer has made steps in other white coordinates (another exponent, or other layers), and its "
+                "means of gradients are of these: go on with a new optimizer"
+            )
+        self.white, self.looks = list(former.white), former.looks
+
     def state_dict(self) -> dict[str, Any]:
         """To be asked for between a step and the next pass, when nothing has been seen yet."""
         named = ((layer.name, self.of(i)) for i, layer in enumerate(self.layers))

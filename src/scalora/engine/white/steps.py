@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...algebra.precision import exact_matmul
+from ...common.errors import ScaloraError
 from ...layers.layout import as_matrix
 from ...layers.peft_lora import AdapterLayer
 from ...layers.sharding import copy_into, gather_full, is_sharded
@@ -24,17 +26,31 @@ from ..optimizer_rules import decay_rates, state_rule
 from ..optimizers import gradient_moments
 from .moments import Moments, White, due
 
+_LEFT: WeakKeyDictionary[Optimizer, Moments] = WeakKeyDictionary()  # coordinates that an optimizer's state is of
+
+
+def refuse_left(optimizer: Optimizer) -> None:
+    """Raise ScaloraError where an optimizer that is to go on in plain coordinates was detached in white ones."""
+    if optimizer in _LEFT and any(optimizer.state.values()):
+        raise ScaloraError(
+            "this optimizer has made steps in white coordinates, and its means of gradients are of these: go on with "
+            "a new optimizer, or with coordinates='white'"
+        )
+
 
 class WhiteSteps:
     """What :class:`scalora.engine.event.ScaLora` does before and after every step.
 
     Raises:
-        ScaloraError: the optimizer's means of gradients cannot be turned along.
+        ScaloraError: the optimizer's means of gradients cannot be turned along, or they are of other coordinates.
     """
 
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, exponent: float) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, exponent)
+        if former := _LEFT.get(optimizer):
+            self.moments.follow(former)
+        _LEFT.pop(optimizer, None)
         self.optimizer = optimizer
         self._before: list[list[Tensor]] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -42,6 +58,7 @@ class WhiteSteps:
     def detach(self) -> None:
         self._hook.remove()
         self.moments.detach()
+        _LEFT[self.optimizer] = self.moments
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
