@@ -261,3 +261,25 @@ def test_accelerates_hooks(when):
     assert not torch.equal(kind.output(model), expected)
     expected = kind.output(model)
     same(kind.output(model.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_copies_of_data_parallel_are_refused(kind):
+    kind = KINDS[kind]
+    _, _, handle = kind.trained()
+    module = handle.layers[0].module
+
+    def replica():
+        copied = module._replicate_for_data_parallel()
+        for name, child in module.named_modules():  # as torch.nn.parallel.replicate puts its copies together
+            if name and "." not in name:
+                copied._modules[name] = child
+        return copied
+
+    x = torch.zeros(1, 3, handle.layers[0].shape[1])
+    with pytest.raises(ScaloraError, match=r"nn.DataParallel.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        replica()(x)
+    with torch.no_grad():
+        assert torch.equal(replica()(x), module(x))
+    handle.detach()
+    assert torch.equal(replica()(x), module(x))

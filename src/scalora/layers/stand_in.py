@@ -20,6 +20,12 @@ from .layout import each_expert, experts, in_weight_layout, thin_pass
 from .sharding import is_sharded
 from .watched import Watched, watch
 
+_REPLICA = (
+    "layer {} runs in a copy of nn.DataParallel, which Trainer makes where it sees several GPUs; what a step leaves in "
+    "its layers would be lost: start one process for each GPU (torchrun, accelerate launch), or show one "
+    "(CUDA_VISIBLE_DEVICES=0)"
+)
+
 
 class StandIn(JoinedState):
     """A LoRA layer of any of PEFT's classes that carries accumulated columns for its adapters."""
@@ -28,6 +34,7 @@ class StandIn(JoinedState):
     first = False  # of the model's layers
     attached = False  # to an optimizer, which writes to the matrices
     torn = False  # while an event writes, and after one that did not come to its end
+    _is_replica = False  # which nn.DataParallel says of the copies of one pass
     copied = False  # from a layer that may move columns while this one does not
     watched: dict[str, Watched | None] | None = None  # matrices as they were, until they are trained or loaded
 
@@ -46,6 +53,8 @@ class StandIn(JoinedState):
         """As PEFT's, with what has been accumulated."""
         if torch.is_grad_enabled():
             self.called = True
+            if self._is_replica and self.attached:
+                raise ScaloraError(_REPLICA.format(self.layer_name))
         if self.torn or (not (self.attached and torch.is_grad_enabled()) and self.watched is not None):
             self.refuse_averages()
         result = super().forward(x, *args, **kwargs)
