@@ -99,11 +99,10 @@ def test_other_rows_and_other_settings(tmp_path):
     assert evaluate_folder(tmp_path / "run", split="train").rows == 32
     rows = [{"text": "the cat z", "label": 0, "id": 90}, {"text": "the sky z", "label": 1, "id": 91}]
     tokenized.write_jsonl(tmp_path / "more.jsonl", rows)
-    data = f"{{train: {tmp_path / 'data.jsonl'}, test: {tmp_path / 'more.jsonl'}, columns: {{id: id}}}}"
-    found = evaluate_folder(
-        tmp_path / "run", overrides=[f"task.data={data}", "score_batch_size=1", "precision=bfloat16"]
-    )
+    more = f"task.data.test={tmp_path / 'more.jsonl'}"
+    found = evaluate_folder(tmp_path / "run", overrides=[more, "score_batch_size=1", "precision=bfloat16"])
     assert (found.rows, found.recorded, found.precision.precision) == (2, None, "bfloat16")
+    assert evaluate_folder(tmp_path / "run", overrides=["task.data.test_size=1", more]).rows == 1
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):

@@ -111,6 +111,9 @@ def _recipe(artefact: Artefact, recipe: str | Path | None, overrides: Sequence[s
             "--recipe, whose task counts"
         )
     content = copy.deepcopy(artefact.made_by)
+    for split in get_args(Split):
+        if any(override.startswith(f"task.data.{split}=") for override in overrides):
+            content["task"]["data"].pop(f"{split}_size", None)  # of the former rows
     for override in overrides:
         put_override(content, override)
     return parse_recipe(content, "the run's recipe.yaml")
