@@ -82,4 +82,5 @@ def test_other_coordinates_are_refused():
 def test_an_optimizer_that_made_no_step_is_free():
     model, optimizer, handle = _trained(0)
     handle.detach()
+    scalora.attach(model, optimizer, ScaLoraConfig(coordinates="white", interval=None, exponent=0.5)).detach()
     scalora.attach(model, optimizer, ScaLoraConfig())

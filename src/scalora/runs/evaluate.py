@@ -93,10 +93,10 @@ def evaluate_folder(
     score = task.score(
         model, tokenizer, chosen, batch_size=asked.score_batch_size, autocast=autocast, progress=told.progress
     )
-    recorded = artefact.scores if recipe is None and not any(each.startswith("task") for each in overrides) else None
-    same = recorded is not None and recorded["split"] == chosen
-    after = recorded["after"] if recorded is not None and same else None
-    return Evaluation(artefact.folder, chosen, len(task.rows(chosen)), choice, score, after)
+    theirs = recipe is None and not any(each.startswith("task") for each in overrides)
+    found = artefact.scores if theirs else None
+    recorded = found["after"] if found is not None and found["split"] == chosen else None
+    return Evaluation(artefact.folder, chosen, len(task.rows(chosen)), choice, score, recorded)
 
 
 def _recipe(artefact: Artefact, recipe: str | Path | None, overrides: Sequence[str]) -> Recipe:

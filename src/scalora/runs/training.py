@@ -197,13 +197,13 @@ def _train(
         run_folder.trained = folder / ADAPTER
         return lines
 
-    lines = [] if adapted.used_up else save()  # before anything else may fail or be stopped
+    lines = None if adapted.used_up else save()  # before anything else may fail or be stopped
     watcher.phase("scoring after training")
     after = score(split)
     validation = score("validation").metrics if baseline and split == "test" and task.splits.validation else None
     trainable, total = _count(adapted.model)
     rank = rank_by_kind(adapted.spectra()) if ranks else None
-    lines = lines or save()
+    lines = save() if lines is None else lines
     loading = ([] if task.tokens else ["import scalora.models.digits"]) + lines
     log = [entry for entry in trainer.state.log_history if "rank" not in entry]
     metrics = {

@@ -29,9 +29,14 @@ from .moments import Moments, White, due
 _LEFT: WeakKeyDictionary[Optimizer, Moments] = WeakKeyDictionary()  # coordinates that an optimizer's state is of
 
 
+def _left(optimizer: Optimizer) -> Moments | None:
+    """The coordinates that an optimizer was detached in, if it has a state that is of them."""
+    return _LEFT.get(optimizer) if any(optimizer.state.values()) else None
+
+
 def refuse_left(optimizer: Optimizer) -> None:
     """Raise ScaloraError where an optimizer that is to go on in plain coordinates was detached in white ones."""
-    if optimizer in _LEFT and any(optimizer.state.values()):
+    if _left(optimizer):
         raise ScaloraError(
             "this optimizer has made steps in white coordinates, and its means of gradients are of these: go on with "
             "a new optimizer, or with coordinates='white'"
@@ -48,7 +53,7 @@ class WhiteSteps:
     def __init__(self, layers: Sequence[AdapterLayer], optimizer: Optimizer, exponent: float) -> None:
         state_rule(optimizer, one_factor=True, turned=True)
         self.moments = Moments(layers, exponent)
-        if former := _LEFT.get(optimizer):
+        if former := _left(optimizer):
             self.moments.follow(former)
         _LEFT.pop(optimizer, None)
         self.optimizer = optimizer
